@@ -1,0 +1,78 @@
+"""Timing and memory of several contenders in one run."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Run = Callable[[], object]
+SLOW = 5.0  # seconds; what takes longer is timed once
+
+
+@dataclass(frozen=True)
+class Timing:
+    median_s: float
+    smallest_s: float
+    largest_s: float
+    runs: int
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    with open("/proc/cpuinfo") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def time_in_turn(contenders: Mapping[str, Run], repeats: int) -> dict[str, Timing]:
+    """Runs all contenders once to warm up, then in turn `repeats` times, so that drift falls on all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    slow = {name for name, run in contenders.items() if _seconds(run) > SLOW}
+    for turn in range(repeats):
+        for name, run in contenders.items():
+            if turn == 0 or name not in slow:
+                seconds[name].append(_seconds(run))
+    return {
+        name: Timing(statistics.median(s), min(s), max(s), len(s)) for name, s in seconds.items()
+    }
+
+
+def _seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def peak_bytes(run: Run) -> int:
+    """The most bytes that PyTorch held for `run` beyond what it held before, by the allocator's own record.
+
+    Scratch memory of the matrix library is not in it.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        result = run()
+    del result
+    assert record.profiler is not None
+    events = record.profiler.kineto_results.events()
+    held = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def as_json(timings: Mapping[str, Timing]) -> dict[str, Any]:
+    return {name: asdict(timing) for name, timing in timings.items()}

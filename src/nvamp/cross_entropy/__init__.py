@@ -1,0 +1,200 @@
+"""The engine: losses of single tokens, differentiable in the weight that each token gets.
+
+Two primitives, `token_nll` from logits and `linear_token_nll` from hidden states; `linear_nll_sum_max` is the
+latter for objectives whose gradient needs the sum and the maximum of the losses only.
+"""
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from nvamp.cross_entropy import ops, reference
+from nvamp.cross_entropy.checks import check_head, check_labels, check_logits
+from nvamp.cross_entropy.options import Head, Needs, Options, TokenOptions, checked
+
+# Which backend serves tensors of which device, unless the caller says otherwise.
+BACKEND_OF_DEVICE = {"cpu": "chunked", "cuda": "chunked"}
+
+
+class TokenMetrics(NamedTuple):
+    """What else a pass over the logits can tell of each token; without gradient, shaped like the labels."""
+
+    correct: Tensor  # bool: the label has the largest logit; False where ignored
+    entropy: Tensor  # nats, of the predicted distribution; 0 where ignored
+
+
+def backend_for(x: Tensor, backend: str | None) -> str:
+    """The backend that serves `x`: the one asked for, or the one of its device."""
+    if backend is None:
+        return BACKEND_OF_DEVICE.get(x.device.type, "chunked")
+    known = ["reference", *ops.BACKENDS]
+    if backend not in known:
+        raise ValueError(f"backend must be one of {', '.join(known)}, or None, got {backend!r}")
+    return backend
+
+
+@overload
+def token_nll(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = ...,
+    return_metrics: Literal[False] = ...,
+    backend: str | None = ...,
+    **options: Unpack[TokenOptions],
+) -> Tensor: ...
+@overload
+def token_nll(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = ...,
+    return_metrics: Literal[True],
+    backend: str | None = ...,
+    **options: Unpack[TokenOptions],
+) -> tuple[Tensor, TokenMetrics]: ...
+def token_nll(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    return_metrics: bool = False,
+    backend: str | None = None,
+    **options: Unpack[TokenOptions],
+) -> Tensor | tuple[Tensor, TokenMetrics]:
+    """Negative log-likelihood of every label, `logsumexp(logits) − logits[label]`, in nats.
+
+    Differentiable by the logits with any weight per token, at the memory of one gradient: a loss of your own
+    is arithmetic on the result.
+
+    Args:
+        logits: [..., V], float16, bfloat16, float32 or float64, of any strides. Ignored rows may hold
+            anything.
+        labels: [...] int64 or int32, in [0, V) or `ignore_index`, for the logits at the same place: there is
+            no shift here.
+        ignore_index: the label of tokens that do not count: loss and gradient are 0.
+        return_metrics: also return `TokenMetrics`, from the same pass.
+        backend: `"chunked"`, `"reference"`, or `None` for the best one of the device.
+        **options: see `TokenOptions`.
+
+    Returns:
+        [...] in float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, device or option that does not fit; on a CPU also a label out of range, which on
+            other devices, where a look would wait for the device, gives a loss of NaN.
+    """
+    check_logits(logits)
+    check_labels(labels, logits, "logits")
+    opt = checked(Options(ignore_index, **options))
+    name = backend_for(logits, backend)
+    if name == "reference":
+        return _result(*reference.token_nll(logits, labels, opt), return_metrics)
+    nll, _, entropy, correct = ops.token_nll(logits, labels, return_metrics, name, *opt)
+    return _result(nll, entropy, correct, return_metrics)
+
+
+@overload
+def linear_token_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    ignore_index: int = ...,
+    return_metrics: Literal[False] = ...,
+    backend: str | None = ...,
+    **options: Unpack[TokenOptions],
+) -> Tensor: ...
+@overload
+def linear_token_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    ignore_index: int = ...,
+    return_metrics: Literal[True],
+    backend: str | None = ...,
+    **options: Unpack[TokenOptions],
+) -> tuple[Tensor, TokenMetrics]: ...
+def linear_token_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    return_metrics: bool = False,
+    backend: str | None = None,
+    **options: Unpack[TokenOptions],
+) -> Tensor | tuple[Tensor, TokenMetrics]:
+    """`token_nll(hidden @ weight.T + bias, labels)`, with one chunk of the logits in memory at a time.
+
+    The backward computes the logits again: four matrix products in all, less those for inputs that need no
+    gradient. Under autocast the inputs are cast as `torch.nn.functional.linear` casts them.
+
+    Args:
+        hidden: [..., D], the last hidden states.
+        weight: [V, D], that of the output layer, in the dtype of `hidden`.
+        labels: [...] int64 or int32, in [0, V) or `ignore_index`, for the hidden state at the same place.
+        bias: [V] or None.
+
+    The other arguments, the result and the errors are those of `token_nll`.
+    """
+    head = _head(hidden, weight, labels, bias)
+    opt = checked(Options(ignore_index, **options))
+    name = backend_for(hidden, backend)
+    if name == "reference":
+        logits = torch.nn.functional.linear(head.hidden, head.weight, head.bias)
+        results = reference.token_nll(logits, head.labels, opt)
+    else:
+        nll, _, *results = ops.linear_token_nll(*head, return_metrics, name, *opt)
+        results = nll, *results
+    nll, entropy, correct = (t.view(labels.shape if len(t) == len(head.labels) else 0) for t in results)
+    return _result(nll, entropy, correct, return_metrics)
+
+
+def linear_nll_sum_max(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    backend: str | None = None,
+    **options: Unpack[TokenOptions],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum and maximum of the losses, differentiable, and the losses [...] themselves, which are not.
+
+    The gradient of the sum is taken in the forward, while the logits are there: three matrix products in
+    place of the four of `linear_token_nll`, for holding the gradients of `hidden` and `weight` until the
+    backward. The maximum is the first where tied, and 0 where every label is ignored. There is no
+    `"reference"` of it.
+    """
+    head = _head(hidden, weight, labels, bias)
+    opt = checked(Options(ignore_index, **options))
+    needs = Needs(*(t is not None and t.requires_grad for t in head[:3]))
+    total, largest, nll, *_ = ops.linear_nll_sum_max(*head, *needs, backend_for(hidden, backend), *opt)
+    return total, largest, nll.view(labels.shape)
+
+
+def _result(
+    nll: Tensor, entropy: Tensor, correct: Tensor, return_metrics: bool
+) -> Tensor | tuple[Tensor, TokenMetrics]:
+    return (nll, TokenMetrics(correct, entropy)) if return_metrics else nll
+
+
+def _head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Head:
+    """The checked arguments of the linear path, as `torch.nn.functional.linear` would cast them."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    check_head(hidden, weight, bias)
+    check_labels(labels, hidden, "hidden")
+    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1))

@@ -1,0 +1,55 @@
+"""Checks of the engine's arguments that need no look at the data."""
+
+import torch
+from torch import Tensor
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raises unless logits are a floating-point [..., V] with at least two dimensions and V > 0."""
+    _check_floating("logits", logits)
+    if logits.dim() < 2 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape [..., vocabulary], got {list(logits.shape)}")
+
+
+def check_labels(labels: Tensor, x: Tensor, name: str) -> None:
+    """Raises unless labels are integers for x [..., features], called `name`, and live where it does."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32 class indices, got {labels.dtype}")
+    if labels.shape != x.shape[:-1]:
+        raise ValueError(
+            f"labels must have shape {list(x.shape[:-1])}, that of {name} {list(x.shape)} without the last "
+            f"dimension, got {list(labels.shape)}"
+        )
+    if labels.device != x.device:
+        raise ValueError(f"labels must be on the device of {name}, {x.device}, got {labels.device}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises unless hidden [..., D], weight [V, D] and bias [V] make logits."""
+    _check_floating("hidden", hidden)
+    _check_floating("weight", weight)
+    if hidden.dim() < 2:
+        raise ValueError(f"hidden must have shape [..., features], got {list(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must have shape [vocabulary, {hidden.shape[-1]}] for hidden {list(hidden.shape)}, "
+            f"got {list(weight.shape)}"
+        )
+    if bias is not None:
+        _check_floating("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {x.dtype}")
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {x.device}")

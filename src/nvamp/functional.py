@@ -1,0 +1,265 @@
+"""The losses as functions, and the primitives to build others from."""
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from typing_extensions import Unpack
+
+from nvamp import objective
+from nvamp.cross_entropy import (
+    TokenMetrics,
+    backend_for,
+    linear_nll_sum_max,
+    linear_token_nll,
+    token_nll,
+)
+from nvamp.cross_entropy.checks import check_labels
+from nvamp.cross_entropy.options import TokenOptions
+from nvamp.objective import GRADIENTS, Gradient, Statistics
+
+__all__ = [
+    "NVAMPOptions",
+    "NVAMPStats",
+    "TokenMetrics",
+    "linear_nvamp_loss",
+    "linear_token_nll",
+    "nvamp_loss",
+    "token_nll",
+    "token_weights",
+]
+
+
+class NVAMPOptions(TokenOptions, total=False):
+    """Keyword arguments of the losses; `NVAMPLoss` describes them."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    eps: float
+    ignore_index: int
+    gradient: Gradient
+    shift: bool
+    backend: str | None
+
+
+class NVAMPStats(NamedTuple):
+    """What a loss was made of. Scalar tensors without gradient, on the device of the loss; losses in nats."""
+
+    cross_entropy: Tensor  # Σ ℓ / num_items_in_batch
+    mean: Tensor  # of the losses of the valid tokens
+    std: Tensor  # sqrt(their variance + eps)
+    dispersion: Tensor  # mean |ℓ − mean| / std
+    max: Tensor  # the largest loss; 0 where no token is valid
+    max_index: Tensor  # int64: its row among those of the flattened logits; −1 where no token is valid
+    num_tokens: Tensor  # int64: valid tokens
+    min_weight: Tensor  # the smallest ∂L/∂ℓ of a valid token
+    max_weight: Tensor  # the largest
+
+
+class Settings(NamedTuple):
+    """`NVAMPOptions` with their defaults."""
+
+    alpha: float = 1.0
+    beta: float = 0.02
+    gamma: float = 0.001
+    eps: float = 1e-6
+    ignore_index: int = -100
+    gradient: Gradient = "scalar"
+    shift: bool = True
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    backend: str | None = None
+
+    def check(self) -> "Settings":
+        """These settings, or a `ValueError` that names what is wrong with them."""
+        if self.gradient not in GRADIENTS:
+            raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {self.gradient!r}")
+        if not self.eps > 0:
+            raise ValueError(f"eps must be above 0, got {self.eps}")
+        return self
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma}
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        return {
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "backend": self.backend,
+        }
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """The label of each row: with `shift` that of the row after it, and none for the last."""
+        return pad(labels[..., 1:], (0, 1), value=self.ignore_index) if self.shift else labels
+
+
+@overload
+def nvamp_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    num_items_in_batch: Tensor | float | None = ...,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[NVAMPOptions],
+) -> Tensor: ...
+@overload
+def nvamp_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    num_items_in_batch: Tensor | float | None = ...,
+    return_stats: Literal[True],
+    **options: Unpack[NVAMPOptions],
+) -> tuple[Tensor, NVAMPStats]: ...
+def nvamp_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    num_items_in_batch: Tensor | float | None = None,
+    return_stats: bool = False,
+    **options: Unpack[NVAMPOptions],
+) -> Tensor | tuple[Tensor, NVAMPStats]:
+    """`nvamp.NVAMPLoss` as a function: its options are keyword arguments here."""
+    c = Settings(**options).check()
+    check_labels(labels, logits, "logits")
+    labels = c.targets(labels)
+    nll = token_nll(logits, labels, **c.engine).flatten()
+    valid, ell = (labels != c.ignore_index).flatten(), nll.detach()
+    s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps)
+    w = objective.weights(ell, valid, s, **c.objective, gradient=c.gradient)
+    loss = _value_with_gradient(objective.value(s, **c.objective), of=(w * nll).sum())
+    return (loss, _stats(s, w, valid)) if return_stats else loss
+
+
+@overload
+def linear_nvamp_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    num_items_in_batch: Tensor | float | None = ...,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[NVAMPOptions],
+) -> Tensor: ...
+@overload
+def linear_nvamp_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    num_items_in_batch: Tensor | float | None = ...,
+    return_stats: Literal[True],
+    **options: Unpack[NVAMPOptions],
+) -> tuple[Tensor, NVAMPStats]: ...
+def linear_nvamp_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    num_items_in_batch: Tensor | float | None = None,
+    return_stats: bool = False,
+    **options: Unpack[NVAMPOptions],
+) -> Tensor | tuple[Tensor, NVAMPStats]:
+    """`nvamp.LinearNVAMPLoss` as a function: its options are keyword arguments here."""
+    c = Settings(**options).check()
+    check_labels(labels, hidden, "hidden")
+    labels = c.targets(labels)
+    valid = (labels != c.ignore_index).flatten()
+    one_pass = (
+        c.gradient in ("scalar", "detached")
+        and _is_differentiated(hidden, weight, bias)
+        and backend_for(hidden, c.backend) != "reference"
+    )
+    if one_pass:
+        total, largest, nll = linear_nll_sum_max(hidden, weight, labels, bias, **c.engine)
+    else:
+        nll = linear_token_nll(hidden, weight, labels, bias, **c.engine)
+    nll, ell = nll.flatten(), nll.detach().flatten()
+    s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps)
+    w = objective.weights(ell, valid, s, **c.objective, gradient=c.gradient)
+    if one_pass:
+        shared, at_max = objective.shared_weight(s, **c.objective, gradient=c.gradient)
+        surrogate = shared * total if at_max is None else shared * total + at_max * largest
+    else:
+        surrogate = (w * nll).sum()
+    loss = _value_with_gradient(objective.value(s, **c.objective), of=surrogate)
+    return (loss, _stats(s, w, valid)) if return_stats else loss
+
+
+def token_weights(
+    nll: Tensor,
+    valid: Tensor | None = None,
+    *,
+    num_items_in_batch: Tensor | float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.02,
+    gamma: float = 0.001,
+    eps: float = 1e-6,
+    gradient: Gradient = "scalar",
+) -> Tensor:
+    """The weight `∂L/∂ℓ` that the loss gives each token, from the losses `nll` [...] in nats.
+
+    Args:
+        nll: [...] losses of the tokens.
+        valid: [...] bool, which of them count; all by default. The others get 0.
+
+    The other arguments are those of `nvamp.NVAMPLoss`.
+    """
+    c = Settings(alpha, beta, gamma, eps, gradient=gradient).check()
+    ell = nll.detach().flatten()
+    mask = torch.ones_like(ell, dtype=torch.bool) if valid is None else valid.flatten()
+    s = objective.statistics(ell, mask, _items(num_items_in_batch), eps=eps)
+    return objective.weights(ell, mask, s, **c.objective, gradient=gradient).view(nll.shape)
+
+
+def _value_with_gradient(value: Tensor, of: Tensor) -> Tensor:
+    """A tensor with this value and the gradient of another."""
+    return value + (of - of.detach())
+
+
+def _items(num_items_in_batch: Tensor | float | None) -> Tensor | float | None:
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(
+                f"num_items_in_batch must be a single number, got shape {list(num_items_in_batch.shape)}"
+            )
+        return num_items_in_batch.reshape(())
+    if num_items_in_batch is not None and num_items_in_batch < 0:
+        raise ValueError(f"num_items_in_batch must be at least 0, got {num_items_in_batch}")
+    return num_items_in_batch
+
+
+def _is_differentiated(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def _stats(s: Statistics, weights: Tensor, valid: Tensor) -> NVAMPStats:
+    some = s.num_tokens > 0
+
+    def over_valid(extreme: Any, elsewhere: float) -> Tensor:
+        padded = pad(torch.where(valid, weights, elsewhere), (0, 1), value=elsewhere)  # never empty
+        return torch.where(some, extreme(padded), 0)
+
+    return NVAMPStats(
+        cross_entropy=s.cross_entropy,
+        mean=s.mean,
+        std=s.std,
+        dispersion=s.dispersion,
+        max=s.max,
+        max_index=s.max_index,
+        num_tokens=s.num_tokens.long(),
+        min_weight=over_valid(torch.amin, torch.inf),
+        max_weight=over_valid(torch.amax, -torch.inf),
+    )

@@ -1,0 +1,149 @@
+"""The losses as modules."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from nvamp.functional import Settings, linear_nvamp_loss, nvamp_loss
+from nvamp.objective import Gradient
+
+
+class _NVAMP(nn.Module):
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 0.02,
+        gamma: float = 0.001,
+        eps: float = 1e-6,
+        ignore_index: int = -100,
+        *,
+        gradient: Gradient = "scalar",
+        shift: bool = True,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.beta = beta
+        self.gamma = gamma
+        self.eps = eps
+        self.ignore_index = ignore_index
+        self.gradient = gradient
+        self.shift = shift
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.backend = backend
+        Settings(**self._options()).check()
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in Settings._fields}
+
+    def extra_repr(self) -> str:
+        defaults = Settings._field_defaults
+        always = ("alpha", "beta", "gamma", "gradient")
+        shown = {k: v for k, v in self._options().items() if k in always or v != defaults[k]}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+class NVAMPLoss(_NVAMP):
+    """NVAMP loss of logits: cross-entropy, weighted by how widely the losses spread, and a maximum penalty.
+
+    With ℓ the losses of the N valid tokens, M = `num_items_in_batch` or N, and μ, σ² their mean and variance:
+
+        L = alpha·d·C + beta·C + gamma·X·(N/M)
+        C = Σℓ/M,   X = max ℓ,   d = mean |ℓ − μ| / sqrt(σ² + eps)
+
+    Args:
+        alpha: weight of the variance-normalized term.
+        beta: weight of the cross-entropy.
+        gamma: weight of the largest loss.
+        eps: added to the variance, in nats².
+        ignore_index: the label of tokens that do not count.
+        gradient: what `backward` takes the gradient of; the value is always L.
+            `"scalar"` holds d constant, so that cross-entropy and maximum train, each with its weight.
+            `"token"` gives a token the weight (alpha·|z| + beta)/M, z its own normalized deviation.
+            `"detached"` is the loss as first published: the gradient of alpha·d·C alone, d constant.
+            `"full"` is the exact derivative of L. It does not train a model from scratch: making all tokens
+            equally bad lowers d, and that is easier than learning.
+        shift: score position t against label t+1, as causal language models need; `False` for labels that are
+            shifted already.
+        label_smoothing, z_loss, softcap, logit_scale: see `nvamp.cross_entropy.options.TokenOptions`.
+        backend: the engine's; `None` for the best one of the device.
+
+    Raises:
+        ValueError: an option out of range.
+
+    References:
+        Mariusz Kurman, NVAMP Loss, 2025: https://github.com/mkurman/nvamp-loss
+    """
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        num_items_in_batch: Tensor | float | None = None,
+        return_stats: bool = False,
+    ) -> Any:
+        """The loss, a scalar in float32 (float64 for float64 logits), in nats.
+
+        Args:
+            logits: [batch, seq, vocab], or any [..., seq, vocab], of any floating dtype and strides.
+            labels: [batch, seq] int64 or int32; each in [0, vocab) or `ignore_index`.
+            num_items_in_batch: the tokens of the whole optimizer step, over which the losses of its
+                micro-batches are to add up. By default those of this call.
+            return_stats: return `(loss, NVAMPStats)`.
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit; see `nvamp.functional.token_nll`.
+        """
+        loss, stats = nvamp_loss(
+            logits,
+            labels,
+            num_items_in_batch=num_items_in_batch,
+            return_stats=True,
+            **self._options(),
+        )
+        return (loss, stats) if return_stats else loss
+
+
+class LinearNVAMPLoss(_NVAMP):
+    """`NVAMPLoss` of `hidden @ weight.T + bias`, without ever holding all logits.
+
+    The options are those of `NVAMPLoss`. With `gradient` `"scalar"` or `"detached"` the gradients are made in
+    the forward, in three matrix products; otherwise the backward makes the logits again, which takes four.
+    """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None = None,
+        *,
+        num_items_in_batch: Tensor | float | None = None,
+        return_stats: bool = False,
+    ) -> Any:
+        """The loss, a scalar; arguments and errors not named here are those of `NVAMPLoss`.
+
+        Args:
+            hidden: [batch, seq, features], the last hidden states.
+            weight: [vocab, features], that of the output layer.
+            labels: [batch, seq].
+            bias: [vocab] or None.
+        """
+        loss, stats = linear_nvamp_loss(
+            hidden,
+            weight,
+            labels,
+            bias,
+            num_items_in_batch=num_items_in_batch,
+            return_stats=True,
+            **self._options(),
+        )
+        return (loss, stats) if return_stats else loss
