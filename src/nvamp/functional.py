@@ -1,5 +1,6 @@
 """The losses as functions, and the primitives to build others from."""
 
+import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -10,13 +11,14 @@ from typing_extensions import Unpack
 from nvamp import objective
 from nvamp.cross_entropy import (
     TokenMetrics,
-    backend_for,
+    can_one_pass,
+    check_backend,
     linear_nll_sum_max,
     linear_token_nll,
     token_nll,
 )
 from nvamp.cross_entropy.checks import check_labels
-from nvamp.cross_entropy.options import TokenOptions
+from nvamp.cross_entropy.options import Options, TokenOptions, checked
 from nvamp.objective import GRADIENTS, Gradient, Statistics
 
 __all__ = [
@@ -76,10 +78,15 @@ class Settings(NamedTuple):
 
     def check(self) -> "Settings":
         """These settings, or a `ValueError` that names what is wrong with them."""
+        for name, number in self.objective.items():
+            if not math.isfinite(number):
+                raise ValueError(f"{name} must be finite, got {number}")
         if self.gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {self.gradient!r}")
         if not self.eps > 0:
             raise ValueError(f"eps must be above 0, got {self.eps}")
+        check_backend(self.backend)
+        checked(Options(self.ignore_index, self.label_smoothing, self.z_loss, self.softcap, self.logit_scale))
         return self
 
     @property
@@ -99,7 +106,7 @@ class Settings(NamedTuple):
 
     def targets(self, labels: Tensor) -> Tensor:
         """The label of each row: with `shift` that of the row after it, and none for the last."""
-        return pad(labels[..., 1:], (0, 1), value=self.ignore_index) if self.shift else labels
+        return pad(labels, (0, 1), value=self.ignore_index)[..., 1:] if self.shift else labels
 
 
 @overload
@@ -177,11 +184,7 @@ def linear_nvamp_loss(
     check_labels(labels, hidden, "hidden")
     labels = c.targets(labels)
     valid = (labels != c.ignore_index).flatten()
-    one_pass = (
-        c.gradient in ("scalar", "detached")
-        and _is_differentiated(hidden, weight, bias)
-        and backend_for(hidden, c.backend) != "reference"
-    )
+    one_pass = c.gradient in ("scalar", "detached") and can_one_pass(hidden, weight, bias, c.backend)
     if one_pass:
         total, largest, nll = linear_nll_sum_max(hidden, weight, labels, bias, **c.engine)
     else:
@@ -239,10 +242,6 @@ def _items(num_items_in_batch: Tensor | float | None) -> Tensor | float | None:
     if num_items_in_batch is not None and num_items_in_batch < 0:
         raise ValueError(f"num_items_in_batch must be at least 0, got {num_items_in_batch}")
     return num_items_in_batch
-
-
-def _is_differentiated(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def _stats(s: Statistics, weights: Tensor, valid: Tensor) -> NVAMPStats:

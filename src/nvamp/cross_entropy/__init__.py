@@ -27,12 +27,15 @@ class TokenMetrics(NamedTuple):
 
 def backend_for(x: Tensor, backend: str | None) -> str:
     """The backend that serves `x`: the one asked for, or the one of its device."""
-    if backend is None:
-        return BACKEND_OF_DEVICE.get(x.device.type, "chunked")
-    known = ["reference", *ops.BACKENDS]
-    if backend not in known:
+    check_backend(backend)
+    return backend or BACKEND_OF_DEVICE.get(x.device.type, "chunked")
+
+
+def check_backend(backend: str | None) -> None:
+    """Raises a `ValueError` for a backend that does not exist."""
+    known = ("reference", *ops.BACKENDS)
+    if backend is not None and backend not in known:
         raise ValueError(f"backend must be one of {', '.join(known)}, or None, got {backend!r}")
-    return backend
 
 
 @overload
@@ -150,12 +153,26 @@ def linear_token_nll(
     name = backend_for(hidden, backend)
     if name == "reference":
         logits = torch.nn.functional.linear(head.hidden, head.weight, head.bias)
-        results = reference.token_nll(logits, head.labels, opt)
+        nll, entropy, correct = reference.token_nll(logits, head.labels, opt)
     else:
-        nll, _, *results = ops.linear_token_nll(*head, return_metrics, name, *opt)
-        results = nll, *results
-    nll, entropy, correct = (t.view(labels.shape if len(t) == len(head.labels) else 0) for t in results)
-    return _result(nll, entropy, correct, return_metrics)
+        nll, _, entropy, correct = ops.linear_token_nll(*head, return_metrics, name, *opt)
+    if return_metrics:
+        entropy, correct = entropy.view(labels.shape), correct.view(labels.shape)
+    return _result(nll.view(labels.shape), entropy, correct, return_metrics)
+
+
+def can_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> bool:
+    """Whether `linear_nll_sum_max` is of use: there is a gradient to take, in a dtype with room for it.
+
+    The gradient of a sum over a whole batch overflows float16.
+    """
+    inputs = [t for t in (hidden, weight, bias) if t is not None]
+    half = torch.float16 in (t.dtype for t in inputs) or (
+        torch.is_autocast_enabled(hidden.device.type)
+        and torch.get_autocast_dtype(hidden.device.type) == torch.float16
+    )
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return differentiated and not half and backend_for(hidden, backend) != "reference"
 
 
 def linear_nll_sum_max(
@@ -178,7 +195,7 @@ def linear_nll_sum_max(
     head = _head(hidden, weight, labels, bias)
     opt = checked(Options(ignore_index, **options))
     needs = Needs(*(t is not None and t.requires_grad for t in head[:3]))
-    total, largest, nll, *_ = ops.linear_nll_sum_max(*head, *needs, backend_for(hidden, backend), *opt)
+    total, largest, nll, *_ = ops.linear_nll_sum_max(*head, *needs, True, backend_for(hidden, backend), *opt)
     return total, largest, nll.view(labels.shape)
 
 

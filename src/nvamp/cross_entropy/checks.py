@@ -53,3 +53,12 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {x.dtype}")
         if x is not None and x.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {x.device}")
+
+
+def check_label_range(labels: Tensor, invalid: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raises if `invalid` [tokens] holds for any of the labels [tokens]. Waits for the device."""
+    if invalid.any():
+        raise ValueError(
+            f"labels must be in [0, {vocab}) for a vocabulary of {vocab}, or ignore_index={ignore_index}, "
+            f"got {int(labels[invalid][0])}"
+        )

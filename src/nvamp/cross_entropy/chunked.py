@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nvamp.cross_entropy.checks import check_label_range
 from nvamp.cross_entropy.hugepages import in_huge_pages
 from nvamp.cross_entropy.options import Head, Needs, Options, accumulate_dtype
 
@@ -59,11 +60,7 @@ def targets_of(labels: Tensor, vocab: int, ignore_index: int) -> Targets:
     label = torch.where(ignored | invalid, 0, labels)
     if labels.device.type != "cpu":
         return Targets(label, ignored, invalid)
-    if invalid.any():
-        raise ValueError(
-            f"labels must be in [0, {vocab}) for logits of {vocab} classes, or ignore_index={ignore_index}; "
-            f"got {int(labels[invalid][0])}"
-        )
+    check_label_range(labels, invalid, vocab, ignore_index)
     return Targets(label, ignored if ignored.any() else None, None)
 
 
@@ -155,8 +152,7 @@ def _forward(logits: Tensor, targets: Targets, metrics: bool, opt: Options) -> t
     n = len(targets.label)
     buffer = _block_buffer(logits)
     nll, lse = buffer.new_empty(n), buffer.new_empty(n)
-    entropy = buffer.new_empty(n if metrics else 0)
-    correct = torch.empty_like(entropy, dtype=torch.bool)
+    entropy, correct = buffer.new_empty(n), targets.label.new_empty(n, dtype=torch.bool)
     for x, at in _blocks(logits):
         p = buffer[: len(x)]
         z, _ = _activate(x, opt, p, want_slope=False)
@@ -164,7 +160,9 @@ def _forward(logits: Tensor, targets: Targets, metrics: bool, opt: Options) -> t
         if metrics:
             entropy[at] = torch.special.entr(p).sum(-1)
             correct[at] = p.argmax(-1) == targets.label[at]
-    if metrics and targets.ignored is not None:
+    if not metrics:
+        return nll, lse
+    if targets.ignored is not None:
         entropy.masked_fill_(targets.ignored, 0)
         correct.masked_fill_(targets.ignored, False)
     return nll, lse, entropy, correct
@@ -204,7 +202,7 @@ def _forward_backward(logits: Tensor, targets: Targets, opt: Options) -> Tensor:
 
 def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
     targets = targets_of(labels, logits.shape[-1], opt.ignore_index)
-    return tuple(t.view(labels.shape if len(t) else 0) for t in _forward(logits, targets, metrics, opt))
+    return tuple(t.view(labels.shape) for t in _forward(logits, targets, metrics, opt))
 
 
 def token_nll_backward(grad_nll: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, opt: Options) -> Tensor:
@@ -238,7 +236,8 @@ class _Rows(NamedTuple):
         return x if self.where is None else x[self.where]
 
     def scatter(self, x: Tensor) -> Tensor:
-        if self.where is None or not len(x):
+        """x of these rows among the given ones, zeros elsewhere."""
+        if self.where is None:
             return x
         return x.new_zeros((self.given, *x.shape[1:])).index_copy_(0, self.where, x)
 
@@ -261,8 +260,8 @@ class _Gradients:
     """Sums, over chunks, of the gradients of a head; empty tensors for those nobody needs."""
 
     def __init__(self, rows: _Rows, needs: Needs) -> None:
-        self.head, self.needs = rows.head, needs
-        hidden, weight, *_ = self.head
+        self.rows, self.needs = rows, needs
+        hidden, weight, *_ = rows.head
         wide = accumulate_dtype(weight.dtype)
         few = len(hidden) <= FEW_CHUNKS * chunk_rows(weight) and weight.dtype != torch.float16
         self.hidden = hidden.new_empty(hidden.shape if needs.hidden else 0)
@@ -270,12 +269,18 @@ class _Gradients:
         self.weight = in_huge_pages(weight.new_empty(shape, dtype=weight.dtype if few else wide)).zero_()
         self.bias = weight.new_zeros(len(weight) if needs.bias else 0, dtype=wide)
 
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """By hidden, as it was given, weight and bias, in their dtypes."""
+        hidden = self.rows.scatter(self.hidden) if self.needs.hidden else self.hidden
+        dtype = self.hidden.dtype
+        return hidden, self.weight.to(dtype), self.bias.to(dtype)
+
     def add(self, grad: Tensor, at: slice) -> None:
         """Adds what the gradient [rows, V] by the logits of the rows `at` brings."""
         if self.needs.hidden:
-            torch.mm(grad, self.head.weight, out=self.hidden[at])
+            torch.mm(grad, self.rows.head.weight, out=self.hidden[at])
         if self.needs.weight:
-            _add_product(self.weight, grad.T, self.head.hidden[at])
+            _add_product(self.weight, grad.T, self.rows.head.hidden[at])
         if self.needs.bias:
             self.bias += grad.sum(0, dtype=self.bias.dtype)
 
@@ -306,8 +311,7 @@ def linear_token_nll_backward(
     for x, at in rows.chunks():
         _backward(x, rows.targets.rows(at), lse[at], grad_nll[at], opt, grad=x)
         grads.add(x, at)
-    dtype = head.weight.dtype
-    return rows.scatter(grads.hidden), grads.weight.to(dtype), grads.bias.to(dtype)
+    return grads.result()
 
 
 def linear_unit_gradients(head: Head, needs: Needs, opt: Options) -> tuple[Tensor, ...]:
@@ -317,7 +321,7 @@ def linear_unit_gradients(head: Head, needs: Needs, opt: Options) -> tuple[Tenso
     for x, at in rows.chunks():
         nll[at] = _forward_backward(x, rows.targets.rows(at), opt)
         grads.add(x, at)
-    return rows.scatter(nll), rows.scatter(grads.hidden), grads.weight, grads.bias
+    return rows.scatter(nll), *grads.result()
 
 
 def linear_row_gradient(row: Head, opt: Options) -> Tensor:

@@ -22,12 +22,12 @@ Tensors = tuple[Tensor, ...]
 class Backend(Protocol):
     """What a backend offers. Labels are int32 or int64 and not yet checked.
 
-    Losses, log-sum-exp and the gradients by losses are float32, float64 for float64. Entropy and correctness
-    are empty unless `metrics`, gradients nobody needs are empty. Ignored rows may hold anything.
+    Losses, log-sum-exp and the gradients by losses are float32, float64 for float64. Gradients nobody needs
+    are empty. Ignored rows may hold anything.
     """
 
     def token_nll(self, logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> Tensors:
-        """(nll, lse, entropy, correct), each like labels [...], of logits [..., V] of any strides."""
+        """(nll, lse), with `metrics` (nll, lse, entropy, correct), of logits [..., V] of any strides."""
 
     def token_nll_backward(
         self, grad_nll: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, opt: Options
@@ -43,7 +43,7 @@ class Backend(Protocol):
         """Gradients of Σ grad_nll·nll by hidden, weight and bias, in their dtypes."""
 
     def linear_unit_gradients(self, head: Head, needs: Needs, opt: Options) -> Tensors:
-        """nll, and the gradients of Σ nll by hidden, weight and bias, the latter two in any dtype."""
+        """nll, and the gradients of Σ nll by hidden, weight and bias, in their dtypes."""
 
     def linear_row_gradient(self, row: Head, opt: Options) -> Tensor:
         """Gradient [1, V] of the loss of a single row by its logits."""
@@ -63,6 +63,11 @@ _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 def _backend(args: tuple[Any, ...]) -> tuple[Backend, Options]:
     """The last arguments of every operator."""
     return BACKENDS[args[0]], Options(*args[1:])
+
+
+def _tokens(nll: Tensor, lse: Tensor, *metrics: Tensor) -> Tensors:
+    """Results of an operator that always has four."""
+    return nll, lse, *(metrics or (nll.new_empty(0), nll.new_empty(0, dtype=torch.bool)))
 
 
 def _fake_tokens(x: Tensor, labels: Tensor, metrics: bool) -> Tensors:
@@ -99,7 +104,7 @@ def _forbid_double_backward() -> None:
 )
 def token_nll(logits: Tensor, labels: Tensor, metrics: bool, *args: Any) -> Tensors:
     backend, opt = _backend(args)
-    return backend.token_nll(logits, labels, metrics, opt)
+    return _tokens(*backend.token_nll(logits, labels, metrics, opt))
 
 
 @token_nll.register_fake
@@ -146,7 +151,7 @@ token_nll.register_autograd(_token_nll_autograd, setup_context=_token_nll_setup)
 def linear_token_nll(*args: Any) -> Tensors:
     head, metrics, (backend, opt) = Head(*args[:4]), args[4], _backend(args[5:])
     with _as_is(head.hidden):
-        return backend.linear_token_nll(head, metrics, opt)
+        return _tokens(*backend.linear_token_nll(head, metrics, opt))
 
 
 @linear_token_nll.register_fake
@@ -197,11 +202,15 @@ linear_token_nll.register_autograd(_linear_token_nll_autograd, setup_context=_li
 @torch.library.custom_op(
     "nvamp::linear_nll_sum_max",
     mutates_args=(),
-    schema=f"({_HEAD}, {_NEEDS}, {_OPTIONS}) -> (Tensor sum, Tensor max, Tensor nll, Tensor max_index, "
-    f"{_GRADIENTS})",
+    schema=f"({_HEAD}, {_NEEDS}, bool use_up, {_OPTIONS}) -> (Tensor sum, Tensor max, Tensor nll, "
+    f"Tensor max_index, {_GRADIENTS})",
 )
 def linear_nll_sum_max(*args: Any) -> Tensors:
-    head, needs, (backend, opt) = Head(*args[:4]), Needs(*args[4:7]), _backend(args[7:])
+    """`use_up`: the caller does not look at the gradients, so the backward may finish them in place.
+
+    That saves a copy of the weight. A compiled backward, or one that keeps the graph, leaves them alone.
+    """
+    head, needs, (backend, opt) = Head(*args[:4]), Needs(*args[4:7]), _backend(args[8:])
     with _as_is(head.hidden):
         nll, *grads = backend.linear_unit_gradients(head, needs, opt)
     if not len(nll):
@@ -259,15 +268,16 @@ def _scale_unit_gradients_(
                 grad_hidden.index_add_(0, at, grad_max * (grad_row @ head.weight))
             grad_row = grad_max * grad_row
             if needs.weight:
-                grad_weight.addmm_(grad_row.T.to(grad_weight.dtype), row.hidden.to(grad_weight.dtype))
+                grad_weight.addmm_(grad_row.T, row.hidden)
             if needs.bias:
                 grad_bias += grad_row[0]
-    return grad_hidden, grad_weight.to(head.weight.dtype), grad_bias.to(head.weight.dtype)
+    return grad_hidden, grad_weight, grad_bias
 
 
 def _linear_nll_sum_max_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     _, _, _, max_index, *grads = output
-    ctx.args = inputs[4:]
+    ctx.args = inputs[4:7] + inputs[8:]
+    ctx.use_up = inputs[7]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*grads, max_index, *inputs[:4])
@@ -277,14 +287,14 @@ def _linear_nll_sum_max_autograd(
     ctx: Any, grad_sum: Tensor | None, grad_max: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     _forbid_double_backward()
+    if grad_sum is None and grad_max is None:
+        return (None,) * (5 + len(ctx.args))
     if grad_sum is None:
-        assert grad_max is not None
-        grad_sum = torch.zeros_like(grad_max)
-    # The unit gradients are used up in place, which saves a copy of the weight, where nobody can ask again.
-    once = type(ctx.saved_tensors[0]) is Tensor and not _graph_is_kept()
-    scale = _scale_unit_gradients_ if once else torch.ops.nvamp.linear_nll_sum_max_backward
+        grad_sum = ctx.saved_tensors[0].new_zeros(())
+    in_place = ctx.use_up and type(ctx.saved_tensors[0]) is Tensor and not _graph_is_kept()
+    scale = _scale_unit_gradients_ if in_place else torch.ops.nvamp.linear_nll_sum_max_backward
     grads = scale(grad_sum, grad_max, *ctx.saved_tensors, *ctx.args)
-    return *_present(grads, Needs(*ctx.args[:3])), None, *(None for _ in ctx.args)
+    return *_present(grads, Needs(*ctx.args[:3])), None, None, *(None for _ in ctx.args)
 
 
 def _graph_is_kept() -> bool:

@@ -7,12 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nvamp.cross_entropy.checks import check_label_range
 from nvamp.cross_entropy.options import Options, accumulate_dtype
 
 
 def token_nll(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, entropy and correctness of every token; arguments as in `nvamp.functional.token_nll`."""
-    valid = labels != opt.ignore_index
+    valid, vocab = labels != opt.ignore_index, logits.shape[-1]
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        invalid = valid & ((labels < 0) | (labels >= vocab))
+        check_label_range(labels, invalid, vocab, opt.ignore_index)
     x = logits.to(accumulate_dtype(logits.dtype))
     z = opt.logit_scale * torch.where(valid[..., None], x, 0)  # ignored rows may hold anything
     if opt.softcap is not None:

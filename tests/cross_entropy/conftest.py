@@ -1,0 +1,13 @@
+"""Blocks and chunks of a few rows, so that small problems have many of them."""
+
+import pytest
+
+from nvamp.cross_entropy import chunked
+
+
+@pytest.fixture(params=[1, 7, 1000])
+def rows_at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    rows = int(request.param)
+    monkeypatch.setattr(chunked, "block_rows", lambda *_: rows)
+    monkeypatch.setattr(chunked, "chunk_rows", lambda *_: 2 * rows)
+    return rows

@@ -1,0 +1,74 @@
+"""Small problems for the engine's tests."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests import oracle
+
+IGNORED = -100
+HALF = [torch.float16, torch.bfloat16]
+DTYPES = [*HALF, torch.float32, torch.float64]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 1e-2},
+    "softcap": {"softcap": 4.0},
+    "logit_scale": {"logit_scale": 0.25},
+    "all": {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 4.0, "logit_scale": -0.5},
+}
+
+
+@dataclass
+class Problem:
+    """Logits of a linear head, labels of which some are ignored, and a weight per token of either sign."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor  # [V]
+    labels: Tensor  # [N]
+    token_weights: Tensor  # [N], in the dtype of losses
+
+    @property
+    def logits(self) -> Tensor:
+        return torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+
+    @property
+    def valid(self) -> Tensor:
+        return self.labels != IGNORED
+
+    def exact(self, logits: Tensor, **options: Any) -> Tensor:
+        """Losses [N] in float64 of these logits, by the definition; 0 where ignored."""
+        losses = oracle.token_losses(logits.double()[self.valid], self.labels[self.valid], **options)
+        return torch.zeros(len(logits), dtype=torch.float64).index_put((self.valid,), losses)
+
+
+def make_problem(
+    n: int = 37,
+    d: int = 16,
+    v: int = 61,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    ignored: float = 0.3,
+) -> Problem:
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(v, (n,), generator=g)
+    labels[torch.rand(n, generator=g) < ignored] = IGNORED
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return Problem(
+        hidden=torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype),
+        weight=(torch.randn(v, d, generator=g, dtype=torch.float64) / 2).to(dtype),
+        bias=torch.randn(v, generator=g, dtype=torch.float64).to(dtype),
+        labels=labels,
+        token_weights=torch.randn(n, generator=g, dtype=torch.float64).to(wide) / n,
+    )
+
+
+def gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The scalar loss(*inputs) and its gradients by the inputs."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    value = loss(*leaves)
+    return value.detach(), list(torch.autograd.grad(value, leaves))

@@ -1,0 +1,397 @@
+"""The two primitives and the one-pass operator, against float64 autograd of the definition."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nvamp.cross_entropy import chunked, linear_nll_sum_max
+from nvamp.functional import linear_token_nll, token_nll
+from tests import oracle
+from tests.cross_entropy.problems import DTYPES, IGNORED, OPTIONS, gradients, make_problem
+
+BACKENDS = ["reference", "chunked"]
+with_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+with_backend = pytest.mark.parametrize("backend", BACKENDS)
+TIGHT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+@with_options
+@with_backend
+@pytest.mark.usefixtures("rows_at_a_time")
+def test_token_nll(backend: str, options: dict[str, Any]) -> None:
+    p = make_problem()
+    _, (expected,) = gradients(lambda x: (p.token_weights * p.exact(x, **options)).sum(), p.logits)
+    nll = token_nll(p.logits, p.labels, backend=backend, **options)
+    torch.testing.assert_close(nll, p.exact(p.logits, **options), **TIGHT)
+    _, (got,) = gradients(
+        lambda x: (p.token_weights * token_nll(x, p.labels, backend=backend, **options)).sum(), p.logits
+    )
+    torch.testing.assert_close(got, expected, **TIGHT)
+    assert (got[~p.valid] == 0).all()
+
+
+@with_options
+@with_backend
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.usefixtures("rows_at_a_time")
+def test_linear_token_nll(backend: str, options: dict[str, Any], has_bias: bool) -> None:
+    p = make_problem()
+    inputs = (p.hidden, p.weight, p.bias)[: 2 + has_bias]
+
+    def exact(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return (p.token_weights * p.exact(torch.nn.functional.linear(h, w, b), **options)).sum()
+
+    def ours(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return (p.token_weights * linear_token_nll(h, w, p.labels, b, backend=backend, **options)).sum()
+
+    value, expected = gradients(exact, *inputs)
+    got_value, got = gradients(ours, *inputs)
+    torch.testing.assert_close(got_value, value, **TIGHT)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, **TIGHT)
+
+
+@with_options
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
+@pytest.mark.usefixtures("rows_at_a_time")
+def test_one_pass(options: dict[str, Any], has_bias: bool, ignored: float) -> None:
+    p = make_problem(ignored=ignored)
+    inputs = (p.hidden, p.weight, p.bias)[: 2 + has_bias]
+
+    def combine(total: Tensor, largest: Tensor) -> Tensor:
+        return 0.3 * total - 1.7 * largest  # coefficients that tell the two apart
+
+    def exact(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        nll = p.exact(torch.nn.functional.linear(h, w, b), **options)
+        return combine(nll.sum(), nll[nll.argmax()] if p.valid.any() else 0 * nll.sum())
+
+    def ours(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        total, largest, nll = linear_nll_sum_max(h, w, p.labels, b, **options)
+        assert not nll.requires_grad
+        torch.testing.assert_close(nll, p.exact(torch.nn.functional.linear(h, w, b), **options), **TIGHT)
+        return combine(total, largest)
+
+    value, expected = gradients(exact, *inputs)
+    got_value, got = gradients(ours, *inputs)
+    torch.testing.assert_close(got_value, value, **TIGHT)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, **TIGHT)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize(
+    ("backend", "one_pass"), [("reference", False), ("chunked", False), ("chunked", True)]
+)
+def test_frozen_inputs_get_no_gradient(backend: str, frozen: str, one_pass: bool) -> None:
+    p = make_problem()
+
+    def grads(trained: set[str]) -> dict[str, Tensor]:
+        leaves = {k: getattr(p, k).clone().requires_grad_(k in trained) for k in ("hidden", "weight", "bias")}
+        args = leaves["hidden"], leaves["weight"], p.labels, leaves["bias"]
+        total = linear_nll_sum_max(*args)[0] if one_pass else linear_token_nll(*args, backend=backend).sum()
+        total.backward()
+        assert all(leaves[k].grad is None for k in leaves.keys() - trained)
+        return {k: leaves[k].grad for k in trained}  # type: ignore[misc]
+
+    everything = grads({"hidden", "weight", "bias"})
+    for name, grad in grads({"hidden", "weight", "bias"} - {frozen}).items():
+        torch.testing.assert_close(grad, everything[name], **TIGHT)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 20),
+    d=st.integers(1, 6),
+    v=st.integers(1, 30),
+    seed=st.integers(0, 99),
+    ignored=st.sampled_from([0, 0.5, 1]),
+)
+def test_any_size(n: int, d: int, v: int, seed: int, ignored: float) -> None:
+    p = make_problem(n, d, v, seed=seed, ignored=ignored)
+    inputs = p.hidden, p.weight, p.bias
+    expected = gradients(
+        lambda h, w, b: (p.token_weights * p.exact(torch.nn.functional.linear(h, w, b))).sum(), *inputs
+    )
+    got = gradients(lambda h, w, b: (p.token_weights * linear_token_nll(h, w, p.labels, b)).sum(), *inputs)
+    torch.testing.assert_close(got, expected, **TIGHT)
+
+
+# Accuracy ----------------------------------------------------------------------------------------------
+
+# Both round in the same operations; where not the same to the bit, their errors scatter around each other.
+NO_WORSE = 1.1
+# The gradient of the weight in bfloat16, added up over chunks each of which is rounded: docs/engine.md.
+NO_WORSE_OVER_CHUNKS = 1.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:-1], ids=str)
+@pytest.mark.parametrize("spread", [1, 6])
+def test_logits_path_is_as_accurate_as_eager(dtype: torch.dtype, spread: float) -> None:
+    p = make_problem(n=256, d=32, v=1999, ignored=0)
+    logits = (spread * p.logits / 3).to(dtype)
+    weight = torch.full((256,), 1 / 256)
+
+    def eager_nll(x: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(x.float(), p.labels, reduction="none")
+
+    _, (truth,) = gradients(lambda x: p.exact(x).mean(), logits.double())
+    _, (got,) = gradients(lambda x: (weight * token_nll(x, p.labels)).sum(), logits)
+    _, (eager,) = gradients(lambda x: (weight * eager_nll(x)).sum(), logits)
+    truth_nll = p.exact(logits)
+    error = oracle.relative_error(token_nll(logits, p.labels), truth_nll)
+    assert error <= NO_WORSE * oracle.relative_error(eager_nll(logits), truth_nll)
+    assert oracle.relative_error(got, truth) <= NO_WORSE * oracle.relative_error(eager, truth)
+    assert got.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("chunk", [32, 64, 256])
+def test_linear_path_is_as_accurate_as_eager(
+    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "chunk_rows", lambda *_: chunk)
+    p = make_problem(n=256, d=64, v=1999, dtype=dtype, ignored=0)
+    inputs = hidden, weight = p.hidden, p.weight / 4
+    c = 1.37 / 256  # no power of two: scaling by it rounds
+
+    def eager(h: Tensor, w: Tensor) -> Tensor:
+        return c * torch.nn.functional.cross_entropy((h @ w.T).float(), p.labels, reduction="sum")
+
+    def recompute(h: Tensor, w: Tensor) -> Tensor:
+        return c * linear_token_nll(h, w, p.labels).sum()
+
+    def one_pass(h: Tensor, w: Tensor) -> Tensor:
+        return c * linear_nll_sum_max(h, w, p.labels)[0]
+
+    _, truth = gradients(lambda h, w: c * p.exact(h @ w.T).sum(), hidden.double(), weight.double())
+    errors = {
+        f: [oracle.relative_error(g, t) for g, t in zip(gradients(f, *inputs)[1], truth, strict=True)]
+        for f in (eager, recompute, one_pass)
+    }
+    for_weight = NO_WORSE_OVER_CHUNKS if dtype == torch.bfloat16 and chunk < 256 else NO_WORSE
+    for ours in (recompute, one_pass):
+        assert errors[ours][0] <= NO_WORSE * errors[eager][0]
+        assert errors[ours][1] <= for_weight * errors[eager][1]
+
+
+def test_half_precision_sums_many_chunks_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 chunks that all add the same: in bfloat16 the sum would stop growing long before the end."""
+    monkeypatch.setattr(chunked, "chunk_rows", lambda *_: 1)
+    hidden = torch.ones(256, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.zeros(256, dtype=torch.int64)
+    linear_token_nll(hidden, weight, labels).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.flatten().tolist() == [-128, 128]
+
+
+# Inputs as they come -----------------------------------------------------------------------------------
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The values of x [A, B, V] in memory of several layouts."""
+    a, b, v = x.shape
+    wide = x.new_full((a + 1, b + 2, v + 3), torch.nan)
+    wide[1:, 1:-1, 2:-1] = x
+    return {
+        "contiguous": x,
+        "slice": wide[1:, 1:-1, 2:-1],
+        "transposed": x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        "batch second": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "every other": x.repeat_interleave(2, -1)[..., ::2],
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.usefixtures("rows_at_a_time")
+def test_strides(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 5, 11).to(dtype)
+    labels = torch.randint(11, (3, 5))
+    labels[1, 2] = IGNORED
+    expected = gradients(lambda x: token_nll(x, labels).sum(), x)
+    for name, same in layouts(x).items():
+        assert torch.equal(same, x), name
+        same.requires_grad_()
+        nll = token_nll(same, labels)
+        (grad,) = torch.autograd.grad(nll.sum(), same)
+        assert torch.equal(nll.sum(), expected[0]), name
+        assert torch.equal(grad, expected[1][0]), name
+
+
+def test_more_than_2_to_the_31_logits() -> None:
+    """One row, seen 2¹⁴ + 1 times by a stride of 0: no memory, but more elements than 32 bits count."""
+    v = 2**17
+    row = torch.randn(v)
+    n = 2**14 + 1
+    nll = token_nll(row.expand(n, v), torch.full((n,), 5))
+    torch.testing.assert_close(nll, (row.logsumexp(0) - row[5]).expand(n))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("label_dtype", [torch.int32, torch.int64], ids=str)
+def test_dtypes(dtype: torch.dtype, label_dtype: torch.dtype) -> None:
+    p = make_problem(dtype=dtype)
+    nll = token_nll(p.logits, p.labels.to(label_dtype))
+    assert nll.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(nll, p.exact(p.logits).to(nll.dtype), rtol=1e-5, atol=1e-5)
+    for gradient, leaf in zip(
+        gradients(lambda h, w: linear_token_nll(h, w, p.labels).sum(), p.hidden, p.weight)[1],
+        (p.hidden, p.weight),
+        strict=True,
+    ):
+        assert gradient.dtype == leaf.dtype
+
+
+@with_backend
+def test_metrics(backend: str) -> None:
+    p = make_problem()
+    logits = p.logits
+    logits[0, p.labels[0]] = 100  # one that is right for sure
+    assert p.labels[0] != IGNORED
+    nll, metrics = token_nll(logits, p.labels, return_metrics=True, backend=backend)
+    q = logits.softmax(-1)
+    entropy = torch.where(p.valid, -(q * q.log()).nansum(-1), 0)
+    torch.testing.assert_close(nll, p.exact(logits), **TIGHT)
+    torch.testing.assert_close(metrics.entropy, entropy, **TIGHT)
+    assert torch.equal(metrics.correct, (logits.argmax(-1) == p.labels) & p.valid)
+    assert metrics.correct[0]
+    _, linear = linear_token_nll(p.hidden, p.weight, p.labels, p.bias, return_metrics=True, backend=backend)
+    _, from_logits = token_nll(p.logits, p.labels, return_metrics=True, backend=backend)
+    torch.testing.assert_close(linear, from_logits)
+
+
+# Edges -------------------------------------------------------------------------------------------------
+
+
+@with_backend
+@pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf])
+def test_ignored_rows_may_hold_anything(backend: str, junk: float) -> None:
+    p = make_problem()
+    logits = p.logits
+    logits[~p.valid] = junk
+    _, (grad,) = gradients(lambda x: token_nll(x, p.labels, backend=backend, z_loss=0.1).sum(), logits)
+    clean = gradients(lambda x: token_nll(x, p.labels, backend=backend, z_loss=0.1).sum(), p.logits)
+    torch.testing.assert_close(grad, clean[1][0], **TIGHT)
+
+
+@pytest.mark.parametrize("junk", [torch.nan, torch.inf])
+def test_ignored_hidden_states_may_hold_anything(junk: float) -> None:
+    p = make_problem()
+    hidden = p.hidden.clone()
+    hidden[~p.valid] = junk
+    for loss in (
+        lambda h, w: linear_token_nll(h, w, p.labels).sum(),
+        lambda h, w: linear_nll_sum_max(h, w, p.labels)[0],
+    ):
+        torch.testing.assert_close(
+            gradients(loss, hidden, p.weight), gradients(loss, p.hidden, p.weight), **TIGHT
+        )
+
+
+@with_backend
+def test_masked_vocabulary(backend: str) -> None:
+    p = make_problem(ignored=0)
+    logits = p.logits
+    masked = torch.zeros_like(logits, dtype=torch.bool)
+    masked[:, ::3] = True
+    masked[torch.arange(len(logits)), p.labels] = False
+    logits[masked] = -torch.inf
+    exact, (expected,) = gradients(lambda x: p.exact(x).sum(), logits)
+    value, (got,) = gradients(lambda x: token_nll(x, p.labels, backend=backend).sum(), logits)
+    torch.testing.assert_close(value, exact, **TIGHT)
+    torch.testing.assert_close(got, expected.nan_to_num(0), **TIGHT)
+    assert (got[masked] == 0).all()
+
+
+@with_backend
+def test_a_label_that_is_masked_has_an_infinite_loss(backend: str) -> None:
+    logits = torch.zeros(2, 3)
+    logits[0, 1] = -torch.inf
+    assert token_nll(logits, torch.tensor([1, 1]), backend=backend).tolist()[0] == torch.inf
+
+
+@with_backend
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_and_infinity_show(backend: str, bad: float) -> None:
+    p = make_problem(ignored=0)
+    logits = p.logits
+    logits[3, 5] = bad
+    nll = token_nll(logits, p.labels, backend=backend)
+    _, (grad,) = gradients(lambda x: token_nll(x, p.labels, backend=backend).sum(), logits)
+    assert nll.isnan().nonzero().tolist() == [[3]]
+    assert grad.isnan().any(-1).nonzero().tolist() == [[3]]
+
+
+@pytest.mark.parametrize("label", [-1, 61, 2**40, -(2**40)])
+@pytest.mark.parametrize("path", ["logits", "reference", "linear", "one pass"])
+def test_a_label_out_of_range_is_an_error(label: int, path: str) -> None:
+    p = make_problem()
+    p.labels[4] = label
+    call = {
+        "logits": lambda: token_nll(p.logits, p.labels),
+        "reference": lambda: token_nll(p.logits, p.labels, backend="reference"),
+        "linear": lambda: linear_token_nll(p.hidden, p.weight, p.labels),
+        "one pass": lambda: linear_nll_sum_max(p.hidden.requires_grad_(), p.weight, p.labels),
+    }[path]
+    with pytest.raises(ValueError, match=rf"labels .*\[0, 61\).*ignore_index=-100.* got {label}$"):
+        call()
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 0, 7, 10**6])
+def test_ignore_index(ignore_index: int) -> None:
+    p = make_problem()
+    labels = torch.where(p.valid, p.labels.clamp(min=8), ignore_index)
+    nll = token_nll(p.logits, labels, ignore_index=ignore_index)
+    expected = torch.nn.functional.cross_entropy(
+        p.logits, labels, ignore_index=ignore_index, reduction="none"
+    )
+    torch.testing.assert_close(nll, expected, **TIGHT)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (0, 3, 5)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    nll, metrics = token_nll(x, torch.zeros(shape[:-1], dtype=torch.int64), return_metrics=True)
+    nll.sum().backward()
+    assert nll.shape == metrics.entropy.shape == metrics.correct.shape == shape[:-1]
+    assert x.grad is not None
+    assert x.grad.shape == shape
+
+
+# Errors ------------------------------------------------------------------------------------------------
+
+X, W, Y = torch.zeros(2, 3, 5), torch.zeros(7, 5), torch.zeros(2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: token_nll([1.0], Y), TypeError, "logits must be a tensor, got list"),
+        (lambda: token_nll(X.long(), Y), TypeError, "logits must be floating point, got torch.int64"),
+        (lambda: token_nll(X[0, 0], Y), ValueError, r"logits must have shape \[..., vocabulary\], got \[5\]"),
+        (lambda: token_nll(X[..., :0], Y), ValueError, r"logits must have .* got \[2, 3, 0\]"),
+        (lambda: token_nll(X, Y[0]), ValueError, r"labels must have shape \[2, 3\].* got \[3\]"),
+        (lambda: token_nll(X, X[..., 0]), TypeError, "labels must be int64 or int32 .* got torch.float32"),
+        (lambda: token_nll(X, Y.bool()), TypeError, "labels must be int64 or int32 .* got torch.bool"),
+        (lambda: token_nll(X, 3), TypeError, "labels must be a tensor, got int"),
+        (lambda: token_nll(X, Y.to("meta")), ValueError, "labels must be on the device of logits, cpu, got meta"),
+        (lambda: token_nll(X, Y, backend="cuda"), ValueError, "backend must be one of reference, chunked"),
+        (lambda: token_nll(X, Y, label_smoothing=1.5), ValueError, r"label_smoothing must be in \[0, 1\), got 1.5"),
+        (lambda: token_nll(X, Y, z_loss=-1), ValueError, "z_loss must be .* at least 0, got -1"),
+        (lambda: token_nll(X, Y, softcap=0), ValueError, "softcap must be .* above 0, or None, got 0"),
+        (lambda: token_nll(X, Y, logit_scale=0), ValueError, "logit_scale must be .* not 0, got 0"),
+        (lambda: linear_token_nll(X, W.T, Y), ValueError, r"weight must have shape \[vocabulary, 5\].* got \[5, 7\]"),
+        (lambda: linear_token_nll(X[0, 0], W, Y), ValueError, r"hidden must have shape \[..., features\]"),
+        (lambda: linear_token_nll(X, W.half(), Y), TypeError, "weight must have the dtype of hidden, torch.float32"),
+        (lambda: linear_token_nll(X, W, Y, W[0]), ValueError, r"bias must have shape \[7\], got \[5\]"),
+        (lambda: linear_token_nll(X, W.to("meta"), Y), ValueError, "weight must be on the device of hidden"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

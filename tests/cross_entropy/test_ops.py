@@ -1,0 +1,149 @@
+"""The operators as PyTorch's own checks, compilers and autograd see them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import nvamp
+from nvamp.cross_entropy import chunked
+from nvamp.functional import linear_token_nll, token_nll
+from tests.cross_entropy.problems import IGNORED, OPTIONS, gradients, make_problem
+
+ops = torch.ops.nvamp
+
+
+def flat(backend: str = "chunked", **options: Any) -> tuple[Any, ...]:
+    return backend, *nvamp.cross_entropy.options.Options(IGNORED, **options)
+
+
+@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("metrics", [True, False])
+def test_opcheck_of_the_primitives(options: dict[str, Any], dtype: torch.dtype, metrics: bool) -> None:
+    p = make_problem(n=6, d=4, v=9, dtype=dtype)
+    logits = p.logits.detach().requires_grad_()
+    head = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias)]
+    torch.library.opcheck(ops.token_nll.default, (logits, p.labels, metrics, *flat(**options)))
+    torch.library.opcheck(ops.linear_token_nll.default, (*head, p.labels, metrics, *flat(**options)))
+    torch.library.opcheck(
+        ops.linear_token_nll.default, (*head[:2], None, p.labels, metrics, *flat(**options))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, True, False)])
+def test_opcheck_of_the_one_pass_operator(dtype: torch.dtype, trained: tuple[bool, ...]) -> None:
+    p = make_problem(n=6, d=4, v=9, dtype=dtype)
+    head = [x.requires_grad_(t) for x, t in zip((p.hidden, p.weight, p.bias), trained, strict=True)]
+    torch.library.opcheck(ops.linear_nll_sum_max.default, (*head, p.labels, *trained, False, *flat()))
+
+
+def test_opcheck_of_the_backward_operators() -> None:
+    p = make_problem(n=6, d=4, v=9)
+    head = (p.hidden, p.weight, p.bias, p.labels)
+    needs = (True, True, False)
+    nll, lse, *_ = ops.token_nll(p.logits, p.labels, False, *flat())
+    total, _, _, index, *units = ops.linear_nll_sum_max(*head, *needs, False, *flat())
+    torch.library.opcheck(ops.token_nll_backward.default, (nll, p.logits, p.labels, lse, *flat()))
+    torch.library.opcheck(ops.linear_token_nll_backward.default, (nll, lse, *head, *needs, *flat()))
+    torch.library.opcheck(
+        ops.linear_nll_sum_max_backward.default,
+        (total, total, *units, index, *head, *needs, *flat()),
+    )
+
+
+def test_gradcheck() -> None:
+    p = make_problem(n=5, d=3, v=7)
+    inputs = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias)]
+    options = {**OPTIONS["all"]}
+    torch.autograd.gradcheck(lambda x: token_nll(x, p.labels, **options), p.logits.detach().requires_grad_())
+    torch.autograd.gradcheck(lambda h, w, b: linear_token_nll(h, w, p.labels, b, **options), inputs)
+    torch.autograd.gradcheck(
+        lambda h, w, b: ops.linear_nll_sum_max(h, w, b, p.labels, True, True, True, True, *flat(**options))[
+            :2
+        ],
+        inputs,
+    )
+
+
+def one_pass(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    return nvamp.functional.linear_nvamp_loss(h, w, labels, shift=False, gamma=0.5)
+
+
+def test_backward_twice_gives_the_same() -> None:
+    p = make_problem()
+    h, w = p.hidden.requires_grad_(), p.weight.requires_grad_()
+    loss = one_pass(h, w, p.labels)
+    first = torch.autograd.grad(loss, (h, w), retain_graph=True)
+    kept = [x.clone() for x in first]
+    second = torch.autograd.grad(loss, (h, w), retain_graph=True)
+    third = torch.autograd.grad(loss, (h, w))
+    for a, b, c in zip(kept, second, third, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, (h, w))
+
+
+@pytest.mark.parametrize("path", ["logits", "linear", "one pass"])
+def test_second_derivatives_are_refused(path: str) -> None:
+    p = make_problem()
+    h, w = p.hidden.requires_grad_(), p.weight
+    loss = {
+        "logits": lambda: token_nll(p.logits, p.labels).sum(),
+        "linear": lambda: linear_token_nll(h, w, p.labels).sum(),
+        "one pass": lambda: one_pass(h, w, p.labels),
+    }[path]()
+    with pytest.raises(NotImplementedError, match="create_graph"):
+        torch.autograd.grad(loss, h, create_graph=True)
+
+
+def test_gradients_accumulate() -> None:
+    """The gradient handed out is not the memory that a later call writes to."""
+    p = make_problem()
+    h, w = p.hidden.requires_grad_(), p.weight.requires_grad_()
+    (once,) = torch.autograd.grad(one_pass(h, w, p.labels), w)
+    once = once.clone()
+    for _ in range(3):
+        one_pass(h, w, p.labels).backward()
+    torch.testing.assert_close(w.grad, 3 * once)
+
+
+@pytest.mark.parametrize("gradient", nvamp.objective.GRADIENTS)
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_autocast(gradient: nvamp.objective.Gradient, enabled: bool, dtype: torch.dtype) -> None:
+    """The linear loss casts as `F.linear` does; losses and statistics stay wide."""
+    p = make_problem(dtype=dtype)
+    options: Any = {"gradient": gradient, "shift": False}
+
+    def linear(h: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return nvamp.functional.linear_nvamp_loss(h, w, p.labels, **options)
+
+    def logits(h: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            x = torch.nn.functional.linear(h, w)
+            assert x.dtype == (torch.bfloat16 if enabled and dtype == torch.float32 else dtype)
+            return nvamp.functional.nvamp_loss(x, p.labels, **options)
+
+    value, grads = gradients(linear, p.hidden, p.weight)
+    expected, expected_grads = gradients(logits, p.hidden, p.weight)
+    assert value.dtype == dtype
+    torch.testing.assert_close(value, expected)
+    for a, b in zip(grads, expected_grads, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
+
+
+def test_chunk_sizes() -> None:
+    """A block stays in cache, a chunk in 48 MiB; neither is ever empty."""
+    cpu = torch.device("cpu")
+    for vocab in (1, 8, 50257, 262144, 10**8):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            assert chunked.block_rows(vocab, dtype, cpu) >= 1
+            assert chunked.chunk_rows(torch.empty(vocab, 1, dtype=dtype, device="meta")) >= 1
+    weight = torch.empty(50257, 1, dtype=torch.bfloat16)
+    assert chunked.chunk_rows(weight) * 50257 * 2 <= 48 * 2**20

@@ -1,0 +1,372 @@
+"""The losses: value and gradient by the definition, and what a user does with a module."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import nvamp
+from benchmarks.original import original_nvamp
+from nvamp import LinearNVAMPLoss, NVAMPLoss
+from nvamp.functional import linear_nvamp_loss, nvamp_loss, token_nll
+from nvamp.objective import GRADIENTS, Gradient
+from tests import oracle
+
+B, S, D, V = 3, 7, 5, 11
+IGNORED = -100
+with_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
+with_path = pytest.mark.parametrize("path", ["logits", "linear"])
+
+
+@pytest.fixture
+def hidden() -> Tensor:
+    return torch.randn(B, S, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def weight() -> Tensor:
+    return torch.randn(V, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    labels = torch.randint(V, (B, S), generator=torch.Generator().manual_seed(2))
+    labels[0, 2] = labels[1, :3] = labels[2, -1] = IGNORED
+    return labels
+
+
+def loss_of(path: str, hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Any:
+    if path == "logits":
+        return nvamp_loss(hidden @ weight.T, labels, **options)
+    return linear_nvamp_loss(hidden, weight, labels, **options)
+
+
+def shifted_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Losses of the valid tokens by the definition: position t against label t + 1."""
+    logits, y = (hidden @ weight.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return oracle.token_losses(logits[y != IGNORED], y[y != IGNORED])
+
+
+@with_path
+@with_gradient
+@pytest.mark.parametrize("items", [None, 40])
+@pytest.mark.parametrize("coefficients", [(1.0, 0.02, 0.001), (0.5, 1.0, 0.3), (0.0, 1.0, 0.0)])
+def test_value_and_gradient(
+    path: str,
+    gradient: Gradient,
+    items: int | None,
+    coefficients: tuple[float, float, float],
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+) -> None:
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    alpha, beta, gamma = coefficients
+    weights: Any = {"alpha": alpha, "beta": beta, "gamma": gamma}
+    loss = loss_of(path, h, w, labels, num_items_in_batch=items, gradient=gradient, **weights)
+    got = torch.autograd.grad(loss, (h, w))
+    ell = shifted_losses(h, w, labels)
+    torch.testing.assert_close(loss, oracle.nvamp(ell, **weights, items=items))
+    expected = torch.autograd.grad(oracle.surrogate(ell, gradient, **weights, items=items), (h, w))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(2, 9), st.integers(2, 30), st.sampled_from([0.0, 0.02, 1.0]),
+    st.sampled_from([0.0, 0.001, 0.5]), st.sampled_from([1e-6, 1e-2]), st.integers(0, 99),
+)  # fmt: skip
+def test_the_published_loss(
+    batch: int, seq: int, vocab: int, beta: float, gamma: float, eps: float, seed: int
+) -> None:
+    """Its value in every mode, and its gradient in mode "detached"."""
+    g = torch.Generator().manual_seed(seed)
+    logits = (2 * torch.randn(batch, seq, vocab, dtype=torch.float64, generator=g)).requires_grad_()
+    labels = torch.randint(vocab, (batch, seq), generator=g)
+    published = original_nvamp(logits, labels, beta=beta, gamma=gamma, eps=eps)
+    (expected,) = torch.autograd.grad(published, logits)
+    for gradient in GRADIENTS:
+        options: Any = {"beta": beta, "gamma": gamma, "eps": eps, "gradient": gradient}
+        loss = nvamp_loss(logits, labels, **options)
+        torch.testing.assert_close(loss, published, rtol=1e-10, atol=1e-10)
+        single = nvamp_loss(logits.detach().bfloat16(), labels, **options)
+        coarse = original_nvamp(logits.detach().bfloat16(), labels, beta=beta, gamma=gamma, eps=eps)
+        torch.testing.assert_close(single, coarse, rtol=1e-4, atol=1e-3)  # 1e-7 / sqrt(eps), in float32
+        if gradient == "detached":
+            (got,) = torch.autograd.grad(loss, logits)
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@with_path
+def test_gradcheck_of_the_exact_mode(path: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    torch.autograd.gradcheck(
+        lambda h, w: loss_of(path, h, w, labels, gradient="full", gamma=0.5),
+        (hidden.requires_grad_(), weight.requires_grad_()),
+    )
+
+
+@with_path
+@pytest.mark.parametrize("gradient", ["scalar", "token", "detached"])
+def test_gradcheck_tells_the_other_modes_from_the_exact_one(
+    path: str, gradient: Gradient, hidden: Tensor, weight: Tensor, labels: Tensor
+) -> None:
+    assert not torch.autograd.gradcheck(
+        lambda h: loss_of(path, h, weight, labels, gradient=gradient),
+        hidden.requires_grad_(),
+        raise_exception=False,
+    )
+
+
+@with_path
+@with_gradient
+def test_shift_is_a_matter_of_labels(
+    path: str, gradient: Gradient, hidden: Tensor, weight: Tensor, labels: Tensor
+) -> None:
+    inside = loss_of(path, hidden, weight, labels, gradient=gradient)
+    outside = loss_of(path, hidden[:, :-1], weight, labels[:, 1:], gradient=gradient, shift=False)
+    torch.testing.assert_close(inside, outside)
+
+
+@with_path
+def test_stats(path: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    h = hidden.requires_grad_()
+    loss, stats = loss_of(path, h, weight, labels, return_stats=True, num_items_in_batch=40, gradient="token")
+    ell = shifted_losses(hidden, weight, labels).detach()
+    mean, std, z = oracle.statistics(ell)
+    w = (z.abs() + 0.02) / 40
+    w[ell.argmax()] += 0.001 * len(ell) / 40
+    expected = {
+        "cross_entropy": ell.sum() / 40,
+        "mean": mean,
+        "std": std,
+        "dispersion": z.abs().mean(),
+        "max": ell.max(),
+        "num_tokens": torch.tensor(len(ell)),
+        "min_weight": w.min(),
+        "max_weight": w.max(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(stats, name), value, msg=lambda m, n=name: f"{n}: {m}")
+    assert not any(t.requires_grad for t in stats)
+    rows = token_nll((hidden @ weight.T), torch.cat([labels[:, 1:], labels.new_full((B, 1), IGNORED)], 1))
+    assert stats.max_index == rows.argmax()
+    assert loss.requires_grad
+
+
+@with_path
+@with_gradient
+def test_nothing_to_learn(path: str, gradient: Gradient, hidden: Tensor, weight: Tensor) -> None:
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    loss, stats = loss_of(path, h, w, torch.full((B, S), IGNORED), gradient=gradient, return_stats=True)
+    loss.backward()
+    assert loss == 0
+    assert h.grad is not None
+    assert w.grad is not None
+    assert not h.grad.any()
+    assert not w.grad.any()
+    assert (stats.num_tokens, stats.max_index, stats.min_weight, stats.max_weight) == (0, -1, 0, 0)
+
+
+@with_path
+@with_gradient
+@pytest.mark.parametrize("shape", [(0, 7), (3, 0), (3, 1)])
+def test_no_position_to_score(path: str, gradient: Gradient, shape: tuple[int, int]) -> None:
+    h, w = torch.randn(*shape, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    loss = loss_of(path, h, w, torch.zeros(shape, dtype=torch.int64), gradient=gradient)
+    loss.backward()
+    assert loss == 0
+    assert h.grad is not None
+    assert w.grad is not None
+    assert not w.grad.any()
+
+
+@with_path
+@with_gradient
+def test_one_token(path: str, gradient: Gradient) -> None:
+    h, w = torch.randn(1, 2, D, requires_grad=True), torch.randn(V, D)
+    y = torch.tensor([[0, 3]])
+    loss, stats = loss_of(path, h, w, y, gradient=gradient, return_stats=True)
+    loss.backward()
+    assert stats.dispersion == 0
+    torch.testing.assert_close(loss, 0.021 * stats.mean)
+    assert h.grad is not None
+    assert torch.isfinite(h.grad).all()
+
+
+@with_path
+@with_gradient
+def test_nan_shows(path: str, gradient: Gradient, hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    hidden[0, 0, 0] = torch.nan
+    h = hidden.requires_grad_()
+    loss = loss_of(path, h, weight, labels, gradient=gradient)
+    loss.backward()
+    assert loss.isnan()
+    assert h.grad is not None
+    assert h.grad[0, 0].isnan().all()
+
+
+def test_one_pass_and_recompute_agree(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """In float16, whose range the one pass could leave, the same loss takes the other way."""
+    grads = []
+    for dtype in (torch.float32, torch.float16):
+        h, w = (x.half().to(dtype).requires_grad_() for x in (hidden, weight))
+        linear_nvamp_loss(h, w, labels).backward()
+        assert h.grad is not None
+        grads.append(h.grad.float())
+    torch.testing.assert_close(*grads, rtol=1e-2, atol=1e-4)
+
+
+def test_float16_sums_do_not_overflow() -> None:
+    """The gradient by the weight of the sum of the losses is 160000 here, beyond float16; by their mean it is 20."""
+    h = torch.full((1, 8001, 1), 20.0, dtype=torch.float16)
+    w = torch.zeros(2, 1, dtype=torch.float16, requires_grad=True)
+    linear_nvamp_loss(h, w, torch.zeros(1, 8001, dtype=torch.int64), alpha=0, beta=2, gamma=0).backward()
+    assert w.grad is not None
+    torch.testing.assert_close(w.grad.float().flatten(), torch.tensor([-20.0, 20.0]), rtol=1e-2, atol=0)
+
+
+# As a module -------------------------------------------------------------------------------------------
+
+
+def test_modules_are_the_functions(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    options: Any = {"alpha": 0.5, "beta": 1.0, "gamma": 0.1, "eps": 1e-3, "gradient": "token", "z_loss": 0.1}
+    module, linear = NVAMPLoss(**options), LinearNVAMPLoss(**options)
+    expected, stats = nvamp_loss(
+        hidden @ weight.T, labels, return_stats=True, num_items_in_batch=9, **options
+    )
+    assert module(hidden @ weight.T, labels, num_items_in_batch=9) == expected
+    assert module(hidden @ weight.T, labels, num_items_in_batch=9, return_stats=True) == (expected, stats)
+    torch.testing.assert_close(linear(hidden, weight, labels, num_items_in_batch=9), expected)
+    module.gamma = 0.2  # weights may be scheduled
+    assert module(hidden @ weight.T, labels) != expected
+
+
+@pytest.mark.parametrize("module", [NVAMPLoss, LinearNVAMPLoss])
+def test_a_module_like_any_other(module: type[NVAMPLoss]) -> None:
+    criterion = module(0.5, gamma=0.1, gradient="token", softcap=30.0)
+    assert repr(criterion) == (
+        f"{module.__name__}(alpha=0.5, beta=0.02, gamma=0.1, gradient='token', softcap=30.0)"
+    )
+    assert not criterion.state_dict()
+    assert not list(criterion.parameters())
+    for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert repr(twin) == repr(criterion)
+    criterion.load_state_dict({})
+
+
+class Model(nn.Module):
+    """A head and its loss."""
+
+    def __init__(self, path: str, gradient: Gradient) -> None:
+        super().__init__()
+        self.head = nn.Linear(D, V)
+        self.path = path
+        self.criterion = (NVAMPLoss if path == "logits" else LinearNVAMPLoss)(gradient=gradient, z_loss=0.01)
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Any:
+        if self.path == "logits":
+            return self.criterion(self.head(hidden), labels, return_stats=True)
+        return self.criterion(hidden, self.head.weight, labels, self.head.bias, return_stats=True)
+
+
+@with_path
+@with_gradient
+def test_compile(path: str, gradient: Gradient, hidden: Tensor, labels: Tensor) -> None:
+    model = Model(path, gradient)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for batch in (3, 2, 1):  # other sizes too
+        h, y = hidden[:batch].float(), labels[:batch]
+        loss, stats = model(h, y)
+        expected = torch.autograd.grad(loss, list(model.parameters()))
+        compiled_loss, compiled_stats = compiled(h, y)
+        got = torch.autograd.grad(compiled_loss, list(model.parameters()))
+        torch.testing.assert_close(compiled_loss, loss)
+        torch.testing.assert_close(tuple(compiled_stats), tuple(stats))
+        torch.testing.assert_close(got, expected)
+
+
+@with_path
+def test_compile_with_inductor(path: str, hidden: Tensor, labels: Tensor) -> None:
+    model = Model(path, "scalar")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    loss, _ = model(hidden.float(), labels)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    compiled_loss, _ = compiled(hidden.float(), labels)
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(torch.autograd.grad(compiled_loss, list(model.parameters())), expected)
+
+
+@with_path
+@with_gradient
+def test_export(path: str, gradient: Gradient, hidden: Tensor, labels: Tensor) -> None:
+    model = Model(path, gradient)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (hidden.float(), labels), dynamic_shapes=({0: batch}, {0: batch}))
+    loss, stats = program.module()(hidden[:2].float(), labels[:2])
+    expected, expected_stats = model(hidden[:2].float(), labels[:2])
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(tuple(stats), tuple(expected_stats))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient": "exact"}, "gradient must be one of scalar, token, detached, full, got 'exact'"),
+        ({"eps": 0}, "eps must be above 0, got 0"),
+        ({"softcap": -1}, "softcap must be .* got -1"),
+        ({"backend": "cuda"}, "backend must be one of .* got 'cuda'"),
+        ({"alpha": float("nan")}, "alpha must be finite, got nan"),
+    ],
+)
+def test_bad_options_are_refused_when_they_are_given(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NVAMPLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (-1, "num_items_in_batch must be at least 0, got -1"),
+        (torch.ones(2), r"single number, got shape \[2\]"),
+    ],
+)
+def test_bad_number_of_items(items: Any, message: str, hidden: Tensor, labels: Tensor) -> None:
+    with pytest.raises(ValueError, match=message):
+        NVAMPLoss()(hidden, labels.clamp(max=D - 1), num_items_in_batch=items)
+
+
+def test_an_unknown_option_is_named() -> None:
+    with pytest.raises(TypeError, match="label_smothing"):
+        nvamp_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64), label_smothing=0.1)  # type: ignore[call-overload]
+
+
+def test_import_needs_torch_alone() -> None:
+    """Whatever torch itself does without is out of reach."""
+    others = (
+        "triton",
+        "transformers",
+        "numpy",
+        "rich",
+        "typer",
+        "matplotlib",
+        "datasets",
+        "tokenizers",
+        "accelerate",
+    )
+    program = f"import sys; sys.modules.update(dict.fromkeys({others!r})); import nvamp; nvamp.NVAMPLoss()"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+def test_public_names() -> None:
+    assert {"NVAMPLoss", "LinearNVAMPLoss", "NVAMPStats", "functional"} <= set(nvamp.__all__)
+    names = {"nvamp_loss", "linear_nvamp_loss", "token_nll", "linear_token_nll", "token_weights"}
+    assert names <= set(nvamp.functional.__all__)

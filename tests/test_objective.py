@@ -1,0 +1,151 @@
+"""The objective on per-token losses, against float64 autograd of its definition."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nvamp import objective
+from nvamp.functional import token_weights
+from nvamp.objective import GRADIENTS, Gradient
+from tests import oracle
+
+WEIGHTS = {"alpha": 1.0, "beta": 0.02, "gamma": 0.001}
+
+losses = st.lists(st.floats(0, 20, width=32), min_size=1, max_size=40).map(
+    lambda values: torch.tensor(values, dtype=torch.float64)
+)
+coefficients = st.fixed_dictionaries(
+    {name: st.sampled_from([0.0, 0.001, 0.02, 1.0, 3.0]) for name in WEIGHTS}
+)
+items = st.none() | st.integers(1, 100)
+
+
+def all_valid(ell: Tensor) -> Tensor:
+    return torch.ones_like(ell, dtype=torch.bool)
+
+
+@settings(max_examples=200, deadline=None)
+@given(losses, coefficients, items)
+def test_value_is_the_definition(ell: Tensor, w: dict[str, float], m: int | None) -> None:
+    s = objective.statistics(ell, all_valid(ell), m)
+    mean, std, z = oracle.statistics(ell)
+    torch.testing.assert_close(s.mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(s.std, std, rtol=1e-9, atol=0)
+    torch.testing.assert_close(s.dispersion, z.abs().mean(), rtol=1e-6, atol=1e-9)
+    assert s.max == ell.max()
+    assert s.max_index == int(ell.argmax())
+    torch.testing.assert_close(objective.value(s, **w), oracle.nvamp(ell, **w, items=m), rtol=1e-6, atol=1e-9)
+
+
+@settings(max_examples=300, deadline=None)
+@given(losses, coefficients, items, st.sampled_from(GRADIENTS))
+def test_weights_are_the_derivative(
+    ell: Tensor, w: dict[str, float], m: int | None, gradient: Gradient
+) -> None:
+    mean = ell.mean()
+    assume(gradient != "full" or ((ell - mean).abs() > 1e-6).all())  # |ℓ − μ| has a kink there
+    x = ell.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(oracle.surrogate(x, gradient, **w, items=m), x)
+    got = token_weights(ell, num_items_in_batch=m, **w, gradient=gradient)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_first_of_equal_maxima_gets_the_penalty(gradient: Gradient) -> None:
+    ell = torch.tensor([1.0, 5.0, 2.0, 5.0], dtype=torch.float64)
+    with_penalty = token_weights(ell, alpha=0, beta=0.5, gamma=3.0, gradient=gradient)
+    without = token_weights(ell, alpha=0, beta=0.5, gamma=0.0, gradient=gradient)
+    penalty = 0.0 if gradient == "detached" else 3.0
+    assert (with_penalty - without).tolist() == [0, penalty, 0, 0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(losses, coefficients, items)
+def test_token_mode_spends_what_scalar_mode_spends(ell: Tensor, w: dict[str, float], m: int | None) -> None:
+    totals = [
+        token_weights(ell, num_items_in_batch=m, **w, gradient=gradient).sum()
+        for gradient in ("scalar", "token")
+    ]
+    torch.testing.assert_close(*totals, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(losses, st.data(), st.sampled_from(GRADIENTS))
+def test_invalid_tokens_change_nothing(ell: Tensor, data: st.DataObject, gradient: Gradient) -> None:
+    """The weights among other tokens, whatever their losses, are those without them."""
+    junk = st.sampled_from([0.0, 7.0, 1e30, math.inf, math.nan])
+    mixed: list[float] = []
+    valid: list[bool] = []
+    for value in ell.tolist():
+        for _ in range(data.draw(st.integers(0, 2))):
+            mixed.append(data.draw(junk))
+            valid.append(False)
+        mixed.append(value)
+        valid.append(True)
+    mask = torch.tensor(valid)
+    got = token_weights(torch.tensor(mixed, dtype=torch.float64), mask, gradient=gradient)
+    assert (got[~mask] == 0).all()
+    torch.testing.assert_close(got[mask], token_weights(ell, gradient=gradient), rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(losses, min_size=1, max_size=5), st.sampled_from([0.02, 1.0]), st.sampled_from([0.0, 0.5]))
+def test_cross_entropy_and_max_add_up_over_micro_batches(
+    batches: list[Tensor], beta: float, gamma: float
+) -> None:
+    """Σ of the micro-batches = β·(mean over all tokens) + γ·(token-weighted mean of their maxima)."""
+    m = sum(len(ell) for ell in batches)
+    total = sum(
+        objective.value(objective.statistics(ell, all_valid(ell), m), alpha=0, beta=beta, gamma=gamma)
+        for ell in batches
+    )
+    expected = sum(beta * ell.sum() / m + gamma * ell.max() * len(ell) / m for ell in batches)
+    torch.testing.assert_close(total, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("count", [0, 3])
+def test_no_valid_token(gradient: Gradient, count: int) -> None:
+    ell, valid = torch.full((count,), 2.0), torch.zeros(count, dtype=torch.bool)
+    s = objective.statistics(ell, valid)
+    assert objective.value(s, **WEIGHTS) == 0
+    assert s.max_index == -1
+    assert (objective.weights(ell, valid, s, **WEIGHTS, gradient=gradient) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 2, 3, 1000])
+@pytest.mark.parametrize("loss", [0.0, 7.6246189861593985, 1e-3, 12345.678])
+def test_equal_losses_have_no_dispersion(dtype: torch.dtype, count: int, loss: float) -> None:
+    ell = torch.full((count,), loss, dtype=dtype)
+    s = objective.statistics(ell, all_valid(ell))
+    assert s.dispersion == 0
+    for gradient in GRADIENTS:
+        w = objective.weights(ell, all_valid(ell), s, **WEIGHTS, gradient=gradient)
+        assert torch.isfinite(w).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_nan_and_infinity_are_not_hidden(bad: float, gradient: Gradient) -> None:
+    ell = torch.tensor([1.0, bad, 2.0])
+    s = objective.statistics(ell, all_valid(ell))
+    assert objective.value(s, **WEIGHTS).isnan()
+    assert objective.weights(ell, all_valid(ell), s, **WEIGHTS, gradient=gradient).isnan().all()
+
+
+@pytest.mark.parametrize("m", [5, 5.0, torch.tensor(5), torch.tensor([5], dtype=torch.int32).reshape(())])
+def test_number_of_items_may_be_a_number_or_a_tensor(m: Tensor | float) -> None:
+    ell = torch.tensor([1.0, 2.0, 4.0])
+    s = objective.statistics(ell, all_valid(ell), m)
+    torch.testing.assert_close(s.cross_entropy, torch.tensor(7 / 5))
+
+
+def test_an_empty_step_divides_by_nothing() -> None:
+    ell = torch.zeros(2)
+    s = objective.statistics(ell, torch.zeros(2, dtype=torch.bool), torch.tensor(0))
+    assert objective.value(s, **WEIGHTS) == 0
