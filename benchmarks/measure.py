@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
-SLOW = 5.0  # seconds; what takes longer is timed once
+SLOW = 5.0  # seconds; what takes as long is timed once
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,14 @@ def machine() -> dict[str, Any]:
 
 def time_in_turn(contenders: Mapping[str, Run], repeats: int) -> dict[str, Timing]:
     """Runs all contenders once to warm up, then in turn `repeats` times, so that drift falls on all alike."""
+    for run in contenders.values():
+        run()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    slow = {name for name, run in contenders.items() if _seconds(run) > SLOW}
-    for turn in range(repeats):
+    for _ in range(repeats):
         for name, run in contenders.items():
-            if turn == 0 or name not in slow:
+            if not seconds[name] or seconds[name][0] < SLOW:
                 seconds[name].append(_seconds(run))
-    return {
-        name: Timing(statistics.median(s), min(s), max(s), len(s)) for name, s in seconds.items()
-    }
+    return {name: Timing(statistics.median(s), min(s), max(s), len(s)) for name, s in seconds.items()}
 
 
 def _seconds(run: Run) -> float:

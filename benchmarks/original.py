@@ -29,6 +29,4 @@ def original_nvamp(
     cross_entropy = losses.mean()
     std = torch.sqrt(losses.var(correction=0) + eps)
     dispersion = ((losses - cross_entropy).abs() / std).mean().item()
-    return (
-        alpha * dispersion * cross_entropy + beta * cross_entropy.item() + gamma * losses.max().item()
-    )
+    return alpha * dispersion * cross_entropy + beta * cross_entropy.item() + gamma * losses.max().item()

@@ -1,0 +1,76 @@
+"""Rounding of the linear path in half precision: `python -m benchmarks.accuracy`.
+
+Errors of the gradient by the weight against float64, over that of eager PyTorch in the same dtype, by the
+number of chunks and by the dtype in which the chunks are added up. The rule for that dtype rests on it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.measure import machine
+from nvamp.cross_entropy import chunked, linear_nll_sum_max
+from nvamp.functional import linear_token_nll
+
+N, D, V = 2048, 256, 16384
+SCALE = 1.37 / N  # as of a loss: no power of two, so that multiplying by it rounds
+
+
+def ratios(logit_std: float) -> list[dict[str, Any]]:
+    """Error ratios for random hidden states and weights whose logits have this standard deviation."""
+    hidden = torch.randn(N, D).bfloat16()
+    weight = (torch.randn(V, D) * logit_std / D**0.5).bfloat16().requires_grad_()
+    labels = torch.randint(V, (N,))
+    exact = weight.detach().double().requires_grad_()
+    loss = SCALE * F.cross_entropy(hidden.double() @ exact.T, labels, reduction="sum")
+    (truth,) = torch.autograd.grad(loss, exact)
+
+    def error(loss: Tensor) -> float:
+        (grad,) = torch.autograd.grad(loss, weight)
+        return float((grad.double() - truth).norm() / truth.norm())
+
+    eager = error(SCALE * F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum"))
+    rows = []
+    for chunks in (1, 2, 4, 8, 32):
+        row: dict[str, Any] = {"logit_std": logit_std, "chunks": chunks}
+        for few, dtype in ((10**6, "bfloat16"), (0, "float32")):
+            with (
+                mock.patch.object(chunked, "chunk_rows", return_value=N // chunks),
+                mock.patch.object(chunked, "FEW_CHUNKS", few),
+            ):
+                one_pass = error(SCALE * linear_nll_sum_max(hidden, weight, labels)[0])
+                recompute = error(SCALE * linear_token_nll(hidden, weight, labels).sum())
+            row |= {
+                f"one pass, {dtype} sums": one_pass / eager,
+                f"recompute, {dtype} sums": recompute / eager,
+            }
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for accuracy.json")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rows = [row for logit_std in (0.3, 1.0, 3.0) for row in ratios(logit_std)]
+    table = Table(title=f"error of grad_weight over eager's, bfloat16, {N} × {D} × {V}", title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "accuracy.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

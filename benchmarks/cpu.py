@@ -1,0 +1,272 @@
+"""Speed and memory of the losses on this CPU, beside their peers: `make bench`.
+
+All contenders of a table run in turn in one process, forward and backward; figures are medians unless they
+say otherwise. Ratios carry over to other machines better than seconds do.
+"""
+
+import argparse
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.measure import Run, Timing, as_json, machine, peak_bytes, time_in_turn
+from benchmarks.original import original_nvamp
+from nvamp import LinearNVAMPLoss, NVAMPLoss
+from nvamp.cross_entropy.hugepages import in_huge_pages
+
+MiB = 2**20
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PLAIN = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0}  # NVAMP with these weights is cross-entropy
+console = Console()
+
+
+@dataclass
+class Bar:
+    """A ratio that must not be exceeded."""
+
+    what: str
+    measured: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        return self.measured <= self.limit
+
+
+@dataclass
+class Section:
+    title: str
+    baseline: str
+    timings: dict[str, Timing]
+    extra_bytes: dict[str, int] = field(default_factory=dict)  # what the contender holds at its peak
+    bars: list[Bar] = field(default_factory=list)
+
+    def ratio(self, name: str, to: str | None = None) -> float:
+        return self.timings[name].median_s / self.timings[to or self.baseline].median_s
+
+    def show(self) -> None:
+        table = Table(title=self.title, title_justify="left")
+        table.add_column("contender")
+        for column in ("ratio", "median s", "spread", "runs", "extra MiB"):
+            table.add_column(column, justify="right")
+        for name, t in self.timings.items():
+            extra = self.extra_bytes.get(name)
+            table.add_row(
+                name,
+                f"{self.ratio(name):.3f}",
+                f"{t.median_s:.3f}",
+                f"{t.smallest_s:.3f}–{t.largest_s:.3f}",
+                str(t.runs),
+                "" if extra is None else f"{extra / MiB:.0f}",
+            )
+        console.print(table)
+        for bar in self.bars:
+            verdict = "[green]met[/]" if bar.met else "[red]missed[/]"
+            console.print(f"  {verdict}  {bar.what}: {bar.measured:.3f}, at most {bar.limit:.3f}")
+        console.print()
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "baseline": self.baseline,
+            "timings": as_json(self.timings),
+            "ratios": {name: self.ratio(name) for name in self.timings},
+            "extra_bytes": self.extra_bytes,
+            "bars": [{**vars(bar), "met": bar.met} for bar in self.bars],
+        }
+
+
+def train(loss: Callable[[], Tensor], *leaves: Tensor) -> Run:
+    """Forward and backward of a loss; the gradients are dropped."""
+
+    def run() -> None:
+        torch.autograd.backward(loss())
+        for leaf in leaves:
+            leaf.grad = None
+
+    return run
+
+
+def has_compiler() -> bool:
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
+# Logits path -------------------------------------------------------------------------------------------
+
+
+def logits_path(dtype: str, repeats: int, n: int = 2048, vocab: int = 32000) -> Section:
+    x = torch.randn(1, n, vocab).to(DTYPES[dtype]).requires_grad_()
+    y = torch.randint(vocab, (1, n))
+
+    def eager() -> Tensor:
+        return F.cross_entropy(x.float()[0], y[0])
+
+    def ours(**options: Any) -> Callable[[], Tensor]:
+        criterion = NVAMPLoss(shift=False, **options)
+        return lambda: criterion(x, y)
+
+    losses = {
+        "eager cross-entropy": eager,
+        "original NVAMP": lambda: original_nvamp(x, y),
+        "nvamp: cross-entropy": ours(**PLAIN),
+        "nvamp: scalar": ours(),
+        "nvamp: token": ours(gradient="token"),
+    }
+    if has_compiler():
+        losses["compiled cross-entropy"] = torch.compile(eager)
+    runs = {name: train(loss, x) for name, loss in losses.items()}
+    section = Section(
+        f"logits path, {n} × {vocab}, {dtype}", "eager cross-entropy", time_in_turn(runs, repeats)
+    )
+    section.extra_bytes = {name: peak_bytes(run) for name, run in runs.items()}
+    forward = peak_bytes(losses["nvamp: scalar"])
+    loss = losses["nvamp: scalar"]()
+    backward = peak_bytes(lambda: torch.autograd.backward(loss))
+    section.bars = [
+        Bar(
+            "scalar over eager cross-entropy",
+            section.ratio("nvamp: scalar"),
+            0.52 if dtype == "float32" else 0.28,
+        ),
+        cost_of_nvamp(section),
+        Bar("memory of the forward over the logits", forward / x.nbytes, 0.1),
+        Bar("memory of the backward over the logits", backward / x.nbytes, 1.1),
+    ]
+    if has_compiler():
+        ratio = section.ratio("nvamp: scalar", to="compiled cross-entropy")
+        section.bars.append(Bar("scalar over compiled cross-entropy", ratio, 1.0))
+    return section
+
+
+def cost_of_nvamp(section: Section) -> Bar:
+    """The fastest runs of both: they differ by so little that medians show the machine's moods instead."""
+    scalar, plain = (section.timings[name].smallest_s for name in ("nvamp: scalar", "nvamp: cross-entropy"))
+    return Bar("scalar over the same engine's cross-entropy, fastest runs", scalar / plain, 1.02)
+
+
+# Linear path -------------------------------------------------------------------------------------------
+
+
+def linear_path(dtype: str, repeats: int, n: int = 2048, d: int = 576, vocab: int = 49152) -> Section:
+    h = torch.randn(1, n, d).to(DTYPES[dtype]).requires_grad_()
+    w = (torch.randn(vocab, d) / 24).to(DTYPES[dtype]).requires_grad_()
+    y = torch.randint(vocab, (1, n))
+    hidden, weight, grad = h.detach()[0], w.detach(), torch.randn(n, vocab).to(DTYPES[dtype])
+
+    def three_products() -> None:
+        _ = hidden @ weight.T
+        _ = grad @ weight
+        _ = grad.T @ hidden
+
+    def ours(**options: Any) -> Callable[[], Tensor]:
+        criterion = LinearNVAMPLoss(shift=False, **options)
+        return lambda: criterion(h, w, y)
+
+    losses = {
+        "eager linear, cross-entropy": lambda: F.cross_entropy((h @ w.T).float()[0], y[0]),
+        "original NVAMP": lambda: original_nvamp(h @ w.T, y),
+        **linear_peers(h, w, y),
+        "nvamp: cross-entropy": ours(**PLAIN),
+        "nvamp: scalar": ours(),
+        "nvamp: token": ours(gradient="token"),
+    }
+    runs: dict[str, Run] = {"three bare products": three_products}
+    runs |= {name: train(loss, h, w) for name, loss in losses.items()}
+    section = Section(
+        f"linear path, {n} × {d} × {vocab}, {dtype}", "three bare products", time_in_turn(runs, repeats)
+    )
+    section.extra_bytes = {name: peak_bytes(run) for name, run in runs.items()}
+    gradients = h.nbytes + w.nbytes
+    section.bars = [
+        Bar(
+            "scalar over three bare products",
+            section.ratio("nvamp: scalar"),
+            1.10 if dtype == "float32" else 1.40,
+        ),
+        cost_of_nvamp(section),
+        Bar("scalar: MiB beyond the gradients", (section.extra_bytes["nvamp: scalar"] - gradients) / MiB, 64),
+        Bar("token: MiB beyond the gradients", (section.extra_bytes["nvamp: token"] - gradients) / MiB, 64),
+    ]
+    return section
+
+
+def linear_peers(h: Tensor, w: Tensor, y: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The linear cross-entropies of PyTorch and of Cut Cross-Entropy, those that are there."""
+    peers: dict[str, Callable[[], Tensor]] = {}
+    if hasattr(F, "linear_cross_entropy"):
+        linear_cross_entropy, options = F.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
+        peers["F.linear_cross_entropy"] = lambda: linear_cross_entropy(h[0], w, y[0])
+        peers["F.linear_cross_entropy, chunked"] = lambda: linear_cross_entropy(
+            h[0], w, y[0], options=options
+        )
+    try:
+        from cut_cross_entropy import linear_cross_entropy as cut
+    except ImportError:
+        return peers
+    if has_compiler():
+        peers["cut-cross-entropy, torch_compile"] = lambda: cut(h, w, y, impl="torch_compile")
+    return peers
+
+
+# Huge pages --------------------------------------------------------------------------------------------
+
+
+def huge_pages(repeats: int) -> Section:
+    size = 2048 * 32000
+    runs: dict[str, Run] = {
+        "fill fresh memory": lambda: torch.empty(size).fill_(1),
+        "fill fresh memory, huge pages": lambda: in_huge_pages(torch.empty(size)).fill_(1),
+    }
+    used = torch.empty(size)
+    runs["fill used memory"] = lambda: used.fill_(1)
+    return Section("250 MiB of float32", "fill fresh memory", time_in_turn(runs, repeats))
+
+
+def sections(repeats: int) -> Iterator[tuple[str, Callable[[], Section]]]:
+    yield "hugepages", lambda: huge_pages(repeats)
+    for dtype in DTYPES:
+        yield f"logits-{dtype}", lambda dtype=dtype: logits_path(dtype, repeats)  # type: ignore[misc]
+        yield f"linear-{dtype}", lambda dtype=dtype: linear_path(dtype, repeats)  # type: ignore[misc]
+
+
+def main() -> None:
+    names = [name for name, _ in sections(0)]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for cpu.json")
+    parser.add_argument("--repeats", type=int, default=9, help="timed runs of each contender")
+    parser.add_argument("--only", choices=names, nargs="+", default=names, help="sections to run")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=UserWarning)  # peers that fall back say so each time
+    torch.manual_seed(0)
+    host = machine()
+    console.print(", ".join(f"{name} {value}" for name, value in host.items()))
+    done = []
+    for name, run in sections(args.repeats):
+        if name in args.only:
+            torch.compiler.reset()
+            done.append(run())
+            done[-1].show()
+    args.out.mkdir(parents=True, exist_ok=True)
+    record = {
+        "machine": host,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "sections": [section.as_json() for section in done],
+    }
+    path = args.out / "cpu.json"
+    path.write_text(json.dumps(record, indent=1))
+    console.print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
