@@ -242,6 +242,7 @@ def test_modules_are_the_functions(hidden: Tensor, weight: Tensor, labels: Tenso
         hidden @ weight.T, labels, return_stats=True, num_items_in_batch=9, **options
     )
     assert module(hidden @ weight.T, labels, num_items_in_batch=9) == expected
+    assert module(hidden @ weight.T, labels, 9) == expected  # as compute_loss_func of a Trainer calls it
     assert module(hidden @ weight.T, labels, num_items_in_batch=9, return_stats=True) == (expected, stats)
     torch.testing.assert_close(linear(hidden, weight, labels, num_items_in_batch=9), expected)
     module.gamma = 0.2  # weights may be scheduled

@@ -86,8 +86,8 @@ class NVAMPLoss(_NVAMP):
         self,
         logits: Tensor,
         labels: Tensor,
-        *,
         num_items_in_batch: Tensor | float | None = None,
+        *,
         return_stats: bool = False,
     ) -> Any:
         """The loss, a scalar in float32 (float64 for float64 logits), in nats.

@@ -46,6 +46,11 @@ class Targets(NamedTuple):
     def rows(self, where: slice) -> "Targets":
         return Targets(*(None if t is None else t[where] for t in self))  # type: ignore[arg-type]
 
+    @property
+    def none(self) -> bool:
+        """No row has a label, as where prompts are masked. False where the device would have to be asked."""
+        return self.ignored is not None and self.ignored.device.type == "cpu" and bool(self.ignored.all())
+
 
 def targets_of(labels: Tensor, vocab: int, ignore_index: int) -> Targets:
     """`Targets` of labels [...], flattened.
@@ -154,12 +159,15 @@ def _forward(logits: Tensor, targets: Targets, metrics: bool, opt: Options) -> t
     nll, lse = buffer.new_empty(n), buffer.new_empty(n)
     entropy, correct = buffer.new_empty(n), targets.label.new_empty(n, dtype=torch.bool)
     for x, at in _blocks(logits):
-        p = buffer[: len(x)]
+        p, rows = buffer[: len(x)], targets.rows(at)
+        if rows.none:
+            nll[at] = lse[at] = 0
+            continue
         z, _ = _activate(x, opt, p, want_slope=False)
-        nll[at], lse[at] = _losses(z, targets.rows(at), opt, p)
+        nll[at], lse[at] = _losses(z, rows, opt, p)
         if metrics:
             entropy[at] = torch.special.entr(p).sum(-1)
-            correct[at] = p.argmax(-1) == targets.label[at]
+            correct[at] = p.argmax(-1) == rows.label
     if not metrics:
         return nll, lse
     if targets.ignored is not None:
@@ -175,10 +183,14 @@ def _backward(
     direct = grad.dtype == lse.dtype
     buffer = grad if direct else _block_buffer(logits)
     for x, at in _blocks(logits):
+        rows = targets.rows(at)
+        if rows.none:
+            grad[at] = 0
+            continue
         p = grad[at] if direct else buffer[: len(x)]
         z, slope = _activate(x, opt, p, want_slope=True)
         torch.softmax(z, -1, out=p)
-        _to_gradient(p, lse[at], slope, targets.rows(at), grad_nll[at], opt)
+        _to_gradient(p, lse[at], slope, rows, grad_nll[at], opt)
         if not direct:
             grad[at] = p
 
