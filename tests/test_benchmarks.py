@@ -1,0 +1,67 @@
+"""The benchmark measures what it says; its figures are not tested, they are read."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import accuracy, cpu, measure
+
+
+def test_contenders_run_in_turn_and_slow_ones_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def contender(name: str, seconds: float) -> measure.Run:
+        def run() -> None:
+            calls.append(name)
+            now[0] += seconds
+
+        return run
+
+    timings = measure.time_in_turn({"quick": contender("quick", 1), "slow": contender("slow", 60)}, 3)
+    assert calls == ["quick", "slow"] * 2 + ["quick", "quick"]
+    assert (timings["quick"].runs, timings["quick"].median_s) == (3, 1)
+    assert (timings["slow"].runs, timings["slow"].largest_s) == (1, 60)
+
+
+def test_peak_counts_what_is_held_at_once() -> None:
+    def run() -> torch.Tensor:
+        held = torch.zeros(3 * 2**18)  # 3 MiB
+        for _ in range(3):
+            held = held + 1  # as much again, while the sum is made
+        return held
+
+    assert measure.peak_bytes(run) == pytest.approx(6 * 2**20, abs=1000)
+
+
+def test_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has_compiler", lambda: False)
+    for section in (cpu.logits_path("bfloat16", 1, n=8, vocab=64), cpu.linear_path("float32", 1, 8, 4, 64)):
+        section.show()
+        record = json.loads(json.dumps(section.as_json()))
+        assert record["ratios"][section.baseline] == 1
+        assert all(math.isfinite(bar["measured"]) for bar in record["bars"])
+        assert {"nvamp: cross-entropy", "nvamp: scalar", "nvamp: token"} <= record["timings"].keys()
+
+
+def test_a_missed_bar_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    timing = measure.Timing(1.0, 1.0, 1.0, 1)
+    cpu.Section(
+        "", "x", {"x": timing}, bars=[cpu.Bar("too slow", 1.2, 1.1), cpu.Bar("fine", 1.1, 1.1)]
+    ).show()
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "at most" in line]
+    assert lines == ["missed", "met"]
+
+
+def test_the_accuracy_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, size in (("N", 64), ("D", 8), ("V", 128)):
+        monkeypatch.setattr(accuracy, name, size)
+    monkeypatch.setattr(sys, "argv", ["accuracy", "--out", str(tmp_path)])
+    accuracy.main()
+    rows = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
+    assert [row["chunks"] for row in rows[:5]] == [1, 2, 4, 8, 32]
+    assert rows[0]["recompute, bfloat16 sums"] == pytest.approx(1)  # one chunk: eager's own product
