@@ -1,0 +1,398 @@
+"""A study: every loss from every seed, each run kept as it finishes, and the results of them all."""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from math import inf
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+import nvamp
+from nvamp.study import StudyError
+from nvamp.study.corpus import Corpus, build_corpus, frequency_classes, read_documents
+from nvamp.study.losses import Loss, parse_losses
+from nvamp.study.metrics import METRICS, VERDICT_KEYS, difference, estimate, held_out_metrics, verdict
+from nvamp.study.training import Progress, Recipe, Run, load_tokenizer, max_positions, quiet, train
+
+SEQUENCE = 64  # tokens of a block for the built-in model
+SEQUENCE_PRETRAINED = 256
+LR = 2e-3
+LR_PRETRAINED = 5e-5
+BINS = 60  # of the distribution of token losses
+TAIL_POINTS = 120  # of the survival function
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a study is asked for; the fields are the options of `nvamp compare`.
+
+    Attributes:
+        losses: specs, the first is the baseline.
+        seeds: how many; the seeds are 0, 1, ...
+        lr: `None` for the default of the model.
+    """
+
+    losses: tuple[str, ...]
+    seeds: int
+    steps: int
+    batch_size: int
+    lr: float | None = None
+    noise: float = 0.0
+    model: str | None = None
+    text: tuple[str, ...] = ()
+    dataset: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """A `StudyError` where an option is out of range."""
+        for option, value in (("seeds", self.seeds), ("steps", self.steps), ("batch-size", self.batch_size)):
+            if value < 1:
+                raise StudyError(f"--{option} must be at least 1, got {value}")
+        if self.lr is not None and not 0 < self.lr < inf:
+            raise StudyError(f"--lr must be positive, got {self.lr:g}")
+        if not 0 <= self.noise <= 1:
+            raise StudyError(f"--noise must be between 0 and 1, got {self.noise:g}")
+        if not self.losses:
+            raise StudyError("--loss: expected at least one")
+        if self.text and self.dataset:
+            raise StudyError("--text and --dataset exclude each other")
+
+    def recipe(self) -> Recipe:
+        lr = self.lr or (LR_PRETRAINED if self.model else LR)
+        return Recipe(self.steps, self.batch_size, lr, self.noise, self.model)
+
+
+class Display(Protocol):
+    """Where a study shows how far it is."""
+
+    def prepared(self, corpus: Corpus, runs: int, kept: int) -> None:
+        """The text is ready; of `runs` runs, `kept` are finished already."""
+
+    def run(self, loss: str, seed: int) -> Progress:
+        """A run begins."""
+
+    def finished(self, record: Json) -> None:
+        """A run is finished and kept."""
+
+
+class Store:
+    """The finished runs of a study in a directory, each written whole or not at all."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def claim(self, conditions: Json, overwrite: bool) -> None:
+        """Make the directory this study's; a `StudyError` where it holds runs made under other conditions."""
+        settings = self.out / "settings.json"
+        try:
+            if overwrite:
+                self._clear()
+            self.out.mkdir(parents=True, exist_ok=True)
+            kept = json.loads(settings.read_text()) if settings.exists() else conditions
+            _check_conditions(self.out, kept, conditions)
+            for part in ("runs", "models"):
+                (self.out / part).mkdir(exist_ok=True)
+            write_json(settings, conditions)
+        except (OSError, json.JSONDecodeError) as error:
+            raise StudyError(f"--out {self.out}: {error}") from error
+
+    def _clear(self) -> None:
+        for name in ("runs", "models"):
+            shutil.rmtree(self.out / name, ignore_errors=True)
+        for name in ("settings.json", "results.json", "report.html"):
+            (self.out / name).unlink(missing_ok=True)
+
+    def load(self, loss: Loss, seed: int) -> Json | None:
+        """The record of a finished run; `None` where it is not finished."""
+        path = self._record(loss, seed)
+        return cast(Json, json.loads(path.read_text())) if path.exists() else None
+
+    def nll(self, loss: Loss, seed: int) -> NDArray[np.float32]:
+        """The held-out token losses of a finished run, [tokens]."""
+        return np.asarray(np.load(self._nll(loss, seed)))
+
+    def save(self, loss: Loss, seed: int, record: Json, run: Run, tokenizer: Any) -> None:
+        """Keep a finished run. The record comes last: where it is, all of the run is."""
+        with _replacing(self.out / "models" / f"{loss.slug}-seed{seed}") as directory:
+            run.model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+        with _replacing(self._nll(loss, seed)) as path, path.open("wb") as file:
+            np.save(file, run.nll)
+        write_json(self._record(loss, seed), record)
+
+    def _record(self, loss: Loss, seed: int) -> Path:
+        return self.out / "runs" / f"{loss.slug}-seed{seed}.json"
+
+    def _nll(self, loss: Loss, seed: int) -> Path:
+        return self._record(loss, seed).with_suffix(".npy")
+
+
+def compare(settings: Settings, out: Path, command: str, display: Display, overwrite: bool = False) -> Json:
+    """Train what is not trained yet and gather the results; they are written to `out` too."""
+    quiet()
+    settings.check()
+    losses = parse_losses(list(settings.losses))
+    recipe = settings.recipe()
+    corpus = prepare(settings)
+    store = Store(out)
+    store.claim(conditions(recipe, corpus), overwrite)
+    # Seed by seed, so that an interrupted study has every loss from its first seeds.
+    pairs = [(loss, seed) for seed in range(settings.seeds) for loss in losses]
+    missing = [pair for pair in pairs if store.load(*pair) is None]
+    display.prepared(corpus, len(pairs), len(pairs) - len(missing))
+    classes = frequency_classes(corpus.train, len(corpus.tokenizer))
+    for loss, seed in missing:
+        run = train(loss, seed, recipe, corpus, display.run(loss.name, seed))
+        record = describe(loss, seed, run, classes)
+        store.save(loss, seed, record, run, corpus.tokenizer)
+        display.finished(record)
+    results: Json = finite(
+        {
+            "command": command,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "settings": {**asdict(settings), "lr": recipe.lr, "out": str(out)},
+            "text": describe_corpus(corpus),
+            **gather(losses, settings.seeds, store),
+        }
+    )
+    write_json(out / "results.json", results)
+    return results
+
+
+def prepare(settings: Settings) -> Corpus:
+    """Read, split, tokenize and pack the text."""
+    sequence, tokenizer = SEQUENCE, None
+    if settings.model:
+        tokenizer = load_tokenizer(settings.model)
+        sequence = min(SEQUENCE_PRETRAINED, max_positions(settings.model) or SEQUENCE_PRETRAINED)
+    corpus = build_corpus(*read_documents(settings.text, settings.dataset), sequence, tokenizer)
+    if len(corpus.train) < settings.batch_size:
+        raise StudyError(
+            f"the text is too short: {len(corpus.train)} training blocks of {sequence} tokens "
+            f"do not fill a batch of {settings.batch_size}"
+        )
+    return corpus
+
+
+def conditions(recipe: Recipe, corpus: Corpus) -> Json:
+    """All that must be the same for runs to be compared."""
+    installed = versions()
+    return {
+        "--steps": recipe.steps,
+        "--batch-size": recipe.batch_size,
+        "--lr": recipe.lr,
+        "--noise": recipe.noise,
+        "--model": recipe.model,
+        "text": corpus.fingerprint(),
+        **{name: installed[name] for name in ("nvamp", "torch", "transformers", "device")},
+    }
+
+
+def _check_conditions(out: Path, kept: Json, asked: Json) -> None:
+    changed = [name for name in asked if kept.get(name) != asked[name]]
+    if changed:
+        what = ", ".join(f"{name} {kept.get(name)} (now {asked[name]})" for name in changed)
+        raise StudyError(
+            f"{out} holds runs made with {what}: choose another --out, or start anew with --overwrite"
+        )
+
+
+def versions() -> Json:
+    """What the study runs on."""
+    cuda = torch.cuda.is_available()
+    return {
+        "nvamp": nvamp.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+    }
+
+
+def describe(loss: Loss, seed: int, run: Run, classes: NDArray[np.int64]) -> Json:
+    """The record of a run: every number of it but its token losses."""
+    return {
+        "loss": loss.name,
+        "seed": seed,
+        "diverged": run.diverged,
+        "steps": run.steps,
+        "seconds": run.seconds,
+        "parameters": run.model.num_parameters(),
+        "curve": run.curve,
+        "metrics": {
+            **held_out_metrics(run.nll, run.correct, classes[run.labels]),
+            "tokens_per_second": run.tokens_per_second,
+            "loss_share": 100 * run.loss_share,
+        },
+    }
+
+
+def describe_corpus(corpus: Corpus) -> Json:
+    """How much text, and of what."""
+    return {
+        "source": corpus.source,
+        "sequence": corpus.train.shape[1],
+        "vocabulary": len(corpus.tokenizer),
+        "train_tokens": corpus.train.numel(),
+        "held_out_tokens": corpus.held_out[:, 1:].numel(),
+        "unigram_cross_entropy": _unigram_cross_entropy(corpus),
+    }
+
+
+def _unigram_cross_entropy(corpus: Corpus) -> float:
+    """Held-out cross-entropy (nats) of the training text's token frequencies, knowing no context."""
+    counts = np.bincount(corpus.train.numpy().ravel(), minlength=len(corpus.tokenizer)) + 1
+    labels = corpus.held_out[:, 1:].numpy().ravel()
+    return float(np.log(counts.sum()) - np.log(counts[labels]).mean())
+
+
+def gather(losses: Sequence[Loss], seeds: int, store: Store) -> Json:
+    """The results of finished runs: per loss, over its seeds, and against the first loss."""
+    records = {loss.name: [_stored(store, loss, seed) for seed in range(seeds)] for loss in losses}
+    baseline = records[losses[0].name]
+    tokens = {loss.name: _token_losses(store, loss, records[loss.name]) for loss in losses}
+    largest = max((x.max().item() for x in tokens.values() if x is not None), default=1.0)
+    return {
+        "baseline": losses[0].name,
+        "parameters": baseline[0]["parameters"],
+        "grid": {
+            "bin_edges": np.linspace(0, largest, BINS + 1).tolist(),
+            "thresholds": np.linspace(0, largest, TAIL_POINTS).tolist(),
+        },
+        "losses": [
+            _summary(loss.name, records[loss.name], baseline, tokens[loss.name], largest) for loss in losses
+        ],
+        "runs": [record for loss in losses for record in records[loss.name]],
+    }
+
+
+def _stored(store: Store, loss: Loss, seed: int) -> Json:
+    record = store.load(loss, seed)
+    if record is None:
+        raise StudyError(f"{store.out}: the run of {loss.name} from seed {seed} has gone missing")
+    return record
+
+
+def _token_losses(store: Store, loss: Loss, records: Sequence[Json]) -> NDArray[np.float32] | None:
+    """Held-out token losses of all seeds, [seeds · tokens]; `None` where a run diverged."""
+    if any(record["diverged"] for record in records):
+        return None
+    return np.concatenate([store.nll(loss, record["seed"]) for record in records])
+
+
+def _summary(
+    name: str,
+    records: Sequence[Json],
+    baseline: Sequence[Json],
+    tokens: NDArray[np.float32] | None,
+    largest: float,
+) -> Json:
+    metrics, differences, verdicts = {}, {}, {}
+    for metric in METRICS:
+        values = [record["metrics"][metric.key] for record in records]
+        paired = difference(values, [record["metrics"][metric.key] for record in baseline])
+        mean = estimate(values)
+        metrics[metric.key] = mean and mean.as_json()
+        if records is not baseline:
+            differences[metric.key] = paired and paired.as_json()
+            verdicts[metric.key] = verdict(paired, metric.lower_is_better)
+    return {
+        "name": name,
+        "diverged_seeds": [record["seed"] for record in records if record["diverged"]],
+        "metrics": metrics,
+        "differences": differences,
+        "verdicts": verdicts,
+        "sentence": sentence(name, records, baseline, differences, verdicts),
+        "curve": _curve(records),
+        **_distribution(tokens, largest),
+    }
+
+
+def sentence(
+    name: str, records: Sequence[Json], baseline: Sequence[Json], differences: Json, verdicts: Json
+) -> str:
+    """What the paired differences say, in plain words; for the baseline, that it is the baseline."""
+    first = baseline[0]["loss"]
+    for who, runs in ((name, records), (first, baseline)):
+        diverged = [str(run["seed"]) for run in runs if run["diverged"]]
+        if diverged:
+            return f"{who} diverged on seed {', '.join(diverged)} of {len(runs)}: no verdict on {name}."
+    if records is baseline:
+        return f"{name} is what the others are compared to."
+    labels = {metric.key: metric.label for metric in METRICS}
+    clauses = [f"{labels[key]} {verdicts[key]} ({_shown(differences[key])})" for key in VERDICT_KEYS]
+    return f"{name} against {first}: {'; '.join(clauses)}."
+
+
+def _shown(difference: Json) -> str:
+    mean, half = difference["mean"], difference["half_width"]
+    if half is None:
+        return f"{mean:+.3f} nats"
+    return f"{mean:+.3f} nats, 95% interval {mean - half:+.3f} to {mean + half:+.3f}"
+
+
+def _curve(records: Sequence[Json]) -> list[Json]:
+    """Over steps, the mean, least and largest cross-entropy of the seeds; as far as all of them got."""
+    points = []
+    for seeds in zip(*(record["curve"] for record in records), strict=False):
+        values = [value for _, value in seeds]
+        if any(value is None for value in values):
+            break
+        points.append(
+            {"step": seeds[0][0], "mean": sum(values) / len(values), "low": min(values), "high": max(values)}
+        )
+    return points
+
+
+def _distribution(tokens: NDArray[np.float32] | None, largest: float) -> Json:
+    """Density of the token losses in the grid's bins, and the share of them above its thresholds."""
+    if tokens is None:
+        return {"density": None, "survival": None}
+    density, _ = np.histogram(tokens, bins=BINS, range=(0, largest), density=True)
+    at_most = np.searchsorted(np.sort(tokens), np.linspace(0, largest, TAIL_POINTS), side="right")
+    return {"density": density.tolist(), "survival": (1 - at_most / tokens.size).tolist()}
+
+
+def kept_runs(out: Path) -> int:
+    """How many finished runs a directory holds."""
+    return len(list((out / "runs").glob("*.json")))
+
+
+def finite(value: Any) -> Any:
+    """`value` with `None` in place of all floats that JSON cannot write."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value if not isinstance(value, float) or np.isfinite(value) else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with _replacing(path) as temporary:
+        temporary.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file or directory to that takes the place of `path` once it is complete."""
+    temporary = path.with_name(path.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    yield temporary
+    if path.is_dir():
+        shutil.rmtree(path)
+    temporary.replace(path)

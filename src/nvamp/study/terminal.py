@@ -1,0 +1,101 @@
+"""A study on the terminal: its progress and its results."""
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nvamp.study import training
+from nvamp.study.corpus import Corpus
+from nvamp.study.metrics import METRICS
+
+_STYLES = {"better": "green", "worse": "red"}
+
+
+class Terminal:
+    """Shows a study's progress: the bar counts optimizer steps over all runs that are still to do."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._steps = steps
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("left"),
+            console=console,
+            transient=True,
+            speed_estimate_period=120,
+        )
+        self._task = self._progress.add_task("reading the text", total=None, loss="")
+        self._done = 0  # runs of this session
+
+    def __enter__(self) -> "Terminal":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def prepared(self, corpus: Corpus, runs: int, kept: int) -> None:
+        """See `nvamp.study.compare.Display`."""
+        self._progress.update(self._task, total=(runs - kept) * self._steps, completed=0)
+        self._print(
+            f"{corpus.source}: {corpus.train.numel():,} tokens to train on, "
+            f"{corpus.held_out[:, 1:].numel():,} held out; {len(corpus.tokenizer):,} token types"
+        )
+        if kept:
+            self._print(f"{kept} of {runs} runs are finished already and kept")
+
+    def run(self, loss: str, seed: int) -> training.Progress:
+        """See `nvamp.study.compare.Display`."""
+        self._progress.update(self._task, description=escape(f"{loss}, seed {seed}"), loss="")
+
+        def advance(step: int, value: float) -> None:
+            completed = self._done * self._steps + step
+            self._progress.update(self._task, completed=completed, loss=f"loss {value:.3f}")
+
+        return advance
+
+    def finished(self, record: dict[str, Any]) -> None:
+        """See `nvamp.study.compare.Display`."""
+        self._done += 1
+        self._progress.update(self._task, completed=self._done * self._steps)
+        mean = record["metrics"]["cross_entropy"]
+        outcome = "diverged" if mean is None else f"held-out cross-entropy {mean:.3f} nats"
+        self._print(f"{record['loss']}, seed {record['seed']}: {outcome} ({record['seconds']:.0f} s)")
+
+    def _print(self, line: str) -> None:
+        self._progress.console.print(line, style="dim", highlight=False, markup=False)
+
+
+def show_results(console: Console, results: dict[str, Any]) -> None:
+    """The table and what it says."""
+    seeds = results["settings"]["seeds"]
+    table = Table(
+        title=f"Held-out text, mean ± 95% interval over {seeds} seed{'s' * (seeds > 1)}", title_justify="left"
+    )
+    table.add_column("")
+    for loss in results["losses"]:
+        table.add_column(escape(loss["name"]), justify="right")
+    for metric in METRICS:
+        unit = f" ({metric.unit})" if metric.unit else ""
+        cells = [
+            _styled(metric.shown(loss["metrics"][metric.key]), loss["verdicts"].get(metric.key))
+            for loss in results["losses"]
+        ]
+        table.add_row(metric.label + unit, *cells)
+    console.print(table)
+    for loss in results["losses"][1:]:
+        console.print(loss["sentence"], highlight=False, markup=False)
+
+
+def _styled(text: str, verdict: str | None) -> str:
+    style = _STYLES.get(verdict or "")
+    return f"[{style}]{text}[/{style}]" if style else text

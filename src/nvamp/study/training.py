@@ -1,0 +1,319 @@
+"""One run: a model trained with one loss from one seed by the `Trainer`, and its held-out token losses."""
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any, cast
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from nvamp.functional import token_nll
+from nvamp.integrations.transformers import LossFunction, compute_loss_func, logits_of
+from nvamp.study import StudyError
+from nvamp.study.corpus import Corpus, spread
+from nvamp.study.losses import Loss, shifted
+
+CURVE_POINTS = 10  # evaluations during a run, beside the one before it
+CURVE_TOKENS = 4096  # each on this much of the held-out text
+
+# (steps done of this run, value of its loss)
+Progress = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained, whatever the loss.
+
+    Attributes:
+        noise: share of the training labels replaced by random tokens.
+        model: a directory or hub id; the built-in model where it is `None`.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    noise: float = 0.0
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of a run.
+
+    Attributes:
+        model: the trained model.
+        nll: held-out token losses in nats, [tokens] float32.
+        correct: whether the likeliest token is the label, [tokens] bool.
+        labels: the held-out labels, [tokens] int64.
+        curve: (step, plain cross-entropy in nats on a slice of the held-out text).
+        steps: optimizer steps done; fewer than asked for where the run diverged.
+        tokens_per_second: of the median step.
+        loss_share: of the time of a step, in the loss and its gradient; the median.
+        seconds: of training, evaluations included.
+    """
+
+    model: Any
+    nll: NDArray[np.float32]
+    correct: NDArray[np.bool_]
+    labels: NDArray[np.int64]
+    curve: list[tuple[int, float]]
+    steps: int
+    tokens_per_second: float
+    loss_share: float
+    seconds: float
+
+    @property
+    def diverged(self) -> bool:
+        return not bool(np.isfinite(self.nll).all())
+
+
+class LabelledBlocks(Dataset[dict[str, Tensor]]):
+    """Blocks [blocks, sequence] as inputs, and as labels with a share replaced by uniformly random tokens."""
+
+    def __init__(self, blocks: Tensor, vocabulary: int, noise: float, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        replaced = torch.rand(blocks.shape, generator=generator) < noise
+        tokens = torch.randint(vocabulary, blocks.shape, generator=generator)
+        self.inputs = blocks
+        self.labels = torch.where(replaced, tokens, blocks)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.inputs[index], "labels": self.labels[index]}
+
+
+class Clock:
+    """Marks points in time, on the device's own timeline: nothing waits for the device until `seconds`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        if not self._cuda:
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        if not self._cuda:
+            return cast(float, end - start)
+        end.synchronize()
+        return cast(float, start.elapsed_time(end) / 1000)
+
+
+class TimedLoss:
+    """A loss function that notes when it and its gradient begin and end.
+
+    Attributes:
+        forward: (begin, end) of each call.
+        backward: (begin, end) of each gradient: from the loss's being there to the logits' being there.
+        last: the last value, on its device.
+    """
+
+    def __init__(self, function: LossFunction, clock: Clock) -> None:
+        self._function = function
+        self._clock = clock
+        self.forward: list[tuple[Any, Any]] = []
+        self.backward: list[tuple[Any, Any]] = []
+        self.last: Tensor | None = None
+
+    def __call__(
+        self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        begin = self._clock.mark()
+        loss = self._function(outputs, labels, num_items_in_batch)
+        self.forward.append((begin, self._clock.mark()))
+        self.last = loss.detach()
+        backward_begin: list[Any] = []
+        _on_gradient(loss, lambda: backward_begin.append(self._clock.mark()))
+        _on_gradient(
+            logits_of(outputs), lambda: self.backward.append((backward_begin[0], self._clock.mark()))
+        )
+        return loss
+
+
+def _on_gradient(tensor: Tensor, action: Callable[[], None]) -> None:
+    """Call `action` in the backward pass, once the gradient of `tensor` is there."""
+    tensor.register_hook(lambda _: action())  # type: ignore[no-untyped-call]
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Follows a run: its steps' times, its curve, its progress, and whether it diverged."""
+
+    def __init__(
+        self, loss: TimedLoss, clock: Clock, steps: int, held_out: Tensor, progress: Progress
+    ) -> None:
+        self._loss = loss
+        self._clock = clock
+        self._held_out = held_out
+        self._progress = progress
+        self._look_every = max(1, steps // 100)  # reading the loss waits for the device
+        self._evaluate_at = {round(steps * i / CURVE_POINTS) for i in range(CURVE_POINTS + 1)}
+        self._begin: Any = None
+        self.steps: list[tuple[Any, Any]] = []
+        self.curve: list[tuple[int, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._evaluate(0, kwargs["model"])
+        self._begin = self._clock.mark()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        self.steps.append((self._begin, self._clock.mark()))
+        if step % self._look_every == 0 or step == state.max_steps:
+            value = cast(Tensor, self._loss.last).item()
+            self._progress(step, value)
+            if not np.isfinite(value):
+                control.should_training_stop = True
+        self._evaluate(step, kwargs["model"])
+        self._begin = self._clock.mark()
+
+    def _evaluate(self, step: int, model: Any) -> None:
+        if step in self._evaluate_at:
+            nll, _ = held_out_nll(model, self._held_out)
+            self.curve.append((step, nll.mean(dtype=np.float64).item()))
+
+    def times(self) -> tuple[float, float]:
+        """Of the median step: its seconds, and the share of it spent in the loss and its gradient."""
+        seconds = [self._clock.seconds(*span) for span in self.steps]
+        shares = [
+            (self._clock.seconds(*forward) + self._clock.seconds(*backward)) / step
+            for forward, backward, step in zip(self._loss.forward, self._loss.backward, seconds, strict=True)
+        ]
+        return median(seconds), median(shares)
+
+
+def train(loss: Loss, seed: int, recipe: Recipe, corpus: Corpus, progress: Progress) -> Run:
+    """Train a fresh model with `loss`; everything else follows from `seed` and `recipe` alone."""
+    quiet()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    transformers.set_seed(seed)
+    model = build_model(recipe.model, corpus)
+    vocabulary = min(len(corpus.tokenizer), model.config.get_text_config().vocab_size)
+    data = LabelledBlocks(corpus.train, vocabulary, recipe.noise, seed)
+    clock = Clock(device)
+    timed = TimedLoss(compute_loss_func(loss.criterion), clock)
+    sequence = corpus.train.shape[1]
+    watch = _Watch(timed, clock, recipe.steps, spread(corpus.held_out, CURVE_TOKENS // sequence), progress)
+    start = perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = transformers.Trainer(
+            model,
+            training_arguments(recipe, seed, device, scratch),
+            train_dataset=data,
+            compute_loss_func=timed,
+            callbacks=[watch],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    seconds = perf_counter() - start
+    step_seconds, share = watch.times()
+    nll, correct = held_out_nll(model, corpus.held_out)
+    return Run(
+        model=model,
+        nll=nll,
+        correct=correct,
+        labels=corpus.held_out[:, 1:].reshape(-1).numpy(),
+        curve=watch.curve,
+        steps=len(watch.steps),
+        tokens_per_second=recipe.batch_size * sequence / step_seconds,
+        loss_share=share,
+        seconds=seconds,
+    )
+
+
+def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch: str) -> Any:
+    """`TrainingArguments`: AdamW in float32, cosine schedule after a tenth of warm-up, clipping at 1."""
+    return transformers.TrainingArguments(
+        output_dir=scratch,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.steps // 10,
+        max_grad_norm=1.0,
+        seed=seed,
+        dataloader_drop_last=True,  # every step the same number of tokens
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,  # it waits for the device at every step
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+@torch.no_grad()
+def held_out_nll(model: Any, blocks: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Losses (nats) of the tokens of `blocks` [blocks, sequence] but the first of each, and the hits."""
+    model.eval()
+    device = next(model.parameters()).device
+    losses: list[Tensor] = []
+    hits: list[Tensor] = []
+    for batch in torch.split(blocks, 16):
+        batch = batch.to(device)
+        nll, metrics = token_nll(model(input_ids=batch).logits, shifted(batch), return_metrics=True)
+        losses.append(nll[:, :-1].reshape(-1).float().cpu())
+        hits.append(metrics.correct[:, :-1].reshape(-1).cpu())
+    return torch.cat(losses).numpy(), torch.cat(hits).numpy()
+
+
+def build_model(name: str | None, corpus: Corpus) -> Any:
+    """A pretrained model in float32; without a name a fresh Llama of about two million parameters."""
+    if name is not None:
+        return _load(AutoModelForCausalLM, name, dtype=torch.float32)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(corpus.tokenizer),
+            hidden_size=224,
+            intermediate_size=608,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=corpus.train.shape[1],
+            bos_token_id=None,
+            eos_token_id=corpus.tokenizer.eos_token_id,
+            pad_token_id=None,
+        )
+    )
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a pretrained model."""
+    return _load(AutoTokenizer, name)
+
+
+def max_positions(name: str) -> int | None:
+    """The longest sequence a pretrained model takes, where its configuration says."""
+    config = _load(transformers.AutoConfig, name).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _load(kind: Any, name: str, **kwargs: Any) -> Any:
+    quiet()
+    try:
+        return kind.from_pretrained(name, **kwargs)
+    except Exception as error:  # what a hub or a model's files raise is any library's any error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise StudyError(f"--model {name}: {reason}") from error
+
+
+def quiet() -> None:
+    """Silence what the libraries below print: this study has its own progress bar."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch\.utils\.data)")

@@ -1,0 +1,165 @@
+"""`nvamp` as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import nvamp
+from nvamp.cli import main
+from tests.study.conftest import documents, model_dir, text_dir, tokenizer
+
+__all__ = ["documents", "model_dir", "text_dir", "tokenizer"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """The exit code of `nvamp` with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["nvamp", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_a_study_from_end_to_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text_dir: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["compare", "--loss", "ce", "--loss", "nvamp:gradient=token", "--seeds", "2", "--steps", "3"]
+    assert run(monkeypatch, *arguments, "--noise", "0.1", "--text", text_dir, "--out", out) == 0
+    captured = capsys.readouterr()
+    said = " ".join(captured.out.split())
+    assert captured.err == ""
+    assert f"Report: {out / 'report.html'}" in "".join(captured.out.splitlines())
+    assert "nvamp:gradient=token against ce: cross-entropy" in said
+    assert "ce, seed 1: held-out cross-entropy" in said
+
+    results = json.loads((out / "results.json").read_text())
+    assert results["command"].startswith("nvamp compare --loss ce --loss nvamp:gradient=token --seeds 2")
+    assert results["settings"]["losses"] == ["ce", "nvamp:gradient=token"]
+    assert results["settings"]["noise"] == 0.1
+    assert results["settings"]["lr"] == 0.002
+    assert results["versions"]["nvamp"] == nvamp.__version__
+    assert [(run["loss"], run["seed"], run["steps"]) for run in results["runs"]] == [
+        (loss, seed, 3) for loss in ("ce", "nvamp:gradient=token") for seed in (0, 1)
+    ]
+    assert "nvamp:gradient=token against ce" in (out / "report.html").read_text()
+
+    assert run(monkeypatch, *arguments, "--noise", "0.1", "--text", text_dir, "--out", out) == 0
+    assert "4 of 4 runs are finished already and kept" in capsys.readouterr().out
+    assert run(monkeypatch, *arguments, "--text", text_dir, "--out", out) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"nvamp: {out} holds runs made with --noise 0.1 (now 0.0): ")
+
+
+def test_a_dataset_and_a_model_of_ones_own(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    documents: list[str],
+    model_dir: Path,
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    out = tmp_path / "out"
+    arguments = ["compare", "--loss", "ce", "--seeds", "1", "--steps", "2"]
+    assert run(monkeypatch, *arguments, "--dataset", data, "--model", model_dir, "--out", out) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["text"]["source"] == str(data)
+    assert results["text"]["sequence"] == 16  # the most the model takes
+    assert results["settings"]["lr"] == 5e-05
+    assert results["losses"][0]["metrics"]["cross_entropy"]["half_width"] is None
+    assert "±" not in capsys.readouterr().out.split("\n", 6)[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["compare", "--loss", "bogus"],
+            "--loss bogus: unknown loss 'bogus', known are ce, nvamp, focal, dft",
+        ),
+        (["compare", "--loss", "ce", "--loss", "ce"], "--loss ce: named twice"),
+        (["compare", "--text", "missing.txt"], "--text missing.txt: no such file or directory"),
+        (["compare", "--noise", "2"], "--noise must be between 0 and 1, got 2"),
+        (["compare", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["compare", "--steps", "many"], "'--steps'"),
+        (["compare", "--bogus"], "No such option: --bogus"),
+        (["compare", "--lr"], "--lr"),
+        (["bogus"], "No such command 'bogus'."),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("nvamp: ")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"nvamp {nvamp.__version__}\n"
+
+
+def test_help_does_not_wait_for_heavy_imports() -> None:
+    shown = python(
+        "import sys; sys.argv = ['nvamp', 'compare', '--help']\n"
+        "from nvamp.cli import main\n"
+        "try: main()\n"
+        "finally: print('heavy:', {'transformers', 'datasets', 'matplotlib'} & set(sys.modules))"
+    )
+    assert shown.returncode == 0
+    assert "--noise" in shown.stdout
+    assert "heavy: set()" in shown.stdout
+
+
+@pytest.mark.parametrize("missing", ["typer", "transformers", "matplotlib"])
+def test_without_the_extra_packages(missing: str) -> None:
+    ended = python(
+        f"import sys; sys.modules['{missing}'] = None; sys.argv = ['nvamp', 'compare']\n"
+        "from nvamp.cli import main; main()"
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == "nvamp: the command line needs more packages: pip install 'nvamp-loss[study]'\n"
+
+
+def test_ctrl_c_keeps_finished_runs(text_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", "from nvamp.cli import main; main()", "compare", "--loss", "ce"]
+    command += ["--seeds", "50", "--steps", "5", "--text", str(text_dir), "--out", str(out)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("runs/*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    kept = len(list(out.glob("runs/*.json")))
+    assert process.returncode == 130
+    assert 1 <= kept < 50
+    assert err == f"nvamp: interrupted: {kept} finished runs are kept in {out}, the same command continues\n"
