@@ -2,6 +2,7 @@
 
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -39,14 +40,20 @@ def machine() -> dict[str, Any]:
 
 
 def time_in_turn(contenders: Mapping[str, Run], repeats: int) -> dict[str, Timing]:
-    """Runs all contenders once to warm up, then in turn `repeats` times, so that drift falls on all alike."""
+    """Runs all contenders once to warm up, then each `repeats` times, in turns.
+
+    The order changes from turn to turn: drift falls on all alike, and so does what each leaves to the next, such
+    as memory in pieces.
+    """
+    order, shuffle = list(contenders), random.Random(0).shuffle
     for run in contenders.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
-        for name, run in contenders.items():
+        shuffle(order)
+        for name in order:
             if not seconds[name] or seconds[name][0] < SLOW:
-                seconds[name].append(_seconds(run))
+                seconds[name].append(_seconds(contenders[name]))
     return {name: Timing(statistics.median(s), min(s), max(s), len(s)) for name, s in seconds.items()}
 
 

@@ -257,18 +257,20 @@ def _scale_unit_gradients_(
 ) -> Tensors:
     """grad_sum·(unit gradients) + grad_max·(gradients of the largest loss), made in the unit gradients."""
     head, needs, (backend, opt) = Head(*args[:4]), Needs(*args[4:7]), _backend(args[7:])
-    for grad in (grad_hidden, grad_weight, grad_bias):
+    for grad in (grad_weight, grad_bias):
         grad.mul_(grad_sum)
-    if grad_max is not None and len(head.labels):
+    if grad_max is None or not len(head.labels):
+        return grad_hidden.mul_(grad_sum), grad_weight, grad_bias
+    if needs.hidden:  # its row of the largest loss is the gradient of that loss already
+        is_max = torch.arange(len(head.labels), device=max_index.device) == max_index
+        grad_hidden.mul_((grad_sum + grad_max * is_max)[:, None])
+    if needs.weight or needs.bias:
+        at = max_index[None]
+        row = head._replace(hidden=head.hidden[at], labels=head.labels[at])
         with _as_is(head.hidden):
-            at = max_index[None]
-            row = head._replace(hidden=head.hidden[at], labels=head.labels[at])
-            grad_row = backend.linear_row_gradient(row, opt)
-            if needs.hidden:
-                grad_hidden.index_add_(0, at, grad_max * (grad_row @ head.weight))
-            grad_row = grad_max * grad_row
+            grad_row = grad_max * backend.linear_row_gradient(row, opt)
             if needs.weight:
-                grad_weight.addmm_(grad_row.T, row.hidden)
+                grad_weight.addmm_(grad_row.T.to(row.hidden.dtype), row.hidden)
             if needs.bias:
                 grad_bias += grad_row[0]
     return grad_hidden, grad_weight, grad_bias

@@ -266,7 +266,11 @@ def _load_dataset(names: Sequence[str]) -> Any:
 
 
 def _text_column(rows: Any, names: Sequence[str]) -> str:
-    columns = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") == "string"]
+    columns = [
+        name
+        for name, feature in rows.features.items()
+        if getattr(feature, "dtype", "") in ("string", "large_string")
+    ]
     if not columns:
         raise StudyError(f"--dataset {' '.join(names)}: no column of text among {', '.join(rows.features)}")
     return "text" if "text" in columns else columns[0]
