@@ -42,8 +42,8 @@ def machine() -> dict[str, Any]:
 def time_in_turn(contenders: Mapping[str, Run], repeats: int) -> dict[str, Timing]:
     """Runs all contenders once to warm up, then each `repeats` times, in turns.
 
-    The order changes from turn to turn: drift falls on all alike, and so does what each leaves to the next, such
-    as memory in pieces.
+    The order changes from turn to turn: drift falls on all alike, and so does what each leaves to the next,
+    such as memory in pieces.
     """
     order, shuffle = list(contenders), random.Random(0).shuffle
     for run in contenders.values():

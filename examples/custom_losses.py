@@ -30,7 +30,7 @@ def dft_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def weighted_loss(hidden: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
     """Σ wᵢ·nllᵢ / Σ wᵢ over the valid tokens, for weights that come with the data."""
     nll = linear_token_nll(hidden, weight, labels)
-    return (token_weight * nll).sum() / token_weight[labels != IGNORED].sum()
+    return (token_weight * nll).sum() / (token_weight * (labels != IGNORED)).sum().clamp(min=1e-12)
 
 
 def main() -> None:

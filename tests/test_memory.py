@@ -36,6 +36,28 @@ def test_linear_path(gradient: Gradient, dtype: torch.dtype) -> None:
     assert peak_bytes(lambda: criterion(hidden, weight, labels).backward()) <= limit
 
 
+@with_gradient
+def test_wide_hidden_states_without_a_label(gradient: Gradient) -> None:
+    """The causal shift leaves rows without a label; leaving them out takes no copy of the hidden states."""
+    hidden = torch.randn(1, 16384, 1024, requires_grad=True)  # 64 MiB
+    weight = torch.randn(500, 1024, requires_grad=True)
+    labels = torch.randint(500, (1, 16384))
+    criterion = LinearNVAMPLoss(gradient=gradient)
+    limit = hidden.nbytes + weight.nbytes + 64 * MiB
+    assert peak_bytes(lambda: criterion(hidden, weight, labels).backward()) <= limit
+
+
+@with_gradient
+def test_half_precision_over_many_chunks(gradient: Gradient) -> None:
+    """More than four chunks are added up in float32: twice the weight, beside what is promised."""
+    hidden = torch.randn(1, 1024, 32).bfloat16().requires_grad_()
+    weight = torch.randn(131072, 32).bfloat16().requires_grad_()
+    labels = torch.randint(131072, (1, 1024))
+    criterion = LinearNVAMPLoss(gradient=gradient)
+    limit = hidden.nbytes + 3 * weight.nbytes + 64 * MiB
+    assert peak_bytes(lambda: criterion(hidden, weight, labels).backward()) <= limit
+
+
 def test_one_pass_gradients_are_handed_over_not_copied() -> None:
     weight = torch.randn(32768, 256, requires_grad=True)  # 32 MiB
     hidden = torch.randn(1, 8, 256)

@@ -145,6 +145,15 @@ def test_number_of_items_may_be_a_number_or_a_tensor(m: Tensor | float) -> None:
     torch.testing.assert_close(s.cross_entropy, torch.tensor(7 / 5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_of_half_precision_losses_are_summed_in_float32(dtype: torch.dtype) -> None:
+    """Their number is beyond float16, and beyond what bfloat16 tells apart."""
+    ell = torch.rand(100_001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    got = token_weights(ell)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), token_weights(ell.double()), rtol=1e-5, atol=0)
+
+
 def test_an_empty_step_divides_by_nothing() -> None:
     ell = torch.zeros(2)
     s = objective.statistics(ell, torch.zeros(2, dtype=torch.bool), torch.tensor(0))

@@ -17,8 +17,8 @@ from nvamp.cross_entropy import (
     linear_token_nll,
     token_nll,
 )
-from nvamp.cross_entropy.checks import check_labels
-from nvamp.cross_entropy.options import Options, TokenOptions, checked
+from nvamp.cross_entropy.checks import check_floating, check_labels, check_linear, check_logits
+from nvamp.cross_entropy.options import Options, TokenOptions, accumulate_dtype, checked
 from nvamp.objective import GRADIENTS, Gradient, Statistics
 
 __all__ = [
@@ -78,8 +78,8 @@ class Settings(NamedTuple):
 
     def check(self) -> "Settings":
         """These settings, or a `ValueError` that names what is wrong with them."""
-        for name, number in self.objective.items():
-            if not math.isfinite(number):
+        for name, number in self.coefficients.items():
+            if not abs(number) < math.inf:
                 raise ValueError(f"{name} must be finite, got {number}")
         if self.gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {self.gradient!r}")
@@ -90,7 +90,7 @@ class Settings(NamedTuple):
         return self
 
     @property
-    def objective(self) -> dict[str, Any]:
+    def coefficients(self) -> dict[str, Any]:
         return {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma}
 
     @property
@@ -137,14 +137,15 @@ def nvamp_loss(
 ) -> Tensor | tuple[Tensor, NVAMPStats]:
     """`nvamp.NVAMPLoss` as a function: its options are keyword arguments here."""
     c = Settings(**options).check()
+    check_logits(logits)
     check_labels(labels, logits, "logits")
     labels = c.targets(labels)
     nll = token_nll(logits, labels, **c.engine).flatten()
     valid, ell = (labels != c.ignore_index).flatten(), nll.detach()
     s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps)
-    w = objective.weights(ell, valid, s, **c.objective, gradient=c.gradient)
-    loss = _value_with_gradient(objective.value(s, **c.objective), of=(w * nll).sum())
-    return (loss, _stats(s, w, valid)) if return_stats else loss
+    w = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
+    loss = _value_with_gradient(objective.value(s, **c.coefficients), of=(w * nll).sum())
+    return (loss, _stats(ell, valid, s, c)) if return_stats else loss
 
 
 @overload
@@ -181,6 +182,7 @@ def linear_nvamp_loss(
 ) -> Tensor | tuple[Tensor, NVAMPStats]:
     """`nvamp.LinearNVAMPLoss` as a function: its options are keyword arguments here."""
     c = Settings(**options).check()
+    check_linear(hidden, weight, bias)
     check_labels(labels, hidden, "hidden")
     labels = c.targets(labels)
     valid = (labels != c.ignore_index).flatten()
@@ -191,14 +193,14 @@ def linear_nvamp_loss(
         nll = linear_token_nll(hidden, weight, labels, bias, **c.engine)
     nll, ell = nll.flatten(), nll.detach().flatten()
     s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps)
-    w = objective.weights(ell, valid, s, **c.objective, gradient=c.gradient)
     if one_pass:
-        shared, at_max = objective.shared_weight(s, **c.objective, gradient=c.gradient)
+        shared, at_max = objective.shared_weight(s, **c.coefficients, gradient=c.gradient)
         surrogate = shared * total if at_max is None else shared * total + at_max * largest
     else:
+        w = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
         surrogate = (w * nll).sum()
-    loss = _value_with_gradient(objective.value(s, **c.objective), of=surrogate)
-    return (loss, _stats(s, w, valid)) if return_stats else loss
+    loss = _value_with_gradient(objective.value(s, **c.coefficients), of=surrogate)
+    return (loss, _stats(ell, valid, s, c)) if return_stats else loss
 
 
 def token_weights(
@@ -218,13 +220,21 @@ def token_weights(
         nll: [...] losses of the tokens.
         valid: [...] bool, which of them count; all by default. The others get 0.
 
+    Returns:
+        [...] in float32, or float64 for float64 losses.
+
     The other arguments are those of `nvamp.NVAMPLoss`.
     """
     c = Settings(alpha, beta, gamma, eps, gradient=gradient).check()
-    ell = nll.detach().flatten()
+    check_floating("nll", nll)
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != nll.shape):
+        raise ValueError(
+            f"valid must be bool, shaped like nll {list(nll.shape)}, got {valid.dtype} {list(valid.shape)}"
+        )
+    ell = nll.detach().to(accumulate_dtype(nll.dtype)).flatten()
     mask = torch.ones_like(ell, dtype=torch.bool) if valid is None else valid.flatten()
     s = objective.statistics(ell, mask, _items(num_items_in_batch), eps=eps)
-    return objective.weights(ell, mask, s, **c.objective, gradient=gradient).view(nll.shape)
+    return objective.weights(ell, mask, s, **c.coefficients, gradient=gradient).view(nll.shape)
 
 
 def _value_with_gradient(value: Tensor, of: Tensor) -> Tensor:
@@ -239,12 +249,13 @@ def _items(num_items_in_batch: Tensor | float | None) -> Tensor | float | None:
                 f"num_items_in_batch must be a single number, got shape {list(num_items_in_batch.shape)}"
             )
         return num_items_in_batch.reshape(())
-    if num_items_in_batch is not None and num_items_in_batch < 0:
+    if num_items_in_batch is not None and not num_items_in_batch >= 0:
         raise ValueError(f"num_items_in_batch must be at least 0, got {num_items_in_batch}")
     return num_items_in_batch
 
 
-def _stats(s: Statistics, weights: Tensor, valid: Tensor) -> NVAMPStats:
+def _stats(ell: Tensor, valid: Tensor, s: Statistics, c: Settings) -> NVAMPStats:
+    weights = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
     some = s.num_tokens > 0
 
     def over_valid(extreme: Any, elsewhere: float) -> Tensor:

@@ -102,21 +102,21 @@ class NVAMPLoss(_NVAMP):
         Raises:
             TypeError, ValueError: arguments that do not fit; see `nvamp.functional.token_nll`.
         """
-        loss, stats = nvamp_loss(
+        return nvamp_loss(  # type: ignore[call-overload]  # which overload, the caller knows
             logits,
             labels,
             num_items_in_batch=num_items_in_batch,
-            return_stats=True,
+            return_stats=return_stats,
             **self._options(),
         )
-        return (loss, stats) if return_stats else loss
 
 
 class LinearNVAMPLoss(_NVAMP):
     """`NVAMPLoss` of `hidden @ weight.T + bias`, without ever holding all logits.
 
     The options are those of `NVAMPLoss`. With `gradient` `"scalar"` or `"detached"` the gradients are made in
-    the forward, in three matrix products; otherwise the backward makes the logits again, which takes four.
+    the forward, in three matrix products. Otherwise, and in float16, where the gradient of a sum could
+    overflow, the backward makes the logits again, which takes four.
     """
 
     def forward(
@@ -137,13 +137,12 @@ class LinearNVAMPLoss(_NVAMP):
             labels: [batch, seq].
             bias: [vocab] or None.
         """
-        loss, stats = linear_nvamp_loss(
+        return linear_nvamp_loss(  # type: ignore[call-overload]  # which overload, the caller knows
             hidden,
             weight,
             labels,
             bias,
             num_items_in_batch=num_items_in_batch,
-            return_stats=True,
+            return_stats=return_stats,
             **self._options(),
         )
-        return (loss, stats) if return_stats else loss

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nvamp.cross_entropy import chunked, linear_nll_sum_max
-from nvamp.functional import linear_token_nll, token_nll
+from nvamp.functional import (
+    linear_nvamp_loss,
+    linear_token_nll,
+    nvamp_loss,
+    token_nll,
+    token_weights,
+)
 from tests import oracle
 from tests.cross_entropy.problems import DTYPES, IGNORED, OPTIONS, gradients, make_problem
 
@@ -21,7 +27,7 @@ TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 
 @with_options
 @with_backend
-@pytest.mark.usefixtures("rows_at_a_time")
+@pytest.mark.usefixtures("rows_at_a_time", "device_kind")
 def test_token_nll(backend: str, options: dict[str, Any]) -> None:
     p = make_problem()
     _, (expected,) = gradients(lambda x: (p.token_weights * p.exact(x, **options)).sum(), p.logits)
@@ -37,7 +43,7 @@ def test_token_nll(backend: str, options: dict[str, Any]) -> None:
 @with_options
 @with_backend
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.usefixtures("rows_at_a_time")
+@pytest.mark.usefixtures("rows_at_a_time", "device_kind")
 def test_linear_token_nll(backend: str, options: dict[str, Any], has_bias: bool) -> None:
     p = make_problem()
     inputs = (p.hidden, p.weight, p.bias)[: 2 + has_bias]
@@ -58,7 +64,7 @@ def test_linear_token_nll(backend: str, options: dict[str, Any], has_bias: bool)
 @with_options
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
-@pytest.mark.usefixtures("rows_at_a_time")
+@pytest.mark.usefixtures("rows_at_a_time", "device_kind")
 def test_one_pass(options: dict[str, Any], has_bias: bool, ignored: float) -> None:
     p = make_problem(ignored=ignored)
     inputs = (p.hidden, p.weight, p.bias)[: 2 + has_bias]
@@ -174,6 +180,10 @@ def test_linear_path_is_as_accurate_as_eager(
         for f in (eager, recompute, one_pass)
     }
     for_weight = NO_WORSE_OVER_CHUNKS if dtype == torch.bfloat16 and chunk < 256 else NO_WORSE
+    exact_nll = p.exact(hidden.double() @ weight.double().T)
+    eager_nll = torch.nn.functional.cross_entropy((hidden @ weight.T).float(), p.labels, reduction="none")
+    error = oracle.relative_error(linear_token_nll(hidden, weight, p.labels), exact_nll)
+    assert error <= NO_WORSE * oracle.relative_error(eager_nll, exact_nll)
     for ours in (recompute, one_pass):
         assert errors[ours][0] <= NO_WORSE * errors[eager][0]
         assert errors[ours][1] <= for_weight * errors[eager][1]
@@ -269,6 +279,7 @@ def test_metrics(backend: str) -> None:
 
 
 @with_backend
+@pytest.mark.usefixtures("device_kind")
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf])
 def test_ignored_rows_may_hold_anything(backend: str, junk: float) -> None:
     p = make_problem()
@@ -279,18 +290,41 @@ def test_ignored_rows_may_hold_anything(backend: str, junk: float) -> None:
     torch.testing.assert_close(grad, clean[1][0], **TIGHT)
 
 
+@pytest.mark.usefixtures("device_kind")
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf])
-def test_ignored_hidden_states_may_hold_anything(junk: float) -> None:
-    p = make_problem()
+@pytest.mark.parametrize("ignored", [0.3, 1.0])
+@pytest.mark.parametrize("path", ["reference", "chunked", "one pass"])
+def test_ignored_hidden_states_may_hold_anything(junk: float, ignored: float, path: str) -> None:
+    p = make_problem(ignored=ignored)
     hidden = p.hidden.clone()
     hidden[~p.valid] = junk
-    for loss in (
-        lambda h, w: linear_token_nll(h, w, p.labels).sum(),
-        lambda h, w: linear_nll_sum_max(h, w, p.labels)[0],
-    ):
-        torch.testing.assert_close(
-            gradients(loss, hidden, p.weight), gradients(loss, p.hidden, p.weight), **TIGHT
-        )
+
+    def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        if path == "one pass":
+            total, largest, _ = linear_nll_sum_max(h, w, p.labels, b)
+            return total + 0.5 * largest
+        return linear_token_nll(h, w, p.labels, b, backend=path).sum()
+
+    clean = gradients(loss, p.hidden, p.weight, p.bias)
+    torch.testing.assert_close(gradients(loss, hidden, p.weight, p.bias), clean, **TIGHT)
+
+
+@pytest.mark.parametrize("path", ["logits", "linear", "one pass"])
+def test_a_bad_label_shows_where_it_cannot_be_looked_for(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "can_look", lambda _: False)
+    p = make_problem(ignored=0)
+    p.labels[4] = 10**9
+
+    def losses(h: Tensor) -> Tensor:
+        if path == "logits":
+            return token_nll(h @ p.weight.T, p.labels)
+        if path == "linear":
+            return linear_token_nll(h, p.weight, p.labels)
+        return linear_nll_sum_max(h, p.weight, p.labels)[0]
+
+    value, (grad,) = gradients(lambda h: losses(h).sum(), p.hidden)
+    assert value.isnan()
+    assert grad.isnan().all(-1).nonzero().tolist() == [[4]]
 
 
 @with_backend
@@ -372,7 +406,17 @@ X, W, Y = torch.zeros(2, 3, 5), torch.zeros(7, 5), torch.zeros(2, 3, dtype=torch
     ("call", "error", "message"),
     [
         (lambda: token_nll([1.0], Y), TypeError, "logits must be a tensor, got list"),
-        (lambda: token_nll(X.long(), Y), TypeError, "logits must be floating point, got torch.int64"),
+        (lambda: token_nll(X.long(), Y), TypeError, "logits must be float16, .* or float64, got torch.int64"),
+        (lambda: token_nll(X.to(torch.float8_e5m2), Y), TypeError, "logits must be .* got torch.float8_e5m2"),
+        (lambda: nvamp_loss([1.0], Y), TypeError, "logits must be a tensor, got list"),
+        (lambda: nvamp_loss(X[0, 0, 0], Y[0, 0]), ValueError, "logits must have shape"),
+        (lambda: nvamp_loss(X, Y[0]), ValueError, "labels must have shape"),
+        (lambda: linear_nvamp_loss(3, W, Y), TypeError, "hidden must be a tensor, got int"),
+        (lambda: linear_nvamp_loss(X, [W], Y), TypeError, "weight must be a tensor, got list"),
+        (lambda: linear_nvamp_loss(X, W, Y, [1]), TypeError, "bias must be a tensor, got list"),
+        (lambda: linear_token_nll(3, W, Y), TypeError, "hidden must be a tensor, got int"),
+        (lambda: token_weights(Y), TypeError, "nll must be float16"),
+        (lambda: token_weights(X, Y), ValueError, r"valid must be bool, .* got torch.int64 \[2, 3\]"),
         (lambda: token_nll(X[0, 0], Y), ValueError, r"logits must have shape \[..., vocabulary\], got \[5\]"),
         (lambda: token_nll(X[..., :0], Y), ValueError, r"logits must have .* got \[2, 3, 0\]"),
         (lambda: token_nll(X, Y[0]), ValueError, r"labels must have shape \[2, 3\].* got \[3\]"),

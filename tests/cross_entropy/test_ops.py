@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import nvamp
 from nvamp.cross_entropy import chunked
 from nvamp.functional import linear_token_nll, token_nll
-from tests.cross_entropy.problems import IGNORED, OPTIONS, gradients, make_problem
+from tests.cross_entropy.problems import HALF, IGNORED, OPTIONS, gradients, make_problem
 
 ops = torch.ops.nvamp
 
@@ -88,16 +89,57 @@ def test_backward_twice_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("path", ["logits", "linear", "one pass"])
-def test_second_derivatives_are_refused(path: str) -> None:
+def test_second_derivatives_are_refused_when_they_are_taken(path: str) -> None:
     p = make_problem()
     h, w = p.hidden.requires_grad_(), p.weight
     loss = {
-        "logits": lambda: token_nll(p.logits, p.labels).sum(),
+        "logits": lambda: token_nll(h @ w.T, p.labels).sum(),
         "linear": lambda: linear_token_nll(h, w, p.labels).sum(),
         "one pass": lambda: one_pass(h, w, p.labels),
     }[path]()
-    with pytest.raises(NotImplementedError, match="create_graph"):
-        torch.autograd.grad(loss, h, create_graph=True)
+    (grad,) = torch.autograd.grad(loss, h, create_graph=True)  # as for another term's sake
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(grad.square().sum(), h)
+
+
+def test_checkpointing() -> None:
+    p = make_problem()
+    inputs = p.hidden, p.weight
+    for gradient in nvamp.objective.GRADIENTS:
+
+        def loss(h: Tensor, w: Tensor, gradient: Any = gradient) -> Tensor:
+            return nvamp.functional.linear_nvamp_loss(h, w, p.labels, shift=False, gradient=gradient)
+
+        got = gradients(lambda *x, loss=loss: checkpoint(loss, *x, use_reentrant=False), *inputs)
+        torch.testing.assert_close(got, gradients(loss, *inputs))
+
+
+def test_tied_and_transposed_weights() -> None:
+    """The embedding is the head, and lies in memory the other way round."""
+    p = make_problem(ignored=0)
+    stored = p.weight.T.contiguous()
+    tokens = p.labels.roll(1)
+
+    def tied(stored: Tensor, linear: bool) -> Tensor:
+        weight = stored.T
+        hidden = weight[tokens].tanh()
+        if linear:
+            return nvamp.functional.linear_nvamp_loss(hidden, weight, p.labels, shift=False)
+        return nvamp.functional.nvamp_loss(hidden @ weight.T, p.labels, shift=False, backend="reference")
+
+    torch.testing.assert_close(
+        gradients(lambda s: tied(s, True), stored), gradients(lambda s: tied(s, False), stored)
+    )
+
+
+def test_meta_tensors() -> None:
+    h, w, y = (
+        torch.empty(2, 3, 4, device="meta"),
+        torch.empty(5, 4, device="meta"),
+        torch.zeros(2, 3, device="meta").long(),
+    )
+    assert linear_token_nll(h, w, y).shape == (2, 3)
+    assert nvamp.functional.linear_nvamp_loss(h, w, y).shape == ()
 
 
 def test_gradients_accumulate() -> None:
@@ -114,19 +156,22 @@ def test_gradients_accumulate() -> None:
 @pytest.mark.parametrize("gradient", nvamp.objective.GRADIENTS)
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_autocast(gradient: nvamp.objective.Gradient, enabled: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("half", HALF, ids=str)
+def test_autocast(
+    gradient: nvamp.objective.Gradient, enabled: bool, dtype: torch.dtype, half: torch.dtype
+) -> None:
     """The linear loss casts as `F.linear` does; losses and statistics stay wide."""
     p = make_problem(dtype=dtype)
     options: Any = {"gradient": gradient, "shift": False}
 
     def linear(h: Tensor, w: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast("cpu", half, enabled=enabled):
             return nvamp.functional.linear_nvamp_loss(h, w, p.labels, **options)
 
     def logits(h: Tensor, w: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast("cpu", half, enabled=enabled):
             x = torch.nn.functional.linear(h, w)
-            assert x.dtype == (torch.bfloat16 if enabled and dtype == torch.float32 else dtype)
+            assert x.dtype == (half if enabled and dtype == torch.float32 else dtype)
             return nvamp.functional.nvamp_loss(x, p.labels, **options)
 
     value, grads = gradients(linear, p.hidden, p.weight)
@@ -136,6 +181,12 @@ def test_autocast(gradient: nvamp.objective.Gradient, enabled: bool, dtype: torc
     for a, b in zip(grads, expected_grads, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
+
+
+def test_mixed_dtypes_under_autocast_are_an_error() -> None:
+    p = make_problem(dtype=torch.float32)
+    with torch.autocast("cpu"), pytest.raises(TypeError, match="weight must have the dtype of hidden"):
+        linear_token_nll(p.hidden, p.weight.double(), p.labels)
 
 
 def test_chunk_sizes() -> None:

@@ -8,10 +8,11 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from typing_extensions import Unpack
 
 from nvamp.cross_entropy import ops, reference
-from nvamp.cross_entropy.checks import check_head, check_labels, check_logits
+from nvamp.cross_entropy.checks import check_head, check_labels, check_linear, check_logits
 from nvamp.cross_entropy.options import Head, Needs, Options, TokenOptions, checked
 
 # Which backend serves tensors of which device, unless the caller says otherwise.
@@ -21,7 +22,7 @@ BACKEND_OF_DEVICE = {"cpu": "chunked", "cuda": "chunked"}
 class TokenMetrics(NamedTuple):
     """What else a pass over the logits can tell of each token; without gradient, shaped like the labels."""
 
-    correct: Tensor  # bool: the label has the largest logit; False where ignored
+    correct: Tensor  # bool: the label has the largest logit, the first where tied; False where ignored
     entropy: Tensor  # nats, of the predicted distribution; 0 where ignored
 
 
@@ -88,16 +89,17 @@ def token_nll(
     Raises:
         TypeError: a dtype that does not fit.
         ValueError: a shape, device or option that does not fit; on a CPU also a label out of range, which on
-            other devices, where a look would wait for the device, gives a loss of NaN.
+            other devices, where a look would wait for the device, gives a loss and a gradient of NaN.
     """
     check_logits(logits)
     check_labels(labels, logits, "logits")
     opt = checked(Options(ignore_index, **options))
     name = backend_for(logits, backend)
     if name == "reference":
-        return _result(*reference.token_nll(logits, labels, opt), return_metrics)
-    nll, _, entropy, correct = ops.token_nll(logits, labels, return_metrics, name, *opt)
-    return _result(nll, entropy, correct, return_metrics)
+        nll, *metrics = reference.token_nll(logits, labels, return_metrics, opt)
+    else:
+        nll, _, *metrics = ops.token_nll(logits, labels, return_metrics, name, *opt)
+    return _result(nll, metrics, return_metrics)
 
 
 @overload
@@ -152,13 +154,12 @@ def linear_token_nll(
     opt = checked(Options(ignore_index, **options))
     name = backend_for(hidden, backend)
     if name == "reference":
-        logits = torch.nn.functional.linear(head.hidden, head.weight, head.bias)
-        nll, entropy, correct = reference.token_nll(logits, head.labels, opt)
+        labelled = (head.labels != ignore_index)[:, None]  # the other rows may hold anything
+        logits = linear(torch.where(labelled, head.hidden, 0), head.weight, head.bias)
+        nll, *metrics = reference.token_nll(logits, head.labels, return_metrics, opt)
     else:
-        nll, _, entropy, correct = ops.linear_token_nll(*head, return_metrics, name, *opt)
-    if return_metrics:
-        entropy, correct = entropy.view(labels.shape), correct.view(labels.shape)
-    return _result(nll.view(labels.shape), entropy, correct, return_metrics)
+        nll, _, *metrics = ops.linear_token_nll(*head, return_metrics, name, *opt)
+    return _result(nll.view(labels.shape), metrics, return_metrics)
 
 
 def can_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> bool:
@@ -167,11 +168,8 @@ def can_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: s
     The gradient of a sum over a whole batch overflows float16.
     """
     inputs = [t for t in (hidden, weight, bias) if t is not None]
-    half = torch.float16 in (t.dtype for t in inputs) or (
-        torch.is_autocast_enabled(hidden.device.type)
-        and torch.get_autocast_dtype(hidden.device.type) == torch.float16
-    )
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    half = _autocast_dtype(hidden) == torch.float16
     return differentiated and not half and backend_for(hidden, backend) != "reference"
 
 
@@ -199,19 +197,25 @@ def linear_nll_sum_max(
     return total, largest, nll.view(labels.shape)
 
 
-def _result(
-    nll: Tensor, entropy: Tensor, correct: Tensor, return_metrics: bool
-) -> Tensor | tuple[Tensor, TokenMetrics]:
-    return (nll, TokenMetrics(correct, entropy)) if return_metrics else nll
+def _result(nll: Tensor, metrics: list[Tensor], return_metrics: bool) -> Tensor | tuple[Tensor, TokenMetrics]:
+    if not return_metrics:
+        return nll
+    entropy, correct = (t.view(nll.shape) for t in metrics)
+    return nll, TokenMetrics(correct, entropy)
 
 
 def _head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Head:
-    """The checked arguments of the linear path, as `torch.nn.functional.linear` would cast them."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    """The arguments of the linear path: checked, flat, and cast as autocast casts those of `linear`."""
+    check_linear(hidden, weight, bias)
+    hidden, weight = hidden.to(_autocast_dtype(hidden)), weight.to(_autocast_dtype(weight))
+    bias = None if bias is None else bias.to(_autocast_dtype(bias))
     check_head(hidden, weight, bias)
     check_labels(labels, hidden, "hidden")
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that x has in a matrix product, where autocast may be on."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else x.dtype

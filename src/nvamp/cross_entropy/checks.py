@@ -3,17 +3,20 @@
 import torch
 from torch import Tensor
 
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-def _check_floating(name: str, x: Tensor) -> None:
+
+def check_floating(name: str, x: Tensor) -> None:
+    """Raises unless x, called `name`, is a tensor of a dtype in `FLOATING`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
 def check_logits(logits: Tensor) -> None:
     """Raises unless logits are a floating-point [..., V] with at least two dimensions and V > 0."""
-    _check_floating("logits", logits)
+    check_floating("logits", logits)
     if logits.dim() < 2 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., vocabulary], got {list(logits.shape)}")
 
@@ -33,21 +36,25 @@ def check_labels(labels: Tensor, x: Tensor, name: str) -> None:
         raise ValueError(f"labels must be on the device of {name}, {x.device}, got {labels.device}")
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises unless hidden [..., D], weight [V, D] and bias [V] make logits."""
-    _check_floating("hidden", hidden)
-    _check_floating("weight", weight)
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises unless these are floating-point tensors, hidden [..., D] with at least two dimensions."""
+    check_floating("hidden", hidden)
+    check_floating("weight", weight)
+    if bias is not None:
+        check_floating("bias", bias)
     if hidden.dim() < 2:
         raise ValueError(f"hidden must have shape [..., features], got {list(hidden.shape)}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises unless floating-point hidden [..., D], weight [V, D] and bias [V] make logits."""
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must have shape [vocabulary, {hidden.shape[-1]}] for hidden {list(hidden.shape)}, "
             f"got {list(weight.shape)}"
         )
-    if bias is not None:
-        _check_floating("bias", bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {x.dtype}")

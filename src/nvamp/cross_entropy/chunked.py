@@ -23,14 +23,23 @@ FEW_CHUNKS = 4
 
 def block_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a block: its softmax fills a core's share of cache on a CPU, and 256 MiB elsewhere."""
-    size = MiB * torch.get_num_threads() if device.type == "cpu" else 256 * MiB
-    return max(size // (vocab * accumulate_dtype(dtype).itemsize), torch.get_num_threads())
+    threads = torch.get_num_threads() if device.type == "cpu" else 256
+    return max(threads * MiB // (vocab * accumulate_dtype(dtype).itemsize), threads)
 
 
 def chunk_rows(weight: Tensor) -> int:
-    """Rows of a chunk of logits of weight [V, D]: enough for an efficient matrix product."""
+    """Rows of a chunk of logits of weight [V, D]: enough for an efficient matrix product.
+
+    Room is for a row of logits, a copy of its hidden state and a gradient of that.
+    """
+    vocab, features = weight.shape
     size = 48 * MiB if weight.device.type == "cpu" else 512 * MiB
-    return max(size // (len(weight) * weight.itemsize), 1)
+    return max(size // ((vocab + 2 * features) * weight.itemsize), 1)
+
+
+def can_look(x: Tensor) -> bool:
+    """Whether a look at the data costs nothing. On other devices than a CPU it would wait for the device."""
+    return x.device.type == "cpu"
 
 
 # Labels ------------------------------------------------------------------------------------------------
@@ -48,8 +57,8 @@ class Targets(NamedTuple):
 
     @property
     def none(self) -> bool:
-        """No row has a label, as where prompts are masked. False where the device would have to be asked."""
-        return self.ignored is not None and self.ignored.device.type == "cpu" and bool(self.ignored.all())
+        """No row has a label, as where prompts are masked. False where it cannot look."""
+        return self.ignored is not None and can_look(self.ignored) and bool(self.ignored.all())
 
 
 def targets_of(labels: Tensor, vocab: int, ignore_index: int) -> Targets:
@@ -63,7 +72,7 @@ def targets_of(labels: Tensor, vocab: int, ignore_index: int) -> Targets:
     ignored = labels == ignore_index
     invalid = ~ignored & ((labels < 0) | (labels >= vocab))
     label = torch.where(ignored | invalid, 0, labels)
-    if labels.device.type != "cpu":
+    if not can_look(labels):
         return Targets(label, ignored, invalid)
     check_label_range(labels, invalid, vocab, ignore_index)
     return Targets(label, ignored if ignored.any() else None, None)
@@ -122,6 +131,8 @@ def _to_gradient(
         p.mul_(slope)
     if targets.ignored is not None:
         p.masked_fill_(targets.ignored[:, None], 0)
+    if targets.invalid is not None:
+        p.masked_fill_(targets.invalid[:, None], torch.nan)
 
 
 def _blocks(logits: Tensor) -> Iterator[tuple[Tensor, slice]]:
@@ -164,10 +175,11 @@ def _forward(logits: Tensor, targets: Targets, metrics: bool, opt: Options) -> t
             nll[at] = lse[at] = 0
             continue
         z, _ = _activate(x, opt, p, want_slope=False)
+        if metrics:
+            correct[at] = z.argmax(-1) == rows.label
         nll[at], lse[at] = _losses(z, rows, opt, p)
         if metrics:
             entropy[at] = torch.special.entr(p).sum(-1)
-            correct[at] = p.argmax(-1) == rows.label
     if not metrics:
         return nll, lse
     if targets.ignored is not None:
@@ -228,44 +240,51 @@ def token_nll_backward(grad_nll: Tensor, logits: Tensor, labels: Tensor, lse: Te
 
 
 class _Rows(NamedTuple):
-    """A head whose rows all have a label, where the device does not have to be asked for that."""
+    """The rows of a head that have a label, or all of them where it cannot look."""
 
     head: Head
     targets: Targets
-    where: Tensor | None  # which rows of the given head these are; None: all of them
-    given: int  # the number of those
+    where: Tensor | None  # which rows of the head they are; None: all of them
 
     @classmethod
     def of(cls, head: Head, opt: Options) -> "_Rows":
         targets = targets_of(head.labels, len(head.weight), opt.ignore_index)
-        if targets.ignored is None or head.hidden.device.type != "cpu":
-            return cls(head, targets, None, len(head.hidden))
+        if targets.ignored is None or not can_look(head.hidden):
+            return cls(head, targets, None)
         where = (~targets.ignored).nonzero()[:, 0]
-        labelled = head._replace(hidden=head.hidden[where])
-        return cls(labelled, Targets(targets.label[where], None, None), where, len(head.hidden))
+        return cls(head, Targets(targets.label[where], None, None), where)
 
     def gather(self, x: Tensor) -> Tensor:
+        """These rows of x [N]."""
         return x if self.where is None else x[self.where]
 
     def scatter(self, x: Tensor) -> Tensor:
-        """x of these rows among the given ones, zeros elsewhere."""
+        """[N] with x in these rows, zeros elsewhere."""
         if self.where is None:
             return x
-        return x.new_zeros((self.given, *x.shape[1:])).index_copy_(0, self.where, x)
+        return x.new_zeros(len(self.head.hidden)).index_copy_(0, self.where, x)
 
-    def chunks(self) -> Iterator[tuple[Tensor, slice]]:
-        """Chunks of logits [rows, V], one after the other in the same memory, and which rows they are of."""
-        hidden, weight, bias, _ = self.head
-        rows = chunk_rows(weight)
-        buffer = in_huge_pages(hidden.new_empty((min(rows, len(hidden)), len(weight))))
-        for start in range(0, len(hidden), rows):
-            h = hidden[start : start + rows]
-            out = buffer[: len(h)]
+    def hidden(self, at: slice) -> Tensor:
+        """Hidden states [rows, D] of these rows, zeros for a row without a label."""
+        if self.where is not None:
+            return self.head.hidden[self.where[at]]
+        hidden, ignored = self.head.hidden[at], self.targets.ignored
+        return hidden if ignored is None else hidden.masked_fill(ignored[at][:, None], 0)
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """Logits [rows, V], always in the same memory, hidden states [rows, D], and which rows these are."""
+        _, weight, bias, _ = self.head
+        n, rows = len(self.targets.label), chunk_rows(weight)
+        buffer = in_huge_pages(weight.new_empty((min(rows, n), len(weight))))
+        for start in range(0, n, rows):
+            at = slice(start, min(start + rows, n))
+            hidden = self.hidden(at)
+            out = buffer[: len(hidden)]
             if bias is None:
-                torch.mm(h, weight.T, out=out)
+                torch.mm(hidden, weight.T, out=out)
             else:
-                torch.addmm(bias, h, weight.T, out=out)
-            yield out, slice(start, start + len(h))
+                torch.addmm(bias, hidden, weight.T, out=out)
+            yield out, hidden, at
 
 
 class _Gradients:
@@ -275,24 +294,25 @@ class _Gradients:
         self.rows, self.needs = rows, needs
         hidden, weight, *_ = rows.head
         wide = accumulate_dtype(weight.dtype)
-        few = len(hidden) <= FEW_CHUNKS * chunk_rows(weight) and weight.dtype != torch.float16
-        self.hidden = hidden.new_empty(hidden.shape if needs.hidden else 0)
+        few = len(rows.targets.label) <= FEW_CHUNKS * chunk_rows(weight) and weight.dtype != torch.float16
         shape = weight.shape if needs.weight else (0,)
+        self.hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0)
         self.weight = in_huge_pages(weight.new_empty(shape, dtype=weight.dtype if few else wide)).zero_()
         self.bias = weight.new_zeros(len(weight) if needs.bias else 0, dtype=wide)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """By hidden, as it was given, weight and bias, in their dtypes."""
-        hidden = self.rows.scatter(self.hidden) if self.needs.hidden else self.hidden
+        """By hidden, weight and bias, in their dtypes."""
         dtype = self.hidden.dtype
-        return hidden, self.weight.to(dtype), self.bias.to(dtype)
+        return self.hidden, self.weight.to(dtype), self.bias.to(dtype)
 
-    def add(self, grad: Tensor, at: slice) -> None:
-        """Adds what the gradient [rows, V] by the logits of the rows `at` brings."""
-        if self.needs.hidden:
+    def add(self, grad: Tensor, hidden: Tensor, at: slice) -> None:
+        """Adds what the gradient [rows, V] by the logits of hidden [rows, D], the rows `at`, brings."""
+        if self.needs.hidden and self.rows.where is None:
             torch.mm(grad, self.rows.head.weight, out=self.hidden[at])
+        elif self.needs.hidden and self.rows.where is not None:
+            self.hidden.index_copy_(0, self.rows.where[at], grad @ self.rows.head.weight)
         if self.needs.weight:
-            _add_product(self.weight, grad.T, self.rows.head.hidden[at])
+            _add_product(self.weight, grad.T, hidden)
         if self.needs.bias:
             self.bias += grad.sum(0, dtype=self.bias.dtype)
 
@@ -308,9 +328,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def linear_token_nll(head: Head, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
     rows = _Rows.of(head, opt)
-    chunks = [_forward(x, rows.targets.rows(at), metrics, opt) for x, at in rows.chunks()]
+    chunks = [_forward(x, rows.targets.rows(at), metrics, opt) for x, _, at in rows.chunks()]
     if not chunks:
-        chunks = [_forward(rows.head.hidden.new_empty(0, len(head.weight)), rows.targets, metrics, opt)]
+        chunks = [_forward(head.weight.new_empty(0, len(head.weight)), rows.targets, metrics, opt)]
     return tuple(rows.scatter(torch.cat(parts)) for parts in zip(*chunks, strict=True))
 
 
@@ -320,19 +340,19 @@ def linear_token_nll_backward(
     rows = _Rows.of(head, opt)
     lse, grad_nll = rows.gather(lse), rows.gather(grad_nll)
     grads = _Gradients(rows, needs)
-    for x, at in rows.chunks():
+    for x, h, at in rows.chunks():
         _backward(x, rows.targets.rows(at), lse[at], grad_nll[at], opt, grad=x)
-        grads.add(x, at)
+        grads.add(x, h, at)
     return grads.result()
 
 
 def linear_unit_gradients(head: Head, needs: Needs, opt: Options) -> tuple[Tensor, ...]:
     rows = _Rows.of(head, opt)
     grads = _Gradients(rows, needs)
-    nll = grads.bias.new_empty(len(rows.head.hidden))
-    for x, at in rows.chunks():
+    nll = grads.bias.new_empty(len(rows.targets.label))
+    for x, h, at in rows.chunks():
         nll[at] = _forward_backward(x, rows.targets.rows(at), opt)
-        grads.add(x, at)
+        grads.add(x, h, at)
     return rows.scatter(nll), *grads.result()
 
 

@@ -8,6 +8,7 @@ nvamp::linear_nll_sum_max    sum and maximum of the losses from hidden states, i
                              backward scales it and adds the rank-one gradient of the largest loss
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -81,17 +82,10 @@ def _fake_gradients(head: Head, needs: Needs) -> Tensors:
     return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in zip(tensors, needs, strict=True))
 
 
-def _as_is(x: Tensor) -> torch.autocast:
+def _as_is(x: Tensor) -> AbstractContextManager[object]:
     """Inside, no autocast: an operator computes in the dtypes that it was given."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def _forbid_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise NotImplementedError(
-            "nvamp: the gradient of this loss cannot itself be differentiated (create_graph=True); "
-            "backend='reference' can"
-        )
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 # nvamp::token_nll --------------------------------------------------------------------------------------
@@ -134,7 +128,6 @@ def _token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None
 
 
 def _token_nll_autograd(ctx: Any, grad_nll: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    _forbid_double_backward()
     grad = torch.ops.nvamp.token_nll_backward(grad_nll, *ctx.saved_tensors, *ctx.args)
     return grad, None, None, *(None for _ in ctx.args)
 
@@ -183,7 +176,6 @@ def _linear_token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) 
 
 
 def _linear_token_nll_autograd(ctx: Any, grad_nll: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    _forbid_double_backward()
     needs = Needs(*ctx.needs_input_grad[:3])
     grads = torch.ops.nvamp.linear_token_nll_backward(grad_nll, *ctx.saved_tensors, *needs, *ctx.args)
     return *_present(grads, needs), None, None, *(None for _ in ctx.args)
@@ -266,7 +258,9 @@ def _scale_unit_gradients_(
         grad_hidden.mul_((grad_sum + grad_max * is_max)[:, None])
     if needs.weight or needs.bias:
         at = max_index[None]
-        row = head._replace(hidden=head.hidden[at], labels=head.labels[at])
+        # Where no row has a label, this is one without: it may hold anything, and weighs nothing.
+        unlabelled = (head.labels[at] == opt.ignore_index)[:, None]
+        row = head._replace(hidden=head.hidden[at].masked_fill(unlabelled, 0), labels=head.labels[at])
         with _as_is(head.hidden):
             grad_row = grad_max * backend.linear_row_gradient(row, opt)
             if needs.weight:
@@ -288,14 +282,14 @@ def _linear_nll_sum_max_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors
 def _linear_nll_sum_max_autograd(
     ctx: Any, grad_sum: Tensor | None, grad_max: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    _forbid_double_backward()
     if grad_sum is None and grad_max is None:
         return (None,) * (5 + len(ctx.args))
+    saved = ctx.saved_tensors  # once: checkpointing allows no second look
     if grad_sum is None:
-        grad_sum = ctx.saved_tensors[0].new_zeros(())
-    in_place = ctx.use_up and type(ctx.saved_tensors[0]) is Tensor and not _graph_is_kept()
+        grad_sum = saved[0].new_zeros(())
+    in_place = ctx.use_up and type(saved[0]) is Tensor and not _graph_is_kept()
     scale = _scale_unit_gradients_ if in_place else torch.ops.nvamp.linear_nll_sum_max_backward
-    grads = scale(grad_sum, grad_max, *ctx.saved_tensors, *ctx.args)
+    grads = scale(grad_sum, grad_max, *saved, *ctx.args)
     return *_present(grads, Needs(*ctx.args[:3])), None, None, *(None for _ in ctx.args)
 
 

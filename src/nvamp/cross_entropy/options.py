@@ -58,7 +58,7 @@ def checked(options: Options) -> Options:
         raise ValueError(f"z_loss must be finite and at least 0, got {z_loss}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be finite and above 0, or None, got {softcap}")
-    if logit_scale == 0 or not math.isfinite(logit_scale):
+    if not 0 < abs(logit_scale) < math.inf:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
     return options
 

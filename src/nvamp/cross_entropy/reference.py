@@ -11,8 +11,8 @@ from nvamp.cross_entropy.checks import check_label_range
 from nvamp.cross_entropy.options import Options, accumulate_dtype
 
 
-def token_nll(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, entropy and correctness of every token; arguments as in `nvamp.functional.token_nll`."""
+def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
+    """(nll,) or, with `metrics`, (nll, entropy, correct); arguments as in `nvamp.functional.token_nll`."""
     valid, vocab = labels != opt.ignore_index, logits.shape[-1]
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         invalid = valid & ((labels < 0) | (labels >= vocab))
@@ -30,6 +30,8 @@ def token_nll(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, Ten
     ).view(labels.shape)
     if opt.z_loss:
         nll = nll + torch.where(valid, opt.z_loss * z.logsumexp(-1).square(), 0)
+    if not metrics:
+        return (nll,)
     p = z.detach().softmax(-1)
     entropy = torch.where(valid, torch.special.entr(p).sum(-1), 0)
     return nll, entropy, valid & (z.argmax(-1) == labels)
