@@ -1,8 +1,10 @@
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nvamp.study.corpus import Corpus, build_corpus, train_tokenizer
@@ -18,6 +20,15 @@ def words(seed: int, count: int) -> str:
         index = (index + 1 if rng.random() < 0.8 else rng.randrange(10)) % 10
         out.append(vocabulary[index])
     return " ".join(out)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from more, and threads that spin lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -215,9 +215,9 @@ def test_sentences() -> None:
     }
     verdicts = {"cross_entropy": "no clear difference", "cvar": "better", "max": "one seed, no interval"}
     assert sentence("nvamp", nvamp, ce, differences, verdicts) == (
-        "nvamp against ce: cross-entropy no clear difference (-0.010 nats, 95% interval -0.030 to +0.010); "
-        "worst-5% mean (CVaR) better (-0.300 nats, 95% interval -0.400 to -0.200); "
-        "largest token loss one seed, no interval (+0.500 nats)."
+        "nvamp against ce: cross-entropy: no clear difference (−0.010 nats, 95% interval −0.030 to +0.010); "
+        "worst-5% mean (CVaR): better (−0.300 nats, 95% interval −0.400 to −0.200); "
+        "largest token loss: one seed, no interval (+0.500 nats)."
     )
     assert sentence("nvamp", records("nvamp", [1]), ce, {}, {}) == (
         "nvamp diverged on seed 1 of 3: no verdict on nvamp."

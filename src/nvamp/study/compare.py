@@ -334,15 +334,14 @@ def sentence(
     if records is baseline:
         return f"{name} is what the others are compared to."
     labels = {metric.key: metric.label for metric in METRICS}
-    clauses = [f"{labels[key]} {verdicts[key]} ({_shown(differences[key])})" for key in VERDICT_KEYS]
+    clauses = [f"{labels[key]}: {verdicts[key]} ({_shown(differences[key])})" for key in VERDICT_KEYS]
     return f"{name} against {first}: {'; '.join(clauses)}."
 
 
 def _shown(difference: Json) -> str:
     mean, half = difference["mean"], difference["half_width"]
-    if half is None:
-        return f"{mean:+.3f} nats"
-    return f"{mean:+.3f} nats, 95% interval {mean - half:+.3f} to {mean + half:+.3f}"
+    interval = "" if half is None else f", 95% interval {mean - half:+.3f} to {mean + half:+.3f}"
+    return f"{mean:+.3f} nats{interval}".replace("-", "−")
 
 
 def _curve(records: Sequence[Json]) -> list[Json]:

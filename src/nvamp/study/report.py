@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -47,6 +47,7 @@ def write_report(results: Json, path: Path) -> Path:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["emphasized"] = _emphasized
     page = environment.from_string(template).render(
         results=results,
         metrics=METRICS,
@@ -60,6 +61,12 @@ def write_report(results: Json, path: Path) -> Path:
     )
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _emphasized(sentence: str) -> Markup:
+    """A sentence of the results with its verdicts marked."""
+    verdicts = r": (better|worse)\b"
+    return Markup(re.sub(verdicts, r': <strong class="\1">\1</strong>', str(escape(sentence))))
 
 
 def curves(results: Json) -> Markup:
