@@ -2,7 +2,6 @@
 
 import os
 import platform
-import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -40,20 +39,17 @@ def machine() -> dict[str, Any]:
 
 
 def time_in_turn(contenders: Mapping[str, Run], repeats: int) -> dict[str, Timing]:
-    """Runs all contenders once to warm up, then each `repeats` times, in turns.
+    """Times every contender `repeats` times, in turns, so that drift falls on all alike.
 
-    The order changes from turn to turn: drift falls on all alike, and so does what each leaves to the next,
-    such as memory in pieces.
+    In its turn a contender runs twice and the second run counts: what is timed is a step of a loop, not what
+    another contender left behind, such as memory in pieces or given back to the host.
     """
-    order, shuffle = list(contenders), random.Random(0).shuffle
-    for run in contenders.values():
-        run()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
-        shuffle(order)
-        for name in order:
+        for name, run in contenders.items():
             if not seconds[name] or seconds[name][0] < SLOW:
-                seconds[name].append(_seconds(contenders[name]))
+                run()
+                seconds[name].append(_seconds(run))
     return {name: Timing(statistics.median(s), min(s), max(s), len(s)) for name, s in seconds.items()}
 
 

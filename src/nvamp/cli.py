@@ -64,7 +64,7 @@ def compare(
         ),
     ] = ["ce", "nvamp", "nvamp:gradient=token"],  # noqa: B006  # typer copies it
     seeds: Annotated[int, typer.Option(help="How many seeds: 0, 1, ...")] = 3,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 300,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 240,
     batch_size: Annotated[int, typer.Option(help="Blocks of tokens in a step.")] = 8,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate.", show_default="0.002; with --model 5e-05")
