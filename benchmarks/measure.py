@@ -50,7 +50,20 @@ def time_in_turn(contenders: Mapping[str, Run], repeats: int) -> dict[str, Timin
             if not seconds[name] or seconds[name][0] < SLOW:
                 run()
                 seconds[name].append(_seconds(run))
-    return {name: Timing(statistics.median(s), min(s), max(s), len(s)) for name, s in seconds.items()}
+    return {name: _timing(s) for name, s in seconds.items()}
+
+
+def time_after_idling(run: Run, repeats: int, idle: float = 2.0) -> Timing:
+    """Times a run that has waited for `idle` seconds, `repeats` times."""
+    seconds = []
+    for _ in range(repeats):
+        time.sleep(idle)
+        seconds.append(_seconds(run))
+    return _timing(seconds)
+
+
+def _timing(seconds: list[float]) -> Timing:
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
 
 
 def _seconds(run: Run) -> float:

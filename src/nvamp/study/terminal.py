@@ -29,6 +29,7 @@ class Terminal:
             TextColumn("left"),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
             speed_estimate_period=120,
         )
         self._task = self._progress.add_task("reading the text", total=None, loss="")
@@ -78,9 +79,8 @@ class Terminal:
 def show_results(console: Console, results: dict[str, Any]) -> None:
     """The table and what it says."""
     seeds = results["settings"]["seeds"]
-    table = Table(
-        title=f"Held-out text, mean ± 95% interval over {seeds} seed{'s' * (seeds > 1)}", title_justify="left"
-    )
+    over = f"mean ± 95% interval over {seeds} seeds" if seeds > 1 else "one seed"
+    table = Table(title=f"Held-out text, {over}", title_justify="left")
     table.add_column("")
     for loss in results["losses"]:
         table.add_column(escape(loss["name"]), justify="right")
