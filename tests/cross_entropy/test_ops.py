@@ -190,11 +190,11 @@ def test_mixed_dtypes_under_autocast_are_an_error() -> None:
 
 
 def test_chunk_sizes() -> None:
-    """A block stays in cache, a chunk in 48 MiB; neither is ever empty."""
+    """A block stays in cache, a chunk in 52 MiB; neither is ever empty."""
     cpu = torch.device("cpu")
     for vocab in (1, 8, 50257, 262144, 10**8):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             assert chunked.block_rows(vocab, dtype, cpu) >= 1
             assert chunked.chunk_rows(torch.empty(vocab, 1, dtype=dtype, device="meta")) >= 1
     weight = torch.empty(50257, 1, dtype=torch.bfloat16)
-    assert chunked.chunk_rows(weight) * 50257 * 2 <= 48 * 2**20
+    assert chunked.chunk_rows(weight) * 50257 * 2 <= 52 * 2**20

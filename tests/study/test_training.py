@@ -120,6 +120,7 @@ def test_noise_replaces_its_share_of_labels_and_no_input(noise: float) -> None:
     blocks = torch.full((400, 50), 7)
     data = LabelledBlocks(blocks, 1000, noise, seed=1)
     labels = torch.stack([data[i]["labels"] for i in range(len(data))])
+    assert torch.equal(labels, LabelledBlocks(blocks, 1000, noise, seed=1).labels)
     inputs = torch.stack([data[i]["input_ids"] for i in range(len(data))])
     assert torch.equal(inputs, torch.full((400, 50), 7))
     replaced = labels[labels != 7]

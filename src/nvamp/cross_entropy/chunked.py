@@ -33,7 +33,7 @@ def chunk_rows(weight: Tensor) -> int:
     Room is for a row of logits, a copy of its hidden state and a gradient of that.
     """
     vocab, features = weight.shape
-    size = 48 * MiB if weight.device.type == "cpu" else 512 * MiB
+    size = 52 * MiB if weight.device.type == "cpu" else 512 * MiB
     return max(size // ((vocab + 2 * features) * weight.itemsize), 1)
 
 
@@ -274,9 +274,10 @@ class _Rows(NamedTuple):
     def chunks(self) -> Iterator[tuple[Tensor, Tensor, slice]]:
         """Logits [rows, V], always in the same memory, hidden states [rows, D], and which rows these are."""
         _, weight, bias, _ = self.head
-        n, rows = len(self.targets.label), chunk_rows(weight)
+        n, most = len(self.targets.label), chunk_rows(weight)
+        rows = -(-n // max(-(-n // most), 1))  # as few chunks as that allows, all alike
         buffer = in_huge_pages(weight.new_empty((min(rows, n), len(weight))))
-        for start in range(0, n, rows):
+        for start in range(0, n, max(rows, 1)):
             at = slice(start, min(start + rows, n))
             hidden = self.hidden(at)
             out = buffer[: len(hidden)]
