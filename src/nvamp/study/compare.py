@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from math import inf
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -71,6 +71,13 @@ class Settings:
     def recipe(self) -> Recipe:
         lr = self.lr or (LR_PRETRAINED if self.model else LR)
         return Recipe(self.steps, self.batch_size, lr, self.noise, self.model)
+
+
+class Grid(NamedTuple):
+    """Token losses (nats) at which the distributions of all losses are given."""
+
+    bin_edges: NDArray[np.float64]  # [BINS + 1]
+    thresholds: NDArray[np.float64]  # [TAIL_POINTS]
 
 
 class Display(Protocol):
@@ -266,15 +273,13 @@ def gather(losses: Sequence[Loss], seeds: int, store: Store) -> Json:
     baseline = records[losses[0].name]
     tokens = {loss.name: _token_losses(store, loss, records[loss.name]) for loss in losses}
     largest = max((x.max().item() for x in tokens.values() if x is not None), default=1.0)
+    grid = Grid(np.linspace(0, largest, BINS + 1), np.linspace(0, largest, TAIL_POINTS))
     return {
         "baseline": losses[0].name,
         "parameters": baseline[0]["parameters"],
-        "grid": {
-            "bin_edges": np.linspace(0, largest, BINS + 1).tolist(),
-            "thresholds": np.linspace(0, largest, TAIL_POINTS).tolist(),
-        },
+        "grid": {name: points.tolist() for name, points in grid._asdict().items()},
         "losses": [
-            _summary(loss.name, records[loss.name], baseline, tokens[loss.name], largest) for loss in losses
+            _summary(loss.name, records[loss.name], baseline, tokens[loss.name], grid) for loss in losses
         ],
         "runs": [record for loss in losses for record in records[loss.name]],
     }
@@ -299,7 +304,7 @@ def _summary(
     records: Sequence[Json],
     baseline: Sequence[Json],
     tokens: NDArray[np.float32] | None,
-    largest: float,
+    grid: Grid,
 ) -> Json:
     metrics, differences, verdicts = {}, {}, {}
     for metric in METRICS:
@@ -318,7 +323,7 @@ def _summary(
         "verdicts": verdicts,
         "sentence": sentence(name, records, baseline, differences, verdicts),
         "curve": _curve(records),
-        **_distribution(tokens, largest),
+        **_distribution(tokens, grid),
     }
 
 
@@ -357,12 +362,13 @@ def _curve(records: Sequence[Json]) -> list[Json]:
     return points
 
 
-def _distribution(tokens: NDArray[np.float32] | None, largest: float) -> Json:
+def _distribution(tokens: NDArray[np.float32] | None, grid: Grid) -> Json:
     """Density of the token losses in the grid's bins, and the share of them above its thresholds."""
     if tokens is None:
         return {"density": None, "survival": None}
-    density, _ = np.histogram(tokens, bins=BINS, range=(0, largest), density=True)
-    at_most = np.searchsorted(np.sort(tokens), np.linspace(0, largest, TAIL_POINTS), side="right")
+    # In float64: NumPy would round the edges to the dtype of the losses, and no bin would be as wide as it says.
+    density, _ = np.histogram(tokens.astype(np.float64), bins=grid.bin_edges, density=True)
+    at_most = np.searchsorted(np.sort(tokens), grid.thresholds, side="right")
     return {"density": density.tolist(), "survival": (1 - at_most / tokens.size).tolist()}
 
 
