@@ -153,6 +153,8 @@ def test_ctrl_c_keeps_finished_runs(text_dir: Path, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Where the tests run in the background of a shell, they were told to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list(out.glob("runs/*.json")) and process.poll() is None and time.monotonic() < deadline:

@@ -23,6 +23,7 @@ B, S, D, V = 3, 7, 5, 11
 IGNORED = -100
 with_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
 with_path = pytest.mark.parametrize("path", ["logits", "linear"])
+with_backend = pytest.mark.parametrize("backend", ["chunked", "triton"])
 
 
 @pytest.fixture
@@ -56,11 +57,13 @@ def shifted_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 @with_path
 @with_gradient
+@with_backend
 @pytest.mark.parametrize("items", [None, 40])
 @pytest.mark.parametrize("coefficients", [(1.0, 0.02, 0.001), (0.5, 1.0, 0.3), (0.0, 1.0, 0.0)])
 def test_value_and_gradient(
     path: str,
     gradient: Gradient,
+    backend: str,
     items: int | None,
     coefficients: tuple[float, float, float],
     hidden: Tensor,
@@ -70,7 +73,8 @@ def test_value_and_gradient(
     h, w = hidden.requires_grad_(), weight.requires_grad_()
     alpha, beta, gamma = coefficients
     weights: Any = {"alpha": alpha, "beta": beta, "gamma": gamma}
-    loss = loss_of(path, h, w, labels, num_items_in_batch=items, gradient=gradient, **weights)
+    options: Any = {"num_items_in_batch": items, "gradient": gradient, "backend": backend}
+    loss = loss_of(path, h, w, labels, **options, **weights)
     got = torch.autograd.grad(loss, (h, w))
     ell = shifted_losses(h, w, labels)
     torch.testing.assert_close(loss, oracle.nvamp(ell, **weights, items=items))
@@ -255,11 +259,13 @@ def test_a_module_like_any_other(module: type[NVAMPLoss]) -> None:
 class Model(nn.Module):
     """A head and its loss."""
 
-    def __init__(self, path: str, gradient: Gradient) -> None:
+    def __init__(self, path: str, gradient: Gradient, backend: str) -> None:
         super().__init__()
         self.head = nn.Linear(D, V)
         self.path = path
-        self.criterion = (NVAMPLoss if path == "logits" else LinearNVAMPLoss)(gradient=gradient, z_loss=0.01)
+        self.criterion = (NVAMPLoss if path == "logits" else LinearNVAMPLoss)(
+            gradient=gradient, z_loss=0.01, backend=backend
+        )
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Any:
         if self.path == "logits":
@@ -269,8 +275,9 @@ class Model(nn.Module):
 
 @with_path
 @with_gradient
-def test_compile(path: str, gradient: Gradient, hidden: Tensor, labels: Tensor) -> None:
-    model = Model(path, gradient)
+@with_backend
+def test_compile(path: str, gradient: Gradient, backend: str, hidden: Tensor, labels: Tensor) -> None:
+    model = Model(path, gradient, backend)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for batch, gamma in ((3, 0.001), (2, 0.001), (3, 0.002), (2, 0.5)):  # other sizes, scheduled weights
@@ -286,8 +293,9 @@ def test_compile(path: str, gradient: Gradient, hidden: Tensor, labels: Tensor) 
 
 
 @with_path
-def test_other_sizes_do_not_compile_again(path: str, hidden: Tensor, labels: Tensor) -> None:
-    model = Model(path, "scalar")
+@with_backend
+def test_other_sizes_do_not_compile_again(path: str, backend: str, hidden: Tensor, labels: Tensor) -> None:
+    model = Model(path, "scalar", backend)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.compiler.set_stance("default")
@@ -302,8 +310,9 @@ def test_other_sizes_do_not_compile_again(path: str, hidden: Tensor, labels: Ten
 
 
 @with_path
-def test_compile_with_inductor(path: str, hidden: Tensor, labels: Tensor) -> None:
-    model = Model(path, "scalar")
+@with_backend
+def test_compile_with_inductor(path: str, backend: str, hidden: Tensor, labels: Tensor) -> None:
+    model = Model(path, "scalar", backend)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
     loss, _ = model(hidden.float(), labels)
@@ -315,8 +324,9 @@ def test_compile_with_inductor(path: str, hidden: Tensor, labels: Tensor) -> Non
 
 @with_path
 @with_gradient
-def test_export(path: str, gradient: Gradient, hidden: Tensor, labels: Tensor) -> None:
-    model = Model(path, gradient)
+@with_backend
+def test_export(path: str, gradient: Gradient, backend: str, hidden: Tensor, labels: Tensor) -> None:
+    model = Model(path, gradient, backend)
     batch = torch.export.Dim("batch")
     program = torch.export.export(model, (hidden.float(), labels), dynamic_shapes=({0: batch}, {0: batch}))
     loss, stats = program.module()(hidden[:2].float(), labels[:2])

@@ -12,11 +12,11 @@ from nvamp import objective
 from nvamp.cross_entropy import (
     TokenMetrics,
     can_one_pass,
-    check_backend,
     linear_nll_sum_max,
     linear_token_nll,
     token_nll,
 )
+from nvamp.cross_entropy.backends import check_backend
 from nvamp.cross_entropy.checks import check_floating, check_labels, check_linear, check_logits
 from nvamp.cross_entropy.options import Options, TokenOptions, accumulate_dtype, checked
 from nvamp.objective import GRADIENTS, Gradient, Statistics
@@ -43,6 +43,8 @@ class NVAMPOptions(TokenOptions, total=False):
     ignore_index: int
     gradient: Gradient
     shift: bool
+    inplace_backward: bool
+    accum_dtype: torch.dtype | None
     backend: str | None
 
 
@@ -74,6 +76,8 @@ class Settings(NamedTuple):
     z_loss: float = 0.0
     softcap: float | None = None
     logit_scale: float = 1.0
+    inplace_backward: bool = False
+    accum_dtype: torch.dtype | None = None
     backend: str | None = None
 
     def check(self) -> "Settings":
@@ -140,7 +144,7 @@ def nvamp_loss(
     check_logits(logits)
     check_labels(labels, logits, "logits")
     labels = c.targets(labels)
-    nll = token_nll(logits, labels, **c.engine).flatten()
+    nll = token_nll(logits, labels, inplace_backward=c.inplace_backward, **c.engine).flatten()
     valid, ell = (labels != c.ignore_index).flatten(), nll.detach()
     s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps)
     w = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
@@ -187,10 +191,11 @@ def linear_nvamp_loss(
     labels = c.targets(labels)
     valid = (labels != c.ignore_index).flatten()
     one_pass = c.gradient in ("scalar", "detached") and can_one_pass(hidden, weight, bias, c.backend)
+    engine = {"accum_dtype": c.accum_dtype, **c.engine}
     if one_pass:
-        total, largest, nll = linear_nll_sum_max(hidden, weight, labels, bias, **c.engine)
+        total, largest, nll = linear_nll_sum_max(hidden, weight, labels, bias, **engine)
     else:
-        nll = linear_token_nll(hidden, weight, labels, bias, **c.engine)
+        nll = linear_token_nll(hidden, weight, labels, bias, **engine)
     nll, ell = nll.flatten(), nll.detach().flatten()
     s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps)
     if one_pass:

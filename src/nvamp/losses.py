@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nvamp.functional import Settings, linear_nvamp_loss, nvamp_loss
@@ -23,6 +24,8 @@ class _NVAMP(nn.Module):
         z_loss: float = 0.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        inplace_backward: bool = False,
+        accum_dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -37,6 +40,8 @@ class _NVAMP(nn.Module):
         self.z_loss = z_loss
         self.softcap = softcap
         self.logit_scale = logit_scale
+        self.inplace_backward = inplace_backward
+        self.accum_dtype = accum_dtype
         self.backend = backend
         Settings(**self._options()).check()
 
@@ -73,6 +78,10 @@ class NVAMPLoss(_NVAMP):
         shift: score position t against label t+1, as causal language models need; `False` for labels that are
             shifted already.
         label_smoothing, z_loss, softcap, logit_scale: see `nvamp.cross_entropy.options.TokenOptions`.
+        inplace_backward: let the backward overwrite the logits; see `nvamp.functional.token_nll`. A linear
+            loss, which never has them all, always does.
+        accum_dtype: of a linear loss, in which its weight's gradient is added up; see
+            `nvamp.functional.linear_token_nll`.
         backend: the engine's; `None` for the best one of the device.
 
     Raises:

@@ -8,11 +8,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import nvamp
-from nvamp.cross_entropy import chunked
+from nvamp.cross_entropy import chunked, linear, linear_nll_sum_max
 from nvamp.functional import linear_token_nll, token_nll
 from tests.cross_entropy.problems import HALF, IGNORED, OPTIONS, gradients, make_problem
 
 ops = torch.ops.nvamp
+
+
+with_backend = pytest.mark.parametrize("backend", ["chunked", "triton"])
 
 
 def flat(backend: str = "chunked", **options: Any) -> tuple[Any, ...]:
@@ -22,51 +25,63 @@ def flat(backend: str = "chunked", **options: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("metrics", [True, False])
-def test_opcheck_of_the_primitives(options: dict[str, Any], dtype: torch.dtype, metrics: bool) -> None:
+@with_backend
+def test_opcheck_of_the_primitives(
+    options: dict[str, Any], dtype: torch.dtype, metrics: bool, backend: str
+) -> None:
     p = make_problem(n=6, d=4, v=9, dtype=dtype)
     logits = p.logits.detach().requires_grad_()
     head = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias)]
-    torch.library.opcheck(ops.token_nll.default, (logits, p.labels, metrics, *flat(**options)))
-    torch.library.opcheck(ops.linear_token_nll.default, (*head, p.labels, metrics, *flat(**options)))
     torch.library.opcheck(
-        ops.linear_token_nll.default, (*head[:2], None, p.labels, metrics, *flat(**options))
+        ops.token_nll.default, (logits, p.labels, metrics, False, *flat(backend, **options))
+    )
+    torch.library.opcheck(
+        ops.linear_token_nll.default, (*head, p.labels, metrics, None, *flat(backend, **options))
+    )
+    torch.library.opcheck(
+        ops.linear_token_nll.default, (*head[:2], None, p.labels, metrics, None, *flat(backend, **options))
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, True, False)])
-def test_opcheck_of_the_one_pass_operator(dtype: torch.dtype, trained: tuple[bool, ...]) -> None:
+@with_backend
+def test_opcheck_of_the_one_pass_operator(
+    dtype: torch.dtype, trained: tuple[bool, ...], backend: str
+) -> None:
     p = make_problem(n=6, d=4, v=9, dtype=dtype)
     head = [x.requires_grad_(t) for x, t in zip((p.hidden, p.weight, p.bias), trained, strict=True)]
-    torch.library.opcheck(ops.linear_nll_sum_max.default, (*head, p.labels, *trained, False, *flat()))
+    torch.library.opcheck(
+        ops.linear_nll_sum_max.default, (*head, p.labels, *trained, False, None, *flat(backend))
+    )
 
 
-def test_opcheck_of_the_backward_operators() -> None:
+@with_backend
+@pytest.mark.usefixtures("device_kind")
+def test_opcheck_of_the_backward_operators(backend: str) -> None:
     p = make_problem(n=6, d=4, v=9)
     head = (p.hidden, p.weight, p.bias, p.labels)
     needs = (True, True, False)
-    nll, lse, *_ = ops.token_nll(p.logits, p.labels, False, *flat())
-    total, _, _, index, *units = ops.linear_nll_sum_max(*head, *needs, False, *flat())
-    torch.library.opcheck(ops.token_nll_backward.default, (nll, p.logits, p.labels, lse, *flat()))
-    torch.library.opcheck(ops.linear_token_nll_backward.default, (nll, lse, *head, *needs, *flat()))
+    nll, norm, *_ = ops.token_nll(p.logits, p.labels, False, False, *flat(backend))
+    total, _, _, *units = ops.linear_nll_sum_max(*head, *needs, False, None, *flat(backend))
+    torch.library.opcheck(ops.token_nll_backward.default, (nll, p.logits, p.labels, norm, *flat(backend)))
+    torch.library.opcheck(
+        ops.linear_token_nll_backward.default, (nll, norm, *head, *needs, None, *flat(backend))
+    )
     torch.library.opcheck(
         ops.linear_nll_sum_max_backward.default,
-        (total, total, *units, index, *head, *needs, *flat()),
+        (*head[:3], total, total, *units, *needs, backend),
     )
 
 
-def test_gradcheck() -> None:
+@with_backend
+def test_gradcheck(backend: str) -> None:
     p = make_problem(n=5, d=3, v=7)
     inputs = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias)]
-    options = {**OPTIONS["all"]}
+    options: Any = {"backend": backend, **OPTIONS["all"]}
     torch.autograd.gradcheck(lambda x: token_nll(x, p.labels, **options), p.logits.detach().requires_grad_())
     torch.autograd.gradcheck(lambda h, w, b: linear_token_nll(h, w, p.labels, b, **options), inputs)
-    torch.autograd.gradcheck(
-        lambda h, w, b: ops.linear_nll_sum_max(h, w, b, p.labels, True, True, True, True, *flat(**options))[
-            :2
-        ],
-        inputs,
-    )
+    torch.autograd.gradcheck(lambda h, w, b: linear_nll_sum_max(h, w, p.labels, b, **options)[:2], inputs)
 
 
 def one_pass(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
@@ -112,6 +127,68 @@ def test_checkpointing() -> None:
 
         got = gradients(lambda *x, loss=loss: checkpoint(loss, *x, use_reentrant=False), *inputs)
         torch.testing.assert_close(got, gradients(loss, *inputs))
+
+
+# Overwriting the logits --------------------------------------------------------------------------------
+
+
+def overwritten(make_logits: Any, backend: str = "chunked", **backward: Any) -> tuple[Tensor, bool]:
+    """The gradient by hidden states, and whether it took the memory of the logits on its way there."""
+    p = make_problem()
+    hidden = p.hidden.detach().requires_grad_()
+    logits = make_logits(hidden @ p.weight.T)
+    before = logits.detach().clone()
+    loss = (p.token_weights * token_nll(logits, p.labels, inplace_backward=True, backend=backend)).sum()
+    (grad,) = torch.autograd.grad(loss, hidden, **backward)
+    return grad, not torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.usefixtures("rows_at_a_time")
+def test_backward_in_the_memory_of_the_logits(backend: str) -> None:
+    p = make_problem()
+    ordinary = gradients(
+        lambda h: (p.token_weights * token_nll(h @ p.weight.T, p.labels, backend=backend)).sum(), p.hidden
+    )[1][0]
+    grad, in_place = overwritten(lambda x: x, backend)
+    torch.testing.assert_close(grad, ordinary)
+    assert in_place == (backend != "reference")
+    strided, in_place = overwritten(lambda x: torch.cat((x, x), 1)[:, : x.shape[1]], backend)
+    torch.testing.assert_close(strided, ordinary)
+    assert in_place == (backend != "reference")
+
+
+def test_logits_are_left_alone_where_someone_may_need_them() -> None:
+    p = make_problem()
+    grad, in_place = overwritten(lambda x: x, retain_graph=True)
+    assert not in_place
+    one_row, in_place = overwritten(lambda x: x[:1].expand_as(x))  # all rows in the memory of one
+    assert not in_place
+    assert not torch.equal(one_row, grad)
+    leaf = p.logits.detach().requires_grad_()
+    before = leaf.detach().clone()
+    token_nll(leaf, p.labels, inplace_backward=True).sum().backward()
+    assert torch.equal(leaf, before)
+    assert leaf.grad is not None
+    assert leaf.grad.data_ptr() != leaf.data_ptr()
+
+
+@with_backend
+def test_who_needs_overwritten_logits_gets_an_error(backend: str) -> None:
+    p = make_problem()
+    logits = p.hidden.requires_grad_() @ p.weight.T
+    other = logits.square().sum()  # its backward needs them, and comes second
+    loss = token_nll(logits, p.labels, inplace_backward=True, backend=backend).sum() + other
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_loss_overwrites_logits() -> None:
+    p = make_problem()
+    logits = p.hidden.requires_grad_() @ p.weight.T
+    before = logits.detach().clone()
+    nvamp.NVAMPLoss(shift=False, inplace_backward=True)(logits, p.labels).backward()
+    assert not torch.equal(logits, before)
 
 
 def test_tied_and_transposed_weights() -> None:
@@ -195,6 +272,6 @@ def test_chunk_sizes() -> None:
     for vocab in (1, 8, 50257, 262144, 10**8):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             assert chunked.block_rows(vocab, dtype, cpu) >= 1
-            assert chunked.chunk_rows(torch.empty(vocab, 1, dtype=dtype, device="meta")) >= 1
-    weight = torch.empty(50257, 1, dtype=torch.bfloat16)
-    assert chunked.chunk_rows(weight) * 50257 * 2 <= 52 * 2**20
+    hidden, weight = torch.empty(8, 1, dtype=torch.bfloat16), torch.empty(50257, 1, dtype=torch.bfloat16)
+    assert 1 <= linear.chunk_rows(hidden, weight, None) * 50257 * 2 <= 52 * 2**20
+    assert linear.chunk_rows(hidden, torch.empty(1, 1).expand(10**9, 1), None) == 1

@@ -7,16 +7,20 @@ latter for objectives whose gradient needs the sum and the maximum of the losses
 from typing import Literal, NamedTuple, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import linear
 from typing_extensions import Unpack
 
 from nvamp.cross_entropy import ops, reference
-from nvamp.cross_entropy.checks import check_head, check_labels, check_linear, check_logits
+from nvamp.cross_entropy.backends import backend_for
+from nvamp.cross_entropy.checks import (
+    check_accum_dtype,
+    check_head,
+    check_labels,
+    check_linear,
+    check_logits,
+)
 from nvamp.cross_entropy.options import Head, Needs, Options, TokenOptions, checked
-
-# Which backend serves tensors of which device, unless the caller says otherwise.
-BACKEND_OF_DEVICE = {"cpu": "chunked", "cuda": "chunked"}
 
 
 class TokenMetrics(NamedTuple):
@@ -26,19 +30,6 @@ class TokenMetrics(NamedTuple):
     entropy: Tensor  # nats, of the predicted distribution; 0 where ignored
 
 
-def backend_for(x: Tensor, backend: str | None) -> str:
-    """The backend that serves `x`: the one asked for, or the one of its device."""
-    check_backend(backend)
-    return backend or BACKEND_OF_DEVICE.get(x.device.type, "chunked")
-
-
-def check_backend(backend: str | None) -> None:
-    """Raises a `ValueError` for a backend that does not exist."""
-    known = ("reference", *ops.BACKENDS)
-    if backend is not None and backend not in known:
-        raise ValueError(f"backend must be one of {', '.join(known)}, or None, got {backend!r}")
-
-
 @overload
 def token_nll(
     logits: Tensor,
@@ -46,6 +37,7 @@ def token_nll(
     *,
     ignore_index: int = ...,
     return_metrics: Literal[False] = ...,
+    inplace_backward: bool = ...,
     backend: str | None = ...,
     **options: Unpack[TokenOptions],
 ) -> Tensor: ...
@@ -56,6 +48,7 @@ def token_nll(
     *,
     ignore_index: int = ...,
     return_metrics: Literal[True],
+    inplace_backward: bool = ...,
     backend: str | None = ...,
     **options: Unpack[TokenOptions],
 ) -> tuple[Tensor, TokenMetrics]: ...
@@ -65,6 +58,7 @@ def token_nll(
     *,
     ignore_index: int = -100,
     return_metrics: bool = False,
+    inplace_backward: bool = False,
     backend: str | None = None,
     **options: Unpack[TokenOptions],
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
@@ -80,7 +74,11 @@ def token_nll(
             no shift here.
         ignore_index: the label of tokens that do not count: loss and gradient are 0.
         return_metrics: also return `TokenMetrics`, from the same pass.
-        backend: `"chunked"`, `"reference"`, or `None` for the best one of the device.
+        inplace_backward: let the backward write the gradient over the logits, which saves its memory. Where
+            anything else needs them later, PyTorch raises its error of a tensor modified in place. No effect
+            on logits that are leaves or overlap themselves, with `retain_graph=True`, under `torch.compile`,
+            and on `"reference"`.
+        backend: `"triton"`, `"chunked"`, `"reference"`, or `None` for the best one of the device.
         **options: see `TokenOptions`.
 
     Returns:
@@ -98,7 +96,7 @@ def token_nll(
     if name == "reference":
         nll, *metrics = reference.token_nll(logits, labels, return_metrics, opt)
     else:
-        nll, _, *metrics = ops.token_nll(logits, labels, return_metrics, name, *opt)
+        nll, _, *metrics = ops.token_nll(logits, labels, return_metrics, inplace_backward, name, *opt)
     return _result(nll, metrics, return_metrics)
 
 
@@ -111,6 +109,7 @@ def linear_token_nll(
     *,
     ignore_index: int = ...,
     return_metrics: Literal[False] = ...,
+    accum_dtype: torch.dtype | None = ...,
     backend: str | None = ...,
     **options: Unpack[TokenOptions],
 ) -> Tensor: ...
@@ -123,6 +122,7 @@ def linear_token_nll(
     *,
     ignore_index: int = ...,
     return_metrics: Literal[True],
+    accum_dtype: torch.dtype | None = ...,
     backend: str | None = ...,
     **options: Unpack[TokenOptions],
 ) -> tuple[Tensor, TokenMetrics]: ...
@@ -134,6 +134,7 @@ def linear_token_nll(
     *,
     ignore_index: int = -100,
     return_metrics: bool = False,
+    accum_dtype: torch.dtype | None = None,
     backend: str | None = None,
     **options: Unpack[TokenOptions],
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
@@ -147,18 +148,22 @@ def linear_token_nll(
         weight: [V, D], that of the output layer, in the dtype of `hidden`.
         labels: [...] int64 or int32, in [0, V) or `ignore_index`, for the hidden state at the same place.
         bias: [V] or None.
+        accum_dtype: in which the gradients by the weight of the chunks are added up: float32, or that of the
+            weight, which saves memory and rounds at every chunk. By default float32 on an accelerator, and on
+            a CPU where there are many chunks.
 
     The other arguments, the result and the errors are those of `token_nll`.
     """
     head = _head(hidden, weight, labels, bias)
+    check_accum_dtype(accum_dtype, head.weight)
     opt = checked(Options(ignore_index, **options))
     name = backend_for(hidden, backend)
     if name == "reference":
         labelled = (head.labels != ignore_index)[:, None]  # the other rows may hold anything
-        logits = linear(torch.where(labelled, head.hidden, 0), head.weight, head.bias)
+        logits = F.linear(torch.where(labelled, head.hidden, 0), head.weight, head.bias)
         nll, *metrics = reference.token_nll(logits, head.labels, return_metrics, opt)
     else:
-        nll, _, *metrics = ops.linear_token_nll(*head, return_metrics, name, *opt)
+        nll, _, *metrics = ops.linear_token_nll(*head, return_metrics, accum_dtype, name, *opt)
     return _result(nll.view(labels.shape), metrics, return_metrics)
 
 
@@ -180,6 +185,7 @@ def linear_nll_sum_max(
     bias: Tensor | None = None,
     *,
     ignore_index: int = -100,
+    accum_dtype: torch.dtype | None = None,
     backend: str | None = None,
     **options: Unpack[TokenOptions],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,9 +197,11 @@ def linear_nll_sum_max(
     `"reference"` of it.
     """
     head = _head(hidden, weight, labels, bias)
+    check_accum_dtype(accum_dtype, head.weight)
     opt = checked(Options(ignore_index, **options))
     needs = Needs(*(t is not None and t.requires_grad for t in head[:3]))
-    total, largest, nll, *_ = ops.linear_nll_sum_max(*head, *needs, True, backend_for(hidden, backend), *opt)
+    name = backend_for(hidden, backend)
+    total, largest, nll, *_ = ops.linear_nll_sum_max(*head, *needs, True, accum_dtype, name, *opt)
     return total, largest, nll.view(labels.shape)
 
 

@@ -1,7 +1,10 @@
-"""Checks of the engine's arguments that need no look at the data."""
+"""Checks of the engine's arguments; none of them waits for a device."""
 
 import torch
 from torch import Tensor
+
+from nvamp.cross_entropy import devices
+from nvamp.cross_entropy.options import accumulate_dtype
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -62,8 +65,19 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {x.device}")
 
 
-def check_label_range(labels: Tensor, invalid: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raises if `invalid` [tokens] holds for any of the labels [tokens]. Waits for the device."""
+def check_accum_dtype(accum_dtype: torch.dtype | None, weight: Tensor) -> None:
+    """Raises unless products of the weight's dtype can be added up in this one."""
+    possible = (weight.dtype, accumulate_dtype(weight.dtype))
+    if accum_dtype is not None and accum_dtype not in possible:
+        names = " or ".join(str(dtype) for dtype in dict.fromkeys(possible))
+        raise ValueError(f"accum_dtype must be {names} for a weight in {weight.dtype}, got {accum_dtype}")
+
+
+def check_label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raises where a look costs nothing and a label is neither in [0, vocab) nor `ignore_index`."""
+    if not devices.can_look(labels):
+        return
+    invalid = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if invalid.any():
         raise ValueError(
             f"labels must be in [0, {vocab}) for a vocabulary of {vocab}, or ignore_index={ignore_index}, "

@@ -9,77 +9,51 @@ nvamp::linear_nll_sum_max    sum and maximum of the losses from hidden states, i
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nvamp.cross_entropy import chunked
+from nvamp.cross_entropy import linear
+from nvamp.cross_entropy.backend import Backend
+from nvamp.cross_entropy.backends import load
+from nvamp.cross_entropy.checks import check_label_range
+from nvamp.cross_entropy.hugepages import in_huge_pages
 from nvamp.cross_entropy.options import Head, Needs, Options, accumulate_dtype
 
 Tensors = tuple[Tensor, ...]
-
-
-class Backend(Protocol):
-    """What a backend offers. Labels are int32 or int64 and not yet checked.
-
-    Losses, log-sum-exp and the gradients by losses are float32, float64 for float64. Gradients nobody needs
-    are empty. Ignored rows may hold anything.
-    """
-
-    def token_nll(self, logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> Tensors:
-        """(nll, lse), with `metrics` (nll, lse, entropy, correct), of logits [..., V] of any strides."""
-
-    def token_nll_backward(
-        self, grad_nll: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, opt: Options
-    ) -> Tensor:
-        """Gradient of Σ grad_nll·nll by the logits: contiguous, in their dtype."""
-
-    def linear_token_nll(self, head: Head, metrics: bool, opt: Options) -> Tensors:
-        """`token_nll` of the logits of a head."""
-
-    def linear_token_nll_backward(
-        self, grad_nll: Tensor, lse: Tensor, head: Head, needs: Needs, opt: Options
-    ) -> Tensors:
-        """Gradients of Σ grad_nll·nll by hidden, weight and bias, in their dtypes."""
-
-    def linear_unit_gradients(self, head: Head, needs: Needs, opt: Options) -> Tensors:
-        """nll, and the gradients of Σ nll by hidden, weight and bias, in their dtypes."""
-
-    def linear_row_gradient(self, row: Head, opt: Options) -> Tensor:
-        """Gradient [1, V] of the loss of a single row by its logits."""
-
-
-BACKENDS: dict[str, Backend] = {"chunked": chunked}
 
 _OPTIONS = (
     "str backend, int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale"
 )
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 _NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias"
-_TOKENS = "(Tensor nll, Tensor lse, Tensor entropy, Tensor correct)"
+_TOKENS = "(Tensor nll, Tensor norm, Tensor entropy, Tensor correct)"
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 
 def _backend(args: tuple[Any, ...]) -> tuple[Backend, Options]:
-    """The last arguments of every operator."""
-    return BACKENDS[args[0]], Options(*args[1:])
+    """The last arguments of every operator that looks at logits."""
+    return load(args[0]), Options(*args[1:])
 
 
-def _tokens(nll: Tensor, lse: Tensor, *metrics: Tensor) -> Tensors:
+def _tokens(nll: Tensor, norm: Tensor, *metrics: Tensor) -> Tensors:
     """Results of an operator that always has four."""
-    return nll, lse, *(metrics or (nll.new_empty(0), nll.new_empty(0, dtype=torch.bool)))
+    return nll, norm, *(metrics or (nll.new_empty(0), nll.new_empty(0, dtype=torch.bool)))
 
 
 def _fake_tokens(x: Tensor, labels: Tensor, metrics: bool) -> Tensors:
     nll = x.new_empty(labels.shape, dtype=accumulate_dtype(x.dtype))
     entropy = torch.empty_like(nll) if metrics else nll.new_empty(0)
-    return nll, torch.empty_like(nll), entropy, torch.empty_like(entropy, dtype=torch.bool)
+    return nll, nll.new_empty(*labels.shape, 2), entropy, torch.empty_like(entropy, dtype=torch.bool)
 
 
-def _fake_gradients(head: Head, needs: Needs) -> Tensors:
-    tensors = (head.hidden, head.weight, head.weight[:, 0])
-    return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in zip(tensors, needs, strict=True))
+def _fake_gradients(head: Head, needs: Needs, dtype: torch.dtype) -> Tensors:
+    shapes = (head.hidden.shape, head.weight.shape, head.weight.shape[:1])
+    return tuple(
+        head.weight.new_empty(shape if needed else (0,), dtype=dtype)
+        for shape, needed in zip(shapes, needs, strict=True)
+    )
 
 
 def _as_is(x: Tensor) -> AbstractContextManager[object]:
@@ -94,42 +68,80 @@ def _as_is(x: Tensor) -> AbstractContextManager[object]:
 @torch.library.custom_op(
     "nvamp::token_nll",
     mutates_args=(),
-    schema=f"(Tensor logits, Tensor labels, bool metrics, {_OPTIONS}) -> {_TOKENS}",
+    schema=f"(Tensor logits, Tensor labels, bool metrics, bool inplace_backward, {_OPTIONS}) -> {_TOKENS}",
 )
-def token_nll(logits: Tensor, labels: Tensor, metrics: bool, *args: Any) -> Tensors:
+def token_nll(logits: Tensor, labels: Tensor, metrics: bool, inplace_backward: bool, *args: Any) -> Tensors:
     backend, opt = _backend(args)
+    check_label_range(labels, logits.shape[-1], opt.ignore_index)
     return _tokens(*backend.token_nll(logits, labels, metrics, opt))
 
 
 @token_nll.register_fake
-def _(logits: Tensor, labels: Tensor, metrics: bool, *args: Any) -> Tensors:
+def _(logits: Tensor, labels: Tensor, metrics: bool, inplace_backward: bool, *args: Any) -> Tensors:
     return _fake_tokens(logits, labels, metrics)
 
 
 @torch.library.custom_op(
     "nvamp::token_nll_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_nll, Tensor logits, Tensor labels, Tensor lse, {_OPTIONS}) -> Tensor",
+    schema=f"(Tensor grad_nll, Tensor logits, Tensor labels, Tensor norm, {_OPTIONS}) -> Tensor",
 )
-def token_nll_backward(grad_nll: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *args: Any) -> Tensor:
+def token_nll_backward(grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, *args: Any) -> Tensor:
     backend, opt = _backend(args)
-    return backend.token_nll_backward(grad_nll, logits, labels, lse, opt)
+    grad = in_huge_pages(logits.new_empty(logits.shape))
+    backend.token_nll_backward(grad_nll, logits, labels, norm, opt, out=grad)
+    return grad
 
 
 @token_nll_backward.register_fake
-def _(grad_nll: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *args: Any) -> Tensor:
+def _(grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, *args: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+def _token_nll_backward_(
+    grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, *args: Any
+) -> Tensor:
+    """The gradient in the memory of the logits, so that whoever still needs them gets PyTorch's error."""
+    backend, opt = _backend(args)
+    grad = logits.detach()
+    backend.token_nll_backward(grad_nll, grad, labels, norm, opt, out=grad)
+    torch.autograd.graph.increment_version(grad)
+    return grad
+
+
 def _token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    logits, labels, _, *ctx.args = inputs
+    logits, labels, _, ctx.inplace, *ctx.args = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(logits, labels, output[1])
 
 
 def _token_nll_autograd(ctx: Any, grad_nll: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    grad = torch.ops.nvamp.token_nll_backward(grad_nll, *ctx.saved_tensors, *ctx.args)
-    return grad, None, None, *(None for _ in ctx.args)
+    logits, labels, norm = ctx.saved_tensors
+    in_place = ctx.inplace and not logits.is_leaf and _may_use_up(logits) and _no_overlap(logits)
+    backward = _token_nll_backward_ if in_place else torch.ops.nvamp.token_nll_backward
+    grad = backward(grad_nll, logits, labels, norm, *ctx.args)
+    return grad, None, None, None, *(None for _ in ctx.args)
+
+
+def _may_use_up(saved: Tensor) -> bool:
+    """Whether a backward may overwrite what it saved: not a compiled one, nor one that keeps the graph."""
+    return type(saved) is Tensor and not _graph_is_kept()
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward has `retain_graph=True`; yes where PyTorch does not say."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
+def _no_overlap(x: Tensor) -> bool:
+    """Whether no two elements of x share memory, as those of an expanded tensor do."""
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < extent:
+            return False
+        extent = max(extent, stride * size)
+    return True
 
 
 token_nll.register_autograd(_token_nll_autograd, setup_context=_token_nll_setup)
@@ -139,12 +151,15 @@ token_nll.register_autograd(_token_nll_autograd, setup_context=_token_nll_setup)
 
 
 @torch.library.custom_op(
-    "nvamp::linear_token_nll", mutates_args=(), schema=f"({_HEAD}, bool metrics, {_OPTIONS}) -> {_TOKENS}"
+    "nvamp::linear_token_nll",
+    mutates_args=(),
+    schema=f"({_HEAD}, bool metrics, ScalarType? accum_dtype, {_OPTIONS}) -> {_TOKENS}",
 )
 def linear_token_nll(*args: Any) -> Tensors:
-    head, metrics, (backend, opt) = Head(*args[:4]), args[4], _backend(args[5:])
+    head, metrics, (backend, opt) = Head(*args[:4]), args[4], _backend(args[6:])
+    check_label_range(head.labels, len(head.weight), opt.ignore_index)
     with _as_is(head.hidden):
-        return _tokens(*backend.linear_token_nll(head, metrics, opt))
+        return _tokens(*linear.token_nll(backend, head, metrics, args[5], opt))
 
 
 @linear_token_nll.register_fake
@@ -155,24 +170,25 @@ def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, metrics: bool, 
 @torch.library.custom_op(
     "nvamp::linear_token_nll_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_nll, Tensor lse, {_HEAD}, {_NEEDS}, {_OPTIONS}) -> ({_GRADIENTS})",
+    schema=f"(Tensor grad_nll, Tensor norm, {_HEAD}, {_NEEDS}, ScalarType? accum_dtype, {_OPTIONS}) "
+    f"-> ({_GRADIENTS})",
 )
-def linear_token_nll_backward(grad_nll: Tensor, lse: Tensor, *args: Any) -> Tensors:
-    head, needs, (backend, opt) = Head(*args[:4]), Needs(*args[4:7]), _backend(args[7:])
+def linear_token_nll_backward(grad_nll: Tensor, norm: Tensor, *args: Any) -> Tensors:
+    head, needs, (backend, opt) = Head(*args[:4]), Needs(*args[4:7]), _backend(args[8:])
     with _as_is(head.hidden):
-        return backend.linear_token_nll_backward(grad_nll, lse, head, needs, opt)
+        return linear.token_nll_backward(backend, grad_nll, norm, head, needs, args[7], opt)
 
 
 @linear_token_nll_backward.register_fake
-def _(grad_nll: Tensor, lse: Tensor, *args: Any) -> Tensors:
-    return _fake_gradients(Head(*args[:4]), Needs(*args[4:7]))
+def _(grad_nll: Tensor, norm: Tensor, *args: Any) -> Tensors:
+    head = Head(*args[:4])
+    return _fake_gradients(head, Needs(*args[4:7]), head.weight.dtype)
 
 
 def _linear_token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    *head, _ = inputs[:5]
     ctx.args = inputs[5:]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[1], *head)
+    ctx.save_for_backward(output[1], *inputs[:4])
 
 
 def _linear_token_nll_autograd(ctx: Any, grad_nll: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -190,27 +206,28 @@ linear_token_nll.register_autograd(_linear_token_nll_autograd, setup_context=_li
 
 # nvamp::linear_nll_sum_max -----------------------------------------------------------------------------
 
+# What the backward needs of the row of the largest loss, and the gradients of the sum of the losses.
+_UNITS = f"Tensor max_index, Tensor max_grad, Tensor max_hidden, {_GRADIENTS}"
+
 
 @torch.library.custom_op(
     "nvamp::linear_nll_sum_max",
     mutates_args=(),
-    schema=f"({_HEAD}, {_NEEDS}, bool use_up, {_OPTIONS}) -> (Tensor sum, Tensor max, Tensor nll, "
-    f"Tensor max_index, {_GRADIENTS})",
+    schema=f"({_HEAD}, {_NEEDS}, bool use_up, ScalarType? accum_dtype, {_OPTIONS}) "
+    f"-> (Tensor sum, Tensor max, Tensor nll, {_UNITS})",
 )
 def linear_nll_sum_max(*args: Any) -> Tensors:
     """`use_up`: the caller does not look at the gradients, so the backward may finish them in place.
 
     That saves a copy of the weight. A compiled backward, or one that keeps the graph, leaves them alone.
     """
-    head, needs, (backend, opt) = Head(*args[:4]), Needs(*args[4:7]), _backend(args[8:])
+    head, needs, (backend, opt) = Head(*args[:4]), Needs(*args[4:7]), _backend(args[9:])
+    check_label_range(head.labels, len(head.weight), opt.ignore_index)
     with _as_is(head.hidden):
-        nll, *grads = backend.linear_unit_gradients(head, needs, opt)
-    if not len(nll):
-        zero = nll.new_zeros(())
-        return zero, zero.clone(), nll, head.labels.new_zeros((), dtype=torch.int64), *grads
-    # Where no row has a label, this is an ignored row: its loss and its gradient are 0.
-    index = torch.where(head.labels == opt.ignore_index, -torch.inf, nll).argmax()
-    return nll.sum(), nll.gather(0, index[None])[0], nll, index, *grads
+        nll, index, *units = linear.unit_gradients(backend, head, needs, args[8], opt)
+    # Where no row has a label, the first row is an ignored one: its loss is 0.
+    largest = nll.gather(0, index[None])[0] if len(nll) else nll.new_zeros(())
+    return nll.sum(), largest, nll, index, *units
 
 
 @linear_nll_sum_max.register_fake
@@ -219,84 +236,89 @@ def _(*args: Any) -> Tensors:
     nll, *_ = _fake_tokens(head.hidden, head.labels, False)
     scalar = nll.new_empty(())
     index = torch.empty_like(scalar, dtype=torch.int64)
-    hidden, weight, bias = _fake_gradients(head, needs)
-    return scalar, torch.empty_like(scalar), nll, index, hidden, weight, bias
+    of_max = head.weight.new_empty(len(head.weight)), head.hidden.new_empty(head.hidden.shape[1])
+    hidden, weight, bias = _fake_gradients(head, needs, linear.held_dtype(head.weight, args[8]))
+    return scalar, torch.empty_like(scalar), nll, index, *of_max, hidden, weight, bias.to(nll.dtype)
 
 
 @torch.library.custom_op(
     "nvamp::linear_nll_sum_max_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_sum, Tensor? grad_max, {_GRADIENTS}, Tensor max_index, "
-    f"{_HEAD}, {_NEEDS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor grad_sum, Tensor? grad_max, {_UNITS}, "
+    f"{_NEEDS}, str backend) -> ({_GRADIENTS})",
 )
-def linear_nll_sum_max_backward(grad_sum: Tensor, grad_max: Tensor | None, *args: Any) -> Tensors:
-    return _scale_unit_gradients_(grad_sum, grad_max, *(t.clone() for t in args[:3]), *args[3:])
+def linear_nll_sum_max_backward(*args: Any) -> Tensors:
+    """The first three are there for autograd, to refuse their second derivatives and not to miss them."""
+    return _scale_unit_gradients(False, *args[3:])
 
 
 @linear_nll_sum_max_backward.register_fake
-def _(grad_sum: Tensor, grad_max: Tensor | None, *args: Any) -> Tensors:
-    return _fake_gradients(Head(*args[4:8]), Needs(*args[8:11]))
+def _(hidden: Tensor, *args: Any) -> Tensors:
+    return tuple(torch.empty_like(unit, dtype=hidden.dtype) for unit in args[7:10])
 
 
-def _scale_unit_gradients_(
+def _scale_unit_gradients(
+    in_place: bool,
     grad_sum: Tensor,
     grad_max: Tensor | None,
+    max_index: Tensor,
+    max_grad: Tensor,
+    max_hidden: Tensor,
     grad_hidden: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor,
-    max_index: Tensor,
-    *args: Any,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str,
 ) -> Tensors:
-    """grad_sum·(unit gradients) + grad_max·(gradients of the largest loss), made in the unit gradients."""
-    head, needs, (backend, opt) = Head(*args[:4]), Needs(*args[4:7]), _backend(args[7:])
-    for grad in (grad_weight, grad_bias):
-        grad.mul_(grad_sum)
-    if grad_max is None or not len(head.labels):
-        return grad_hidden.mul_(grad_sum), grad_weight, grad_bias
-    if needs.hidden:  # its row of the largest loss is the gradient of that loss already
-        is_max = torch.arange(len(head.labels), device=max_index.device) == max_index
-        grad_hidden.mul_((grad_sum + grad_max * is_max)[:, None])
-    if needs.weight or needs.bias:
-        at = max_index[None]
-        # Where no row has a label, this is one without: it may hold anything, and weighs nothing.
-        unlabelled = (head.labels[at] == opt.ignore_index)[:, None]
-        row = head._replace(hidden=head.hidden[at].masked_fill(unlabelled, 0), labels=head.labels[at])
-        with _as_is(head.hidden):
-            grad_row = grad_max * backend.linear_row_gradient(row, opt)
-            if needs.weight:
-                grad_weight.addmm_(grad_row.T.to(row.hidden.dtype), row.hidden)
-            if needs.bias:
-                grad_bias += grad_row[0]
-    return grad_hidden, grad_weight, grad_bias
+    """grad_sum·(unit gradients) + grad_max·(gradients of the largest loss), in the dtype of the inputs."""
+    dtype = max_hidden.dtype
+
+    def room_for(unit: Tensor) -> Tensor:
+        return unit if in_place and unit.dtype == dtype else torch.empty_like(unit, dtype=dtype)
+
+    hidden, weight = room_for(grad_hidden), room_for(grad_weight)
+    if needs_hidden:
+        scale = grad_sum
+        if grad_max is not None:  # its row of the largest loss is the gradient of that loss already
+            is_max = torch.arange(len(grad_hidden), device=max_index.device) == max_index
+            scale = (grad_sum + grad_max * is_max)[:, None]
+        torch.mul(grad_hidden, scale, out=hidden)
+    if needs_weight:
+        with _as_is(grad_weight):
+            load(backend).scale_and_add(grad_weight, grad_sum, grad_max, max_grad, max_hidden, out=weight)
+    bias = grad_bias * grad_sum
+    if needs_bias and grad_max is not None:
+        bias += grad_max * max_grad
+    return hidden, weight, bias.to(dtype)
 
 
 def _linear_nll_sum_max_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    _, _, _, max_index, *grads = output
-    ctx.args = inputs[4:7] + inputs[8:]
-    ctx.use_up = inputs[7]
+    ctx.needs, ctx.use_up, ctx.backend = inputs[4:7], inputs[7], inputs[9]
+    ctx.num_options = len(inputs) - 4
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*grads, max_index, *inputs[:4])
+    ctx.save_for_backward(*output[3:], *inputs[:3])
 
 
 def _linear_nll_sum_max_autograd(
     ctx: Any, grad_sum: Tensor | None, grad_max: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
+    rest = (None,) * ctx.num_options
     if grad_sum is None and grad_max is None:
-        return (None,) * (5 + len(ctx.args))
+        return None, None, None, None, *rest
     saved = ctx.saved_tensors  # once: checkpointing allows no second look
+    units, inputs = saved[:6], saved[6:]
     if grad_sum is None:
-        grad_sum = saved[0].new_zeros(())
-    in_place = ctx.use_up and type(saved[0]) is Tensor and not _graph_is_kept()
-    scale = _scale_unit_gradients_ if in_place else torch.ops.nvamp.linear_nll_sum_max_backward
-    grads = scale(grad_sum, grad_max, *saved, *ctx.args)
-    return *_present(grads, Needs(*ctx.args[:3])), None, None, *(None for _ in ctx.args)
-
-
-def _graph_is_kept() -> bool:
-    """Whether the running backward has `retain_graph=True`; yes where PyTorch does not say."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else bool(ask())
+        assert grad_max is not None
+        grad_sum = torch.zeros_like(grad_max)
+    args = (grad_sum, grad_max, *units, *ctx.needs, ctx.backend)
+    if ctx.use_up and _may_use_up(units[0]):
+        grads = _scale_unit_gradients(True, *args)
+    else:
+        grads = torch.ops.nvamp.linear_nll_sum_max_backward(*inputs, *args)
+    return *_present(grads, Needs(*ctx.needs)), None, *rest
 
 
 linear_nll_sum_max.register_autograd(_linear_nll_sum_max_autograd, setup_context=_linear_nll_sum_max_setup)

@@ -14,9 +14,8 @@ from nvamp.cross_entropy.options import Options, accumulate_dtype
 def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
     """(nll,) or, with `metrics`, (nll, entropy, correct); arguments as in `nvamp.functional.token_nll`."""
     valid, vocab = labels != opt.ignore_index, logits.shape[-1]
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        invalid = valid & ((labels < 0) | (labels >= vocab))
-        check_label_range(labels, invalid, vocab, opt.ignore_index)
+    if not torch.compiler.is_compiling():
+        check_label_range(labels, vocab, opt.ignore_index)
     x = logits.to(accumulate_dtype(logits.dtype))
     z = opt.logit_scale * torch.where(valid[..., None], x, 0)  # ignored rows may hold anything
     if opt.softcap is not None:

@@ -366,7 +366,7 @@ def _distribution(tokens: NDArray[np.float32] | None, grid: Grid) -> Json:
     """Density of the token losses in the grid's bins, and the share of them above its thresholds."""
     if tokens is None:
         return {"density": None, "survival": None}
-    # In float64: NumPy would round the edges to the dtype of the losses, and no bin would be as wide as it says.
+    # In float64: NumPy would round the edges to the dtype of the losses, and the widths with them.
     density, _ = np.histogram(tokens.astype(np.float64), bins=grid.bin_edges, density=True)
     at_most = np.searchsorted(np.sort(tokens), grid.thresholds, side="right")
     return {"density": density.tolist(), "survival": (1 - at_most / tokens.size).tolist()}

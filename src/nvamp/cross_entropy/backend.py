@@ -1,0 +1,34 @@
+"""What a backend does to the rows of logits; the rest of the engine is the same for all."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from nvamp.cross_entropy.options import Options
+
+
+class Backend(Protocol):
+    """Losses, `norm` and the gradients by losses are float32, float64 for float64.
+
+    `norm` [..., 2] is of each row the largest z, and log Σ exp(z − largest). Their sum is the log-sum-exp,
+    but of large logits its rounding would be the error of a softmax made from it.
+
+    Labels are int32 or int64. One out of range gives NaN. Rows with `ignore_index` may hold anything; their
+    losses and gradients are 0.
+    """
+
+    def token_nll(self, logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
+        """(nll, norm), with `metrics` (nll, norm, entropy, correct), of logits [..., V] of any strides."""
+
+    def token_nll_backward(
+        self, grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, opt: Options, out: Tensor
+    ) -> None:
+        """Writes the gradient of Σ grad_nll·nll by logits [..., V] to `out`: contiguous, or the logits."""
+
+    def unit_gradient_(self, logits: Tensor, labels: Tensor, opt: Options) -> Tensor:
+        """nll of logits [rows, V], which become the gradient of Σ nll."""
+
+    def scale_and_add(
+        self, x: Tensor, a: Tensor, b: Tensor | None, u: Tensor, v: Tensor, out: Tensor
+    ) -> None:
+        """Writes a·x + b·u vᵀ to `out`, for contiguous x [R, C], u [R], v [C]; `out` may be x."""

@@ -1,0 +1,249 @@
+"""The linear path: one chunk of logits at a time, each turned into its gradient in place.
+
+All of it is matrix products of PyTorch's own; what is done to the rows of a chunk is the backend's.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nvamp.cross_entropy import devices
+from nvamp.cross_entropy.backend import Backend
+from nvamp.cross_entropy.hugepages import in_huge_pages
+from nvamp.cross_entropy.options import Head, Needs, Options, accumulate_dtype
+
+MiB = 2**20
+# A CPU rounds a half-precision product to half precision before it can be added up. Up to this many chunks,
+# adding up in float32 as well lowers the error too little to pay for its memory; see docs/engine.md.
+FEW_CHUNKS = 4
+TILE = 128  # rows that a matrix product takes at a time on an accelerator
+
+
+def chunk_rows(hidden: Tensor, weight: Tensor, accum_dtype: torch.dtype | None) -> int:
+    """Rows of a chunk of logits of hidden [N, D] and weight [V, D]: enough for an efficient matrix product.
+
+    On a CPU, room is for a row of logits, a copy of its hidden state and a gradient of that. On an
+    accelerator each chunk reads and writes the float32 gradient of the weight once, so that few are best. A
+    chunk is as large as the weight, within limits: the backward takes as much anyway, to round the gradient.
+    Who has it added up in the dtype of the weight is after memory; then a chunk is as large as `hidden`.
+    """
+    vocab, features = weight.shape
+    if weight.device.type == "cpu":
+        return max(52 * MiB // ((vocab + 2 * features) * weight.itemsize), 1)
+    size = min(max(weight.nbytes, 256 * MiB), 1024 * MiB)
+    if accum_dtype not in (None, accumulate_dtype(weight.dtype)):
+        size = hidden.nbytes
+    tiles = size // (vocab * weight.itemsize) // TILE
+    return TILE * max(tiles, 1)
+
+
+def held_dtype(weight: Tensor, accum_dtype: torch.dtype | None) -> torch.dtype:
+    """Of the gradients by hidden and weight between the one pass and its backward.
+
+    On an accelerator that of the sum, so that they are rounded once, after they are scaled. On a CPU, where
+    products are rounded anyway, that of the inputs.
+    """
+    if devices.can_look(weight):
+        return weight.dtype
+    return accum_dtype or accumulate_dtype(weight.dtype)
+
+
+def _sum_dtype(head: Head, rows: int, accum_dtype: torch.dtype | None) -> torch.dtype:
+    """In which the gradients by the weight of all chunks are added up."""
+    if accum_dtype is not None:
+        return accum_dtype
+    dtype = head.weight.dtype
+    few = FEW_CHUNKS if head.weight.device.type == "cpu" and dtype != torch.float16 else 1
+    return dtype if rows <= few * chunk_rows(head.hidden, head.weight, None) else accumulate_dtype(dtype)
+
+
+class _Rows(NamedTuple):
+    """The rows of a head that have a label or, not `compact`, all of them."""
+
+    head: Head
+    labels: Tensor  # [rows]
+    ignored: Tensor | None  # bool [rows]; None where none is
+    where: Tensor | None  # which rows of the head they are; None: all of them
+
+    @classmethod
+    def of(cls, head: Head, opt: Options, compact: bool) -> "_Rows":
+        ignored = head.labels == opt.ignore_index
+        if not compact:
+            return cls(head, head.labels, ignored, None)
+        where = (~ignored).nonzero()[:, 0]
+        if len(where) == len(ignored):
+            return cls(head, head.labels, None, None)
+        return cls(head, head.labels[where], None, where)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """These rows of x [N, ...]."""
+        return x if self.where is None else x[self.where]
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """[N, ...] with x in these rows, zeros elsewhere."""
+        if self.where is None:
+            return x
+        return x.new_zeros(len(self.head.hidden), *x.shape[1:]).index_copy_(0, self.where, x)
+
+    def hidden(self, at: slice) -> Tensor:
+        """Hidden states [rows, D] of these rows, zeros for a row without a label: it may hold anything."""
+        if self.where is not None:
+            return self.head.hidden[self.where[at]]
+        hidden = self.head.hidden[at]
+        return hidden if self.ignored is None else hidden.masked_fill(self.ignored[at][:, None], 0)
+
+    def chunks(self, accum_dtype: torch.dtype | None) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """Logits [rows, V], always in the same memory, hidden states [rows, D], and which rows these are."""
+        _, weight, bias, _ = self.head
+        n, vocab = len(self.labels), len(weight)
+        rows = _even(n, chunk_rows(self.head.hidden, weight, accum_dtype))
+        # On an accelerator rows start at whole 32 bytes, for vector loads and for the matrix products.
+        pitch = vocab if weight.device.type == "cpu" else -(-vocab // 16) * 16
+        buffer = in_huge_pages(weight.new_empty((min(rows, n), pitch)))
+        for start in range(0, n, max(rows, 1)):
+            at = slice(start, min(start + rows, n))
+            hidden = self.hidden(at)
+            out = buffer[: len(hidden), :vocab]
+            if bias is None:
+                torch.mm(hidden, weight.T, out=out)
+            else:
+                torch.addmm(bias, hidden, weight.T, out=out)
+            yield out, hidden, at
+
+
+def _even(n: int, most: int) -> int:
+    """Rows of a chunk: as few chunks as `most` rows allow, all alike, in whole tiles where they are large."""
+    rows = -(-n // max(-(-n // most), 1))
+    whole = -(-rows // TILE) * TILE
+    return whole if 8 * TILE <= whole <= most else rows
+
+
+class _Gradients:
+    """Sums, over chunks, of the gradients of a head; empty tensors for those nobody needs."""
+
+    def __init__(
+        self, rows: _Rows, needs: Needs, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
+    ) -> None:
+        self.rows, self.needs = rows, needs
+        hidden, weight, *_ = rows.head
+        self.started = False
+        self.hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0, dtype=hidden_dtype)
+        self.weight = weight.new_empty(weight.shape if needs.weight else 0, dtype=weight_dtype)
+        in_huge_pages(self.weight)
+        self.bias = weight.new_zeros(len(weight) if needs.bias else 0, dtype=accumulate_dtype(weight.dtype))
+
+    def add(self, grad: Tensor, hidden: Tensor, at: slice) -> None:
+        """Adds what the gradient [rows, V] by the logits of hidden [rows, D], the rows `at`, brings."""
+        if self.needs.hidden and self.rows.where is None:
+            _add_product(self.hidden[at], grad, self.rows.head.weight, started=False)
+        elif self.needs.hidden and self.rows.where is not None:
+            self.hidden.index_copy_(0, self.rows.where[at], grad @ self.rows.head.weight)
+        if self.needs.weight:
+            _add_product(self.weight, grad.T, hidden, self.started)
+            self.started = True
+        if self.needs.bias:
+            self.bias += grad.sum(0, dtype=self.bias.dtype)
+
+    def result(self, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """By hidden, by weight, and by bias, which is in the dtype of losses."""
+        if not self.started:
+            self.weight.zero_()
+        return self.hidden, self.weight.to(weight_dtype), self.bias
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, started: bool) -> None:
+    """total += a @ b, where the total may be of a wider dtype; not `started`, it holds nothing yet."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=int(started))
+    elif _can_add_to_wider(total):
+        torch.addmm(total, a, b, beta=int(started), out_dtype=total.dtype, out=total)
+    else:  # no product there can be added to a wider sum
+        for out, rows in zip(torch.split(total, 8192), torch.split(a, 8192), strict=True):
+            if started:
+                out += rows @ b
+            else:
+                out.copy_(rows @ b)
+
+
+def _can_add_to_wider(total: Tensor) -> bool:
+    if not total.is_cuda or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(total.device) >= (8, 0)
+
+
+class _Largest:
+    """The row of the largest loss so far, the first where tied: found without a look at the data."""
+
+    def __init__(self, head: Head) -> None:
+        self.loss = head.hidden.new_full((1,), -torch.inf, dtype=accumulate_dtype(head.hidden.dtype))
+        self.index = torch.zeros(1, dtype=torch.int64, device=head.hidden.device)
+        self.grad = head.weight.new_zeros(len(head.weight))  # by its logits
+        self.hidden = head.hidden.new_zeros(head.hidden.shape[1])
+
+    def update(self, nll: Tensor, ignored: Tensor | None, grad: Tensor, hidden: Tensor, start: int) -> None:
+        """Takes a chunk into account: losses [rows], their gradients [rows, V], hidden states [rows, D]."""
+        losses = nll if ignored is None else nll.masked_fill(ignored, -torch.inf)
+        row = losses.argmax()[None]
+        loss = losses[row]
+        # NaN is the largest of all, as argmax has it.
+        better = (loss > self.loss) | (loss.isnan() & ~self.loss.isnan())
+        self.loss = torch.where(better, loss, self.loss)
+        self.index = torch.where(better, row + start, self.index)
+        self.grad = torch.where(better, grad[row][0], self.grad)
+        self.hidden = torch.where(better, hidden[row][0], self.hidden)
+
+
+def token_nll(
+    backend: Backend, head: Head, metrics: bool, accum_dtype: torch.dtype | None, opt: Options
+) -> tuple[Tensor, ...]:
+    """(nll, norm) or, with `metrics`, (nll, norm, entropy, correct), [N, ...] each."""
+    rows = _Rows.of(head, opt, compact=devices.can_wait(head.hidden))
+    chunks = [backend.token_nll(x, rows.labels[at], metrics, opt) for x, _, at in rows.chunks(accum_dtype)]
+    if not chunks:
+        chunks = [backend.token_nll(head.weight.new_empty(0, len(head.weight)), rows.labels, metrics, opt)]
+    return tuple(rows.scatter(torch.cat(parts)) for parts in zip(*chunks, strict=True))
+
+
+def token_nll_backward(
+    backend: Backend,
+    grad_nll: Tensor,
+    norm: Tensor,
+    head: Head,
+    needs: Needs,
+    accum_dtype: torch.dtype | None,
+    opt: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of Σ grad_nll·nll by hidden, weight and bias, in their dtypes."""
+    rows = _Rows.of(head, opt, compact=devices.can_wait(head.hidden))
+    norm, grad_nll = rows.gather(norm), rows.gather(grad_nll)
+    sum_dtype = _sum_dtype(head, len(rows.labels), accum_dtype)
+    grads = _Gradients(rows, needs, head.hidden.dtype, sum_dtype)
+    for x, h, at in rows.chunks(accum_dtype):
+        backend.token_nll_backward(grad_nll[at], x, rows.labels[at], norm[at], opt, out=x)
+        grads.add(x, h, at)
+    hidden, weight, bias = grads.result(head.weight.dtype)
+    return hidden, weight, bias.to(weight.dtype)
+
+
+def unit_gradients(
+    backend: Backend, head: Head, needs: Needs, accum_dtype: torch.dtype | None, opt: Options
+) -> tuple[Tensor, ...]:
+    """nll [N]; of the largest its index, gradient [V] by its logits and hidden state [D]; gradients of Σ nll.
+
+    Those are by hidden and weight, in `held_dtype`, and by bias, in that of losses.
+    """
+    rows = _Rows.of(head, opt, compact=devices.can_look(head.hidden))
+    held = held_dtype(head.weight, accum_dtype)
+    sum_dtype = torch.promote_types(held, _sum_dtype(head, len(rows.labels), accum_dtype))
+    grads, largest = _Gradients(rows, needs, held, sum_dtype), _Largest(head)
+    nll = grads.bias.new_empty(len(rows.labels))
+    for x, h, at in rows.chunks(accum_dtype):
+        nll[at] = backend.unit_gradient_(x, rows.labels[at], opt)
+        largest.update(nll[at], None if rows.ignored is None else rows.ignored[at], x, h, at.start)
+        grads.add(x, h, at)
+    index = largest.index
+    if rows.where is not None and len(rows.where):
+        index = rows.where[index]
+    return rows.scatter(nll), index[0], largest.grad, largest.hidden, *grads.result(held)

@@ -1,0 +1,190 @@
+"""Backend `triton`: one kernel for each thing done to rows of logits.
+
+Forward: the logits are read once. Backward: read once, and the gradient written once. In the linear path a
+chunk is read, its second read hits the cache, and written once.
+
+The kernels are `nvamp.cross_entropy.kernels`; here are their launches. They are written for any GPU that
+Triton serves; with TRITON_INTERPRET=1 they run on CPU tensors too, slowly.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from nvamp.cross_entropy import kernels
+from nvamp.cross_entropy.options import Options, accumulate_dtype
+
+INTERPRETED = not isinstance(kernels.nll_kernel, triton.JITFunction)
+WARP = 64 if torch.version.hip else 32
+WIDE = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
+
+
+class Launch(NamedTuple):
+    """Columns that a program takes at a time, and its warps."""
+
+    block: int
+    num_warps: int
+
+
+def streaming(columns: int, dtype: torch.dtype) -> Launch:
+    """Of kernels that touch everything once: many small programs, which hide each other's waiting.
+
+    At most 8 KiB by 128 threads: 64 bytes of loads in flight a thread.
+    """
+    return _launch_of(columns, dtype, most=8192, bytes_of_thread=64)
+
+
+def revisiting(columns: int, dtype: torch.dtype) -> Launch:
+    """Of the kernel that reads rows twice: the largest programs there are, one to a multiprocessor.
+
+    The rows underway then stay in the L2 cache. On an H100 they are 132, 33 MiB for a vocabulary of 128k in
+    half precision, and the cache has 50 MiB.
+    """
+    return _launch_of(columns, dtype, most=32768, bytes_of_thread=32)
+
+
+def _launch_of(columns: int, dtype: torch.dtype, most: int, bytes_of_thread: int) -> Launch:
+    """Blocks of at most so many bytes."""
+    block = min(triton.next_power_of_2(columns), most // dtype.itemsize)
+    return Launch(block, max(block * dtype.itemsize // bytes_of_thread // WARP, 1))
+
+
+def options_of(opt: Options, wide: torch.dtype) -> dict[str, Any]:
+    """The arguments that every kernel on logits takes."""
+    return {
+        "ignore_index": opt.ignore_index,
+        "label_smoothing": opt.label_smoothing,
+        "z_loss": opt.z_loss,
+        "softcap": opt.softcap or 0.0,
+        "logit_scale": opt.logit_scale,
+        "WIDE": WIDE[wide],
+        "CAPPED": opt.softcap is not None,
+        "SCALED": opt.logit_scale != 1,
+        "SMOOTHED": opt.label_smoothing != 0,
+        "Z_LOSS": opt.z_loss != 0,
+    }
+
+
+def launch(kernel: Any, programs: int, sizes: Launch, *args: Any, **constants: Any) -> None:
+    """Runs that many programs of a kernel on the device of its first argument."""
+    device = args[0].device
+    if device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            'backend="triton" needs tensors on a GPU, got some on the CPU; to run its kernels there, slowly, '
+            "set TRITON_INTERPRET=1 before Triton is imported"
+        )
+    here = nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    with here:
+        if programs:
+            meta = {"BLOCK": sizes.block, "num_warps": sizes.num_warps, "enable_fp_fusion": True}
+            kernel[(programs,)](*args, **meta, **constants)
+
+
+def _planes(logits: Tensor, start: int = 0) -> Iterator[tuple[Tensor, slice]]:
+    """logits [..., V] as tensors [outer, inner, V], never copied, and which of all rows these are."""
+    x = logits[None] if logits.dim() == 2 else logits
+    if x.dim() > 3:
+        try:
+            x = x.view(-1, *x.shape[-2:])
+        except RuntimeError:  # these leading dimensions cannot be merged
+            for part in x:
+                yield from _planes(part, start)
+                start += part.numel() // part.shape[-1]
+            return
+    yield x, slice(start, start + x.shape[0] * x.shape[1])
+
+
+def _strides(x: Tensor) -> Iterator[int]:
+    """Those that count. That of a dimension of size 1 can be any number, and each would be a new kernel."""
+    return (stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True))
+
+
+# The backend -------------------------------------------------------------------------------------------
+
+
+def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
+    wide, vocab = accumulate_dtype(logits.dtype), logits.shape[-1]
+    nll = torch.empty(labels.shape, dtype=wide, device=labels.device)
+    norm = nll.new_empty(*labels.shape, 2)
+    entropy = torch.empty_like(nll) if metrics else nll
+    correct = torch.empty_like(nll, dtype=torch.bool) if metrics else nll
+    flat = [t.contiguous().flatten(0, labels.dim() - 1) for t in (labels, nll, norm, entropy, correct)]
+    for x, rows in _planes(logits):
+        launch(
+            kernels.nll_kernel,
+            len(flat[0][rows]),
+            streaming(vocab, logits.dtype),
+            x,
+            *(t[rows] for t in flat),
+            x.shape[1],
+            *_strides(x),
+            vocab,
+            METRICS=metrics,
+            ADJACENT=x.stride(-1) == 1,
+            **options_of(opt, wide),
+        )
+    return (nll, norm, entropy, correct) if metrics else (nll, norm)
+
+
+def token_nll_backward(
+    grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, opt: Options, out: Tensor
+) -> None:
+    vocab = logits.shape[-1]
+    sizes = streaming(vocab, logits.dtype)
+    flat = [t.contiguous().flatten(0, labels.dim() - 1) for t in (labels, norm, grad_nll)]
+    for x, rows in _planes(logits):
+        grad = x if out is logits else out.view(-1, vocab)[rows].view(x.shape)
+        launch(
+            kernels.gradient_kernel,
+            len(flat[0][rows]) * triton.cdiv(vocab, sizes.block),
+            sizes,
+            x,
+            grad,
+            *(t[rows] for t in flat),
+            x.shape[1],
+            *_strides(x),
+            *_strides(grad),
+            vocab,
+            ADJACENT=x.stride(-1) == grad.stride(-1) == 1,
+            **options_of(opt, norm.dtype),
+        )
+
+
+def unit_gradient_(logits: Tensor, labels: Tensor, opt: Options) -> Tensor:
+    rows, vocab = logits.shape
+    wide = accumulate_dtype(logits.dtype)
+    nll = logits.new_empty(rows, dtype=wide)
+    launch(
+        kernels.unit_gradient_kernel,
+        rows,
+        revisiting(vocab, logits.dtype),
+        logits,
+        labels.contiguous(),
+        nll,
+        logits.stride(0),
+        vocab,
+        **options_of(opt, wide),
+    )
+    return nll
+
+
+def scale_and_add(x: Tensor, a: Tensor, b: Tensor | None, u: Tensor, v: Tensor, out: Tensor) -> None:
+    rows, columns = x.shape
+    launch(
+        kernels.scale_and_add_kernel,
+        rows,
+        streaming(columns, x.dtype),
+        x,
+        out,
+        a,
+        a if b is None else b,
+        u.contiguous(),
+        v.contiguous(),
+        columns,
+        HAS_B=b is not None,
+        WIDE=WIDE[accumulate_dtype(x.dtype)],
+    )

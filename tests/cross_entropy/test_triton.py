@@ -1,0 +1,171 @@
+"""What of the backend `triton` needs no kernel to run: its choice, its launches, its machine code."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nvamp.cross_entropy import backends, devices, linear, triton
+from nvamp.cross_entropy.options import Head, Needs, Options
+
+KERNELS = {"nll_kernel", "gradient_kernel", "unit_gradient_kernel", "scale_and_add_kernel"}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def test_chosen_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGPU:
+        device = torch.device("cuda")
+
+    gpu: Any = OnGPU()
+    assert backends.backend_for(gpu, None) == "triton"
+    assert backends.backend_for(gpu, "chunked") == "chunked"
+    assert backends.backend_for(torch.empty(0), None) == "chunked"
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    assert backends.backend_for(gpu, None) == "chunked"
+    with pytest.raises(ValueError, match="needs the package triton"):
+        backends.backend_for(gpu, "triton")
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    """The code in a fresh interpreter, kernels compiled as for a GPU."""
+    env = {"PATH": "", "TRITON_INTERPRET": "0"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+
+
+def test_nvamp_works_without_triton() -> None:
+    done = run(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, nvamp\n"
+        "x = torch.randn(2, 5, 7, requires_grad=True)\n"
+        "nvamp.NVAMPLoss()(x, torch.ones(2, 5).long()).backward()\n"
+        "nvamp.NVAMPLoss(backend='triton')"
+    )
+    assert done.stderr.splitlines()[-1].startswith('ValueError: backend="triton" needs the package triton')
+
+
+def test_tensors_on_the_cpu_are_an_error() -> None:
+    done = run(
+        "import torch, nvamp\n"
+        "nvamp.NVAMPLoss(backend='triton')(torch.randn(2, 5, 7), torch.ones(2, 5).long())"
+    )
+    assert 'backend="triton" needs tensors on a GPU, got some on the CPU' in done.stderr.splitlines()[-1]
+
+
+# Launches ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Records launches in place of running them: kernel, programs, sizes, and all arguments."""
+    record: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(triton, "launch", lambda *args, **constants: record.append((*args, constants)))
+    return record
+
+
+def test_nothing_looks_at_the_data(launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without data stand for a device: a look at them raises. So a CUDA graph can record this."""
+    monkeypatch.setattr(devices, "can_wait", lambda _: False)  # as while it is recorded
+    monkeypatch.setattr(linear, "chunk_rows", lambda *_: 48)
+    head = Head(meta(100, 32), meta(501, 32), meta(501), meta(100, dtype=torch.int64))
+    needs, opt, nll = Needs(True, True, True), Options(), meta(100, dtype=torch.float32)
+    with pytest.raises((RuntimeError, NotImplementedError)):  # what a look at the data is here
+        head.labels.sum().item()
+
+    _, index, grad, hidden, *units = linear.unit_gradients(triton, head, needs, None, opt)  # type: ignore[arg-type]
+    assert (index.shape, grad.shape, hidden.shape) == ((), (501,), (32,))
+    assert [u.shape for u in units] == [(100, 32), (501, 32), (501,)]
+    assert {u.dtype for u in units} == {torch.float32}
+    triton.scale_and_add(units[1], nll[0], nll[0], grad, hidden, out=head.weight)
+    _, norm = linear.token_nll(triton, head, False, None, opt)  # type: ignore[arg-type]
+    grads = linear.token_nll_backward(triton, nll, norm, head, needs, None, opt)  # type: ignore[arg-type]
+    assert [g.shape for g in grads] == [(100, 32), (501, 32), (501,)]
+    assert {g.dtype for g in grads} == {torch.bfloat16}
+    assert {call[0].fn.__name__ for call in launched} == KERNELS
+
+
+def _numbers(kernel: Any, args: list[Any]) -> list[int]:
+    free = ("inner", "ignore_index")  # declared not to be specialized on
+    return [
+        a for name, a in zip(kernel.arg_names, args, strict=False) if isinstance(a, int) and name not in free
+    ]
+
+
+def test_other_sizes_are_no_other_kernels(launched: list[tuple[Any, ...]]) -> None:
+    """What Triton specializes on, strides and constants, does not change with the number of rows."""
+
+    def special(n: int) -> list[Any]:
+        """Of each launch, all that Triton may specialize on but sizes of tensors."""
+        launched.clear()
+        x, y, nll = meta(n, 128256), meta(n, dtype=torch.int64), meta(n, dtype=torch.float32)
+        triton.token_nll(x, y, False, Options())
+        triton.token_nll_backward(nll, x, y, meta(n, 2, dtype=torch.float32), Options(), out=x)
+        triton.unit_gradient_(x, y, Options())
+        return [
+            (kernel.fn.__name__, sizes, constants, *_numbers(kernel, args))
+            for kernel, _, sizes, *args, constants in launched
+        ]
+
+    assert special(2) == special(7) == special(16) == special(10_000)
+
+
+@pytest.mark.parametrize("vocab", [1, 8, 32000, 50257, 262144])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("launch_of", [triton.streaming, triton.revisiting])
+def test_sizes_of_programs(launch_of: Callable[..., triton.Launch], vocab: int, dtype: torch.dtype) -> None:
+    block, warps = launch_of(vocab, dtype)
+    assert block.bit_count() == warps.bit_count() == 1
+    assert 1 <= warps <= 32
+    assert vocab <= block or block * dtype.itemsize >= 8192
+
+
+SHAPES = [(8192, 4096, 128256), (16384, 2048, 151936), (4096, 8192, 262144), (32768, 576, 49152), (1, 8, 64)]
+
+
+@pytest.mark.parametrize(("n", "d", "v"), SHAPES)
+def test_chunks_on_an_accelerator(n: int, d: int, v: int) -> None:
+    """In whole tiles: as large as the weight, within 256 MiB to 1 GiB, or as large as the hidden states."""
+
+    def check(rows: int, size: int) -> None:
+        assert rows % 128 == 0
+        assert rows == 128 or 2 * rows * v <= size
+        assert size < 2 * (rows + 128) * v
+
+    hidden, weight = meta(n, d), meta(v, d)
+    check(linear.chunk_rows(hidden, weight, None), min(max(2 * v * d, 2**28), 2**30))
+    check(linear.chunk_rows(hidden, weight, torch.float32), min(max(2 * v * d, 2**28), 2**30))
+    check(linear.chunk_rows(hidden, weight, torch.bfloat16), 2 * n * d)
+
+
+# Machine code ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_compiles_without_spills(
+    architecture: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Every kernel, in every dtype, with and without options, for a GPU that is not here."""
+    out = tmp_path / "kernels.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kernels", "--arch", str(architecture), "--out", str(out)],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2], env={"PATH": "", "TRITON_INTERPRET": "0", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    usages = json.loads(out.read_text())
+    assert {u["kernel"] for u in usages} == KERNELS
+    for kernel in KERNELS:
+        of_kernel = [u for u in usages if u["kernel"] == kernel]
+        most = {
+            name: max(u[name] for u in of_kernel) for name in ("registers", "local_bytes", "shared_bytes")
+        }
+        record_property(f"{kernel}, sm_{architecture}", most)
+        assert most["local_bytes"] == 0, [u for u in of_kernel if u["local_bytes"]]
+        assert most["shared_bytes"] <= 99 * 1024  # what the smallest GPUs of these generations have
