@@ -1,7 +1,7 @@
 """Compiles every kernel for GPUs that need not be there, with what it takes: `python -m benchmarks.kernels`.
 
-The backend runs on tensors without data, each launch is recorded, and Triton compiles what it would have
-compiled then. Registers and local memory are read off the binary: local memory is what spills.
+The backend runs on tensors without data, and Triton compiles each launch as it would where the GPU is, by its
+own rules. Registers and local memory are read off the binary: local memory is what spills.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from nvamp.cross_entropy import triton as backend
 from nvamp.cross_entropy.options import Options
 
 ARCHITECTURES = (80, 90, 100)
 VOCABULARIES = (8, 50257, 128256, 262144)
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bool: "*i1",
-}
 OPTIONS = {
     "plain": Options(),
     "all options": Options(label_smoothing=0.1, z_loss=1e-4, softcap=30.0, logit_scale=0.5),
@@ -58,106 +49,90 @@ class Usage:
     shared_bytes: int
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """A launch: of which kernel, in which case, with what."""
+class AbsentGPU:
+    """What Triton asks of a driver before it compiles."""
 
-    case: str
-    kernel: Any
-    sizes: backend.Launch
-    args: tuple[Any, ...]
-    constants: dict[str, Any]
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
 
-    def source(self) -> ASTSource:
-        """What Triton would compile for this launch, with its own rules of specialization."""
-        values = dict(zip(self.kernel.arg_names, self.args, strict=False)) | self.constants
-        values["BLOCK"] = self.sizes.block
-        signature, constants, attributes = {}, {}, {}
-        for index, parameter in enumerate(self.kernel.params):
-            value = values[parameter.name]
-            signature[parameter.name] = kind = _kind(parameter, value)
-            if kind == "constexpr":
-                constants[(index,)] = value
-            elif _is_aligned(parameter, value):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        return ASTSource(self.kernel, signature, constants, attributes)
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # each has its own kernels
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
-def _kind(parameter: Any, value: Any) -> str:
-    if isinstance(value, Tensor):
-        return POINTERS[value.dtype]
-    if parameter.is_constexpr or (value == 1 and type(value) is int and not parameter.do_not_specialize):
-        return "constexpr"
-    return str(parameter.annotation_type) or ("i32" if -(2**31) <= value < 2**31 else "i64")
+@contextmanager
+def compiling(architecture: int) -> Iterator[list[tuple[Any, backend.Launch]]]:
+    """Inside, the backend compiles its launches and runs none: they come out here, with their sizes."""
+    compiled: list[tuple[Any, backend.Launch]] = []
+
+    def launch(kernel: Any, programs: int, sizes: backend.Launch, *args: Any, **constants: Any) -> None:
+        types = [a.dtype if isinstance(a, Tensor) else a for a in args]
+        meta = {"BLOCK": sizes.block, "num_warps": sizes.num_warps, "enable_fp_fusion": True}
+        compiled.append((kernel.warmup(*types, grid=(programs,), **meta, **constants), sizes))
+
+    triton.runtime.driver.set_active(AbsentGPU(architecture))
+    with mock.patch.object(backend, "launch", launch):
+        yield compiled
 
 
-def _is_aligned(parameter: Any, value: Any) -> bool:
-    if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
-        return False
-    return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+def usages(architecture: int) -> Iterator[Usage]:
+    """Of every kernel in every dtype, with and without options, for vocabularies of all kinds."""
+    for case, logits, options in cases():
+        with compiling(architecture) as compiled:
+            launch_all(logits, options, metrics=options != Options())
+        for binary, sizes in compiled:
+            registers, local = _registers_and_local_bytes(binary.asm["cubin"])
+            yield Usage(
+                binary.name,
+                case,
+                architecture,
+                sizes.num_warps,
+                sizes.block,
+                registers,
+                local,
+                binary.metadata.shared,
+            )
 
 
-def launches() -> Iterator[Recorded]:
-    """Every kernel in every dtype, with and without options, for vocabularies of all kinds."""
-    case = ""
-    recorded = []
-
-    def record(kernel: Any, programs: int, sizes: backend.Launch, *args: Any, **constants: Any) -> None:
-        recorded.append(Recorded(case, kernel, sizes, args, constants))
-
-    with mock.patch.object(backend, "launch", record):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-            for name, options in OPTIONS.items():
-                for vocab in VOCABULARIES if dtype != torch.float64 else VOCABULARIES[:1]:
-                    case = f"{str(dtype).removeprefix('torch.')}, {name}, {vocab}"
-                    _launch_all(torch.empty(2, 64, vocab, dtype=dtype, device="meta"), options)
-        case = "bfloat16, transposed"
-        _launch_all(torch.empty(2, 128256, 64, dtype=torch.bfloat16, device="meta").mT, OPTIONS["plain"])
-    return iter(recorded)
+def cases() -> Iterator[tuple[str, Tensor, Options]]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for name, options in OPTIONS.items():
+            for vocab in VOCABULARIES if dtype != torch.float64 else VOCABULARIES[:1]:
+                case = f"{str(dtype).removeprefix('torch.')}, {name}, {vocab}"
+                yield case, torch.empty(2, 64, vocab, dtype=dtype, device="meta"), options
+    transposed = torch.empty(2, 128256, 64, dtype=torch.bfloat16, device="meta").mT
+    yield "bfloat16, transposed", transposed, OPTIONS["plain"]
 
 
-def _launch_all(logits: Tensor, opt: Options) -> None:
+def launch_all(logits: Tensor, opt: Options, metrics: bool) -> None:
     """Every kernel on logits [A, B, V], the one that finishes a gradient on [B, V]."""
     labels = torch.empty(logits.shape[:-1], dtype=torch.int64, device="meta")
-    metrics = opt == OPTIONS["all options"]
     nll, norm, *_ = backend.token_nll(logits, labels, metrics, opt)
     backend.token_nll_backward(
         nll, logits, labels, norm, opt, out=torch.empty(logits.shape, dtype=logits.dtype, device="meta")
     )
     flat = torch.empty(logits.shape[1:], dtype=logits.dtype, device="meta")
     backend.unit_gradient_(flat, labels[0], opt)
-    a, b = (None if missing else nll.new_empty(()) for missing in (False, not metrics))
-    assert a is not None
-    backend.scale_and_add(flat.to(nll.dtype), a, b, flat[:, 0], flat[0], out=flat)
+    scale = nll.new_empty(())
+    backend.scale_and_add(flat.to(nll.dtype), scale, scale, flat[:, 0], flat[0], out=flat)
 
 
-def usage(launch: Recorded, architecture: int) -> Usage:
-    """Compiles a launch and reads what it takes off the binary."""
-    target = GPUTarget("cuda", architecture, 32)
-    options = {"num_warps": launch.sizes.num_warps, "enable_fp_fusion": True}
-    binary = triton.compile(launch.source(), target=target, options=options)
+def _registers_and_local_bytes(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        listing = subprocess.run(
-            [_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing.stdout)
-    assert found, listing.stdout
+        command = [str(tool), "-res-usage", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
+    assert found, listing
     registers, stack, local = map(int, found.groups())
-    return Usage(
-        launch.kernel.__name__,
-        launch.case,
-        architecture,
-        *launch.sizes[::-1],
-        registers,
-        stack + local,
-        binary.metadata.shared,
-    )
-
-
-def _cuobjdump() -> str:
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    return registers, stack + local
 
 
 def main() -> None:
@@ -167,7 +142,7 @@ def main() -> None:
     args = parser.parse_args()
     if backend.INTERPRETED:
         sys.exit("benchmarks.kernels compiles: unset TRITON_INTERPRET")
-    found = [usage(launch, architecture) for architecture in args.arch for launch in launches()]
+    found = [usage for architecture in args.arch for usage in usages(architecture)]
     if args.out:
         args.out.write_text(json.dumps([asdict(u) for u in found], indent=1))
     table = Table(title="most of any case", title_justify="left")

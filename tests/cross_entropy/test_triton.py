@@ -1,6 +1,7 @@
 """What of the backend `triton` needs no kernel to run: its choice, its launches, its machine code."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,10 +36,12 @@ def test_chosen_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         backends.backend_for(gpu, "triton")
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    """The code in a fresh interpreter, kernels compiled as for a GPU."""
-    env = {"PATH": "", "TRITON_INTERPRET": "0"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+def run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """The code in a fresh Python at the root of the project, with kernels that compile."""
+    command = [sys.executable, "-c", code, *args]
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    root = Path(__file__).parents[2]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=root, check=False)
 
 
 def test_nvamp_works_without_triton() -> None:
@@ -92,31 +95,6 @@ def test_nothing_looks_at_the_data(launched: list[tuple[Any, ...]], monkeypatch:
     assert {call[0].fn.__name__ for call in launched} == KERNELS
 
 
-def _numbers(kernel: Any, args: list[Any]) -> list[int]:
-    free = ("inner", "ignore_index")  # declared not to be specialized on
-    return [
-        a for name, a in zip(kernel.arg_names, args, strict=False) if isinstance(a, int) and name not in free
-    ]
-
-
-def test_other_sizes_are_no_other_kernels(launched: list[tuple[Any, ...]]) -> None:
-    """What Triton specializes on, strides and constants, does not change with the number of rows."""
-
-    def special(n: int) -> list[Any]:
-        """Of each launch, all that Triton may specialize on but sizes of tensors."""
-        launched.clear()
-        x, y, nll = meta(n, 128256), meta(n, dtype=torch.int64), meta(n, dtype=torch.float32)
-        triton.token_nll(x, y, False, Options())
-        triton.token_nll_backward(nll, x, y, meta(n, 2, dtype=torch.float32), Options(), out=x)
-        triton.unit_gradient_(x, y, Options())
-        return [
-            (kernel.fn.__name__, sizes, constants, *_numbers(kernel, args))
-            for kernel, _, sizes, *args, constants in launched
-        ]
-
-    assert special(2) == special(7) == special(16) == special(10_000)
-
-
 @pytest.mark.parametrize("vocab", [1, 8, 32000, 50257, 262144])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("launch_of", [triton.streaming, triton.revisiting])
@@ -154,10 +132,7 @@ def test_compiles_without_spills(
 ) -> None:
     """Every kernel, in every dtype, with and without options, for a GPU that is not here."""
     out = tmp_path / "kernels.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kernels", "--arch", str(architecture), "--out", str(out)],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2], env={"PATH": "", "TRITON_INTERPRET": "0", "HOME": str(tmp_path)},
-    )  # fmt: skip
+    done = run("from benchmarks.kernels import main; main()", "--arch", str(architecture), "--out", str(out))
     assert done.returncode == 0, done.stderr
     usages = json.loads(out.read_text())
     assert {u["kernel"] for u in usages} == KERNELS
@@ -169,3 +144,18 @@ def test_compiles_without_spills(
         record_property(f"{kernel}, sm_{architecture}", most)
         assert most["local_bytes"] == 0, [u for u in of_kernel if u["local_bytes"]]
         assert most["shared_bytes"] <= 99 * 1024  # what the smallest GPUs of these generations have
+
+
+def test_other_sizes_and_options_compile_nothing_again() -> None:
+    done = run(
+        "import torch\n"
+        "from benchmarks.kernels import Options, compiling, launch_all\n"
+        "def kernels(options):\n"
+        "    with compiling(90) as compiled:\n"
+        "        for n in (1, 2, 7, 16, 10_000):\n"
+        "            for opt in options:\n"
+        "                launch_all(torch.empty(1, n, 128256, dtype=torch.bfloat16, device='meta'), opt, False)\n"
+        "    return len({binary.hash for binary, _ in compiled})\n"
+        "print(kernels([Options()]), kernels([Options(z_loss=1e-4), Options(z_loss=2e-4)]))"
+    )
+    assert done.stdout.split() == ["4", "4"], done.stderr
