@@ -41,12 +41,12 @@ def ratios(logit_std: float) -> list[dict[str, Any]]:
     rows = []
     for chunks in (1, 2, 4, 8, 32):
         row: dict[str, Any] = {"logit_std": logit_std, "chunks": chunks}
-        for dtype in (torch.bfloat16, torch.float32):
+        for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
             with mock.patch.object(linear, "chunk_rows", return_value=N // chunks):
                 total, _, _ = linear_nll_sum_max(hidden, weight, labels, accum_dtype=dtype)
                 nll = linear_token_nll(hidden, weight, labels, accum_dtype=dtype)
-                row[f"one pass, {dtype} sums"] = error(SCALE * total) / eager
-                row[f"recompute, {dtype} sums"] = error(SCALE * nll.sum()) / eager
+                row[f"one pass, {name} sums"] = error(SCALE * total) / eager
+                row[f"recompute, {name} sums"] = error(SCALE * nll.sum()) / eager
         rows.append(row)
     return rows
 
