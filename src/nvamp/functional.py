@@ -245,19 +245,25 @@ def token_weights(
     gamma: float = 0.001,
     eps: float = 1e-6,
     gradient: Gradient = "scalar",
+    process_group: "Group | None" = None,
 ) -> Tensor:
     """The weight `∂L/∂ℓ` that the loss gives each token, from the losses `nll` [...] in nats.
+
+    From the losses of a first pass without gradient over all micro-batches, it is the exact weight of each
+    token in a second one that accumulates gradients; see docs/distributed.md.
 
     Args:
         nll: [...] losses of the tokens.
         valid: [...] bool, which of them count; all by default. The others get 0.
+        process_group: the ranks that hold the batch together. The sum of the gradients of all ranks is then
+            that of the batch; for a mean, as DDP makes, multiply by their number.
 
     Returns:
         [...] in float32, or float64 for float64 losses.
 
     The other arguments are those of `nvamp.NVAMPLoss`.
     """
-    c = Settings(alpha, beta, gamma, eps, gradient=gradient).check()
+    c = Settings(alpha, beta, gamma, eps, gradient=gradient, process_group=process_group).check()
     check_floating("nll", nll)
     if valid is not None and (valid.dtype != torch.bool or valid.shape != nll.shape):
         raise ValueError(
@@ -265,7 +271,7 @@ def token_weights(
         )
     ell = nll.detach().to(accumulate_dtype(nll.dtype)).flatten()
     mask = torch.ones_like(ell, dtype=torch.bool) if valid is None else valid.flatten()
-    s = objective.statistics(ell, mask, _items(num_items_in_batch), eps=eps)
+    s = objective.statistics(ell, mask, _items(num_items_in_batch), eps=eps, ranks=c.ranks)
     return objective.weights(ell, mask, s, **c.coefficients, gradient=gradient).view(nll.shape)
 
 
