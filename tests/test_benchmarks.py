@@ -4,11 +4,13 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from benchmarks import accuracy, cpu, measure
+from benchmarks import accumulation, accuracy, cpu, measure
 
 
 def test_contenders_run_in_turn_and_slow_ones_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +67,22 @@ def test_the_accuracy_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     rows = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
     assert [row["chunks"] for row in rows[:5]] == [1, 2, 4, 8, 32]
     assert rows[0]["recompute, bfloat16 sums"] == pytest.approx(1)  # one chunk: eager's own product
+
+
+class Logits(nn.Module):
+    """A model of one table: the logits of the token after each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 11)
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table(input_ids))
+
+
+def test_accumulated_gradients_are_off_by_the_dispersion_and_the_maximum() -> None:
+    torch.manual_seed(0)
+    blocks, model = torch.randint(11, (64, 9)), Logits()
+    rows = accumulation.distances(model, blocks, gamma=0.5)
+    assert [row["tokens"] for row in rows] == [256, 128, 64, 32, 16, 8]
+    assert all(row[mode] > 1e-3 for row in rows for mode in accumulation.MODES)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from examples import custom_losses
+from examples import custom_losses, exact_accumulation
 from examples.custom_losses import IGNORED, dft_loss, focal_loss, weighted_loss
+from nvamp import LinearNVAMPLoss
+from nvamp.objective import GRADIENTS, Gradient
 
 
 @pytest.fixture
@@ -51,3 +53,24 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     for line in lines:
         first, last = line.split(": ")[1].split(" to ")
         assert float(last) < float(first)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_two_passes_are_the_whole_batch(
+    gradient: Gradient, problem: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> None:
+    x, _, labels, _ = problem
+    x, labels = x.flatten(0, 1), labels.flatten()
+    body, head = nn.Linear(5, 5, dtype=torch.float64), nn.Linear(5, 19, bias=False, dtype=torch.float64)
+    parameters = [*body.parameters(), *head.parameters()]
+    criterion = LinearNVAMPLoss(gradient=gradient, gamma=0.5, shift=False)
+    whole = torch.autograd.grad(criterion(body(x), head.weight, labels), parameters)
+    batch = list(zip(x.split(5), labels.split(5), strict=True))  # of unequal size
+    exact_accumulation.accumulate(body, head, batch, gradient=gradient, gamma=0.5)
+    torch.testing.assert_close([p.grad for p in parameters], list(whole), rtol=1e-10, atol=1e-12)
+
+
+def test_the_example_of_accumulation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exact_accumulation.main()
+    one_pass, two_passes = (float(line.split("off by ")[1]) for line in capsys.readouterr().out.splitlines())
+    assert two_passes < 1e-5 < one_pass

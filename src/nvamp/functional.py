@@ -1,7 +1,8 @@
 """The losses as functions, and the primitives to build others from."""
 
 import math
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -19,7 +20,12 @@ from nvamp.cross_entropy import (
 from nvamp.cross_entropy.backends import check_backend
 from nvamp.cross_entropy.checks import check_floating, check_labels, check_linear, check_logits
 from nvamp.cross_entropy.options import Options, TokenOptions, accumulate_dtype, checked
-from nvamp.objective import GRADIENTS, Gradient, Statistics
+from nvamp.objective import ALONE, GRADIENTS, Gradient, Ranks, Statistics
+
+if TYPE_CHECKING:
+    from nvamp.distributed import Group
+
+T = TypeVar("T")
 
 __all__ = [
     "NVAMPOptions",
@@ -45,18 +51,22 @@ class NVAMPOptions(TokenOptions, total=False):
     shift: bool
     inplace_backward: bool
     accum_dtype: torch.dtype | None
+    process_group: "Group | None"
     backend: str | None
 
 
 class NVAMPStats(NamedTuple):
-    """What a loss was made of. Scalar tensors without gradient, on the device of the loss; losses in nats."""
+    """What a loss was made of. Scalar tensors without gradient, on the device of the loss; losses in nats.
+
+    With a `process_group`, of all its ranks; but the index and the weights are of tokens of this one.
+    """
 
     cross_entropy: Tensor  # Σ ℓ / num_items_in_batch
     mean: Tensor  # of the losses of the valid tokens
     std: Tensor  # sqrt(their variance + eps)
     dispersion: Tensor  # mean |ℓ − mean| / std
     max: Tensor  # the largest loss; 0 where no token is valid
-    max_index: Tensor  # int64: its row among those of the flattened logits; −1 where no token is valid
+    max_index: Tensor  # int64: its row of the flattened logits; −1 where none is valid or another rank has it
     num_tokens: Tensor  # int64: valid tokens
     min_weight: Tensor  # the smallest ∂L/∂ℓ of a valid token
     max_weight: Tensor  # the largest
@@ -78,6 +88,7 @@ class Settings(NamedTuple):
     logit_scale: float = 1.0
     inplace_backward: bool = False
     accum_dtype: torch.dtype | None = None
+    process_group: Any = None
     backend: str | None = None
 
     def check(self) -> "Settings":
@@ -90,8 +101,20 @@ class Settings(NamedTuple):
         if not self.eps > 0:
             raise ValueError(f"eps must be above 0, got {self.eps}")
         check_backend(self.backend)
+        if self.process_group is not None:
+            from nvamp.distributed import check_group  # only here: PyTorch can be built without it
+
+            check_group(self.process_group)
         checked(Options(self.ignore_index, self.label_smoothing, self.z_loss, self.softcap, self.logit_scale))
         return self
+
+    @property
+    def ranks(self) -> Ranks:
+        if self.process_group is None:
+            return ALONE
+        from nvamp.distributed import ranks_of
+
+        return ranks_of(self.process_group)
 
     @property
     def coefficients(self) -> dict[str, Any]:
@@ -144,11 +167,14 @@ def nvamp_loss(
     check_logits(logits)
     check_labels(labels, logits, "logits")
     labels = c.targets(labels)
-    nll = token_nll(logits, labels, inplace_backward=c.inplace_backward, **c.engine).flatten()
+    ranks = c.ranks
+    nll = _taking_part(
+        ranks, logits, lambda: token_nll(logits, labels, inplace_backward=c.inplace_backward, **c.engine)
+    ).flatten()
     valid, ell = (labels != c.ignore_index).flatten(), nll.detach()
-    s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps)
+    s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps, ranks=ranks)
     w = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
-    loss = _value_with_gradient(objective.value(s, **c.coefficients), of=(w * nll).sum())
+    loss = _value_with_gradient(objective.value(s, **c.coefficients), of=ranks.size * (w * nll).sum())
     return (loss, _stats(ell, valid, s, c)) if return_stats else loss
 
 
@@ -191,20 +217,21 @@ def linear_nvamp_loss(
     labels = c.targets(labels)
     valid = (labels != c.ignore_index).flatten()
     one_pass = c.gradient in ("scalar", "detached") and can_one_pass(hidden, weight, bias, c.backend)
-    engine = {"accum_dtype": c.accum_dtype, **c.engine}
+    ranks, engine = c.ranks, {"accum_dtype": c.accum_dtype, **c.engine}
+    args = (hidden, weight, labels, bias)
     if one_pass:
-        total, largest, nll = linear_nll_sum_max(hidden, weight, labels, bias, **engine)
+        total, largest, nll = _taking_part(ranks, hidden, lambda: linear_nll_sum_max(*args, **engine))
     else:
-        nll = linear_token_nll(hidden, weight, labels, bias, **engine)
+        nll = _taking_part(ranks, hidden, lambda: linear_token_nll(*args, **engine))
     nll, ell = nll.flatten(), nll.detach().flatten()
-    s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps)
+    s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps, ranks=ranks)
     if one_pass:
         shared, at_max = objective.shared_weight(s, **c.coefficients, gradient=c.gradient)
         surrogate = shared * total if at_max is None else shared * total + at_max * largest
     else:
         w = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
         surrogate = (w * nll).sum()
-    loss = _value_with_gradient(objective.value(s, **c.coefficients), of=surrogate)
+    loss = _value_with_gradient(objective.value(s, **c.coefficients), of=ranks.size * surrogate)
     return (loss, _stats(ell, valid, s, c)) if return_stats else loss
 
 
@@ -218,19 +245,25 @@ def token_weights(
     gamma: float = 0.001,
     eps: float = 1e-6,
     gradient: Gradient = "scalar",
+    process_group: "Group | None" = None,
 ) -> Tensor:
     """The weight `∂L/∂ℓ` that the loss gives each token, from the losses `nll` [...] in nats.
+
+    From the losses of a first pass without gradient over all micro-batches, it is the exact weight of each
+    token in a second one that accumulates gradients; see docs/distributed.md.
 
     Args:
         nll: [...] losses of the tokens.
         valid: [...] bool, which of them count; all by default. The others get 0.
+        process_group: the ranks that hold the batch together. The sum of the gradients of all ranks is then
+            that of the batch; for a mean, as DDP makes, multiply by their number.
 
     Returns:
         [...] in float32, or float64 for float64 losses.
 
     The other arguments are those of `nvamp.NVAMPLoss`.
     """
-    c = Settings(alpha, beta, gamma, eps, gradient=gradient).check()
+    c = Settings(alpha, beta, gamma, eps, gradient=gradient, process_group=process_group).check()
     check_floating("nll", nll)
     if valid is not None and (valid.dtype != torch.bool or valid.shape != nll.shape):
         raise ValueError(
@@ -238,13 +271,26 @@ def token_weights(
         )
     ell = nll.detach().to(accumulate_dtype(nll.dtype)).flatten()
     mask = torch.ones_like(ell, dtype=torch.bool) if valid is None else valid.flatten()
-    s = objective.statistics(ell, mask, _items(num_items_in_batch), eps=eps)
+    s = objective.statistics(ell, mask, _items(num_items_in_batch), eps=eps, ranks=c.ranks)
     return objective.weights(ell, mask, s, **c.coefficients, gradient=gradient).view(nll.shape)
 
 
 def _value_with_gradient(value: Tensor, of: Tensor) -> Tensor:
     """A tensor with this value and the gradient of another."""
     return value + (of - of.detach())
+
+
+def _taking_part(ranks: Ranks, x: Tensor, losses: Callable[[], T]) -> T:
+    """The losses of x. A rank that cannot compute its own tells the others before it raises the error."""
+    if ranks is ALONE:
+        return losses()
+    try:
+        return losses()
+    except ValueError:
+        from nvamp.distributed import abandon
+
+        abandon(ranks, accumulate_dtype(x.dtype), x.device)
+        raise
 
 
 def _items(num_items_in_batch: Tensor | float | None) -> Tensor | float | None:

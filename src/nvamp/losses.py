@@ -1,12 +1,17 @@
 """The losses as modules."""
 
-from typing import Any
+import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from nvamp.functional import Settings, linear_nvamp_loss, nvamp_loss
 from nvamp.objective import Gradient
+
+if TYPE_CHECKING:
+    from nvamp.distributed import Group
 
 
 class _NVAMP(nn.Module):
@@ -26,6 +31,7 @@ class _NVAMP(nn.Module):
         logit_scale: float = 1.0,
         inplace_backward: bool = False,
         accum_dtype: torch.dtype | None = None,
+        process_group: "Group | None" = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -42,8 +48,17 @@ class _NVAMP(nn.Module):
         self.logit_scale = logit_scale
         self.inplace_backward = inplace_backward
         self.accum_dtype = accum_dtype
+        self.process_group = process_group
         self.backend = backend
         Settings(**self._options()).check()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with the same process group, which is the processes' and cannot be copied."""
+        memo[id(self.process_group)] = self.process_group
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return new
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in Settings._fields}
@@ -82,6 +97,9 @@ class NVAMPLoss(_NVAMP):
             loss, which never has them all, always does.
         accum_dtype: of a linear loss, in which its weight's gradient is added up; see
             `nvamp.functional.linear_token_nll`.
+        process_group: the ranks that hold the batch together, a `ProcessGroup` or a `DeviceMesh` of one
+            dimension. Every rank gets the loss of the whole batch, and a gradient whose mean over the ranks,
+            which is what DDP and FSDP make, is that of the whole batch; see docs/distributed.md.
         backend: the engine's; `None` for the best one of the device.
 
     Raises:

@@ -8,12 +8,14 @@ With `ℓ` the losses (nats) of the `N` valid tokens of a batch and `M = num_ite
     L = α·d·C + β·C + γ·X·(N/M)
 
 The value is the same in every gradient mode; the weight `w_i = ∂L/∂ℓ_i` of a token is the choice.
-All shapes are static and all results tensors: nothing here waits for the device.
+All shapes are static and all results tensors: nothing here waits for the device. A batch may lie on several
+ranks: what they exchange, `Ranks`, is two small tables of sums.
 
 References:
     NVAMP loss, Mariusz Kurman, 2025: https://github.com/mkurman/nvamp-loss
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -22,6 +24,18 @@ from torch.nn.functional import pad
 
 Gradient = Literal["scalar", "token", "detached", "full"]
 GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
+
+
+class Ranks(NamedTuple):
+    """The ranks that hold a batch together, as seen by one of them. By default it holds all of it."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Tensor], Tensor] = lambda x: x[None]  # [k] of every rank -> [size, k]
+    total: Callable[[Tensor], Tensor] = lambda x: x  # the sum of an x [k] of every rank
+
+
+ALONE = Ranks()
 
 
 class Statistics(NamedTuple):
@@ -33,40 +47,55 @@ class Statistics(NamedTuple):
     mean: Tensor  # μ
     std: Tensor  # σ, with ε
     dispersion: Tensor  # d
+    mean_sign: Tensor  # of ℓ − μ
     max: Tensor  # X; 0 where no token is valid
-    max_index: Tensor  # int64, first of equals; −1 where no token is valid
+    max_index: Tensor  # int64, first of equals; −1 where no token is valid, or the largest is of another rank
 
 
 def statistics(
-    nll: Tensor, valid: Tensor, num_items_in_batch: Tensor | float | None = None, *, eps: float = 1e-6
+    nll: Tensor,
+    valid: Tensor,
+    num_items_in_batch: Tensor | float | None = None,
+    *,
+    eps: float = 1e-6,
+    ranks: Ranks = ALONE,
 ) -> Statistics:
-    """Statistics of `nll` [tokens] over those tokens where `valid` [tokens] (bool) holds."""
-    n = valid.sum().to(nll.dtype)
+    """Statistics of `nll` [tokens] over those tokens where `valid` [tokens] (bool) holds, on all ranks."""
+
+    def sum_of(x: Tensor) -> Tensor:
+        return torch.where(valid, x, 0).sum()
+
+    candidates = pad(torch.where(valid, nll, -torch.inf), (0, 1), value=-torch.inf)  # never empty
+    index = candidates.argmax()
+    largest = candidates.gather(0, index[None])[0]
+    # The mean is taken of ℓ − X, so that the deviations of equal losses are exact zeros.
+    own = torch.stack((valid.sum().to(nll.dtype), sum_of(nll), largest, sum_of(nll - largest)))
+
+    counts, sums, maxima, below = ranks.gather(own).unbind(1)
+    n, owner = counts.sum(), maxima.argmax()
+    largest = torch.where(n > 0, maxima.gather(0, owner[None])[0], 0)
     m: Tensor | float = n.clamp(min=1)
     if isinstance(num_items_in_batch, Tensor):
         m = num_items_in_batch.to(nll).clamp(min=1)
     elif num_items_in_batch is not None:
         m = max(num_items_in_batch, 1)
+    below = torch.where(counts > 0, below + counts * (maxima - largest), 0)
+    mean = largest + below.sum() / n.clamp(min=1)
 
-    def mean_of(x: Tensor) -> Tensor:
-        return torch.where(valid, x, 0).sum() / n.clamp(min=1)
-
-    candidates = pad(torch.where(valid, nll, -torch.inf), (0, 1), value=-torch.inf)  # never empty
-    index = candidates.argmax()
-    largest = torch.where(n > 0, candidates.gather(0, index[None])[0], 0)
-
-    # The mean is taken of ℓ − X, so that the deviations of equal losses are exact zeros.
-    mean = largest + mean_of(nll - largest)
-    std = (mean_of((nll - mean).square()) + eps).sqrt()
+    deviation = nll - mean
+    moments = torch.stack((sum_of(deviation.square()), sum_of(deviation.abs()), sum_of(deviation.sign())))
+    variance, spread, mean_sign = (ranks.total(moments) / n.clamp(min=1)).unbind()
+    std = (variance + eps).sqrt()
     return Statistics(
         num_tokens=n,
         num_items=m,
-        cross_entropy=torch.where(valid, nll, 0).sum() / m,
+        cross_entropy=sums.sum() / m,
         mean=mean,
         std=std,
-        dispersion=mean_of((nll - mean).abs()) / std,
+        dispersion=spread / std,
+        mean_sign=mean_sign,
         max=largest,
-        max_index=torch.where(n > 0, index, -1),
+        max_index=torch.where((n > 0) & (owner == ranks.rank), index, -1),
     )
 
 
@@ -85,7 +114,8 @@ def shared_weight(
     """
     if gradient == "detached":
         return alpha * s.dispersion / s.num_items, None
-    at_max = gamma * (s.num_tokens / s.num_items) if gamma else None
+    # A rank without the largest loss of all has one of its own, which weighs nothing more.
+    at_max = gamma * (s.num_tokens / s.num_items) * (s.max_index >= 0) if gamma else None
     return (alpha * s.dispersion + beta) / s.num_items, at_max
 
 
@@ -111,8 +141,7 @@ def weights(
         shared = (alpha * z.abs() + beta) / s.num_items
     elif gradient == "full":
         n = s.num_tokens.clamp(min=1)
-        sign = torch.where(valid, deviation.sign(), 0)
-        d_dispersion = ((sign - sign.sum() / n) - s.dispersion * z) / (n * s.std)
+        d_dispersion = ((deviation.sign() - s.mean_sign) - s.dispersion * z) / (n * s.std)
         shared = shared + alpha * s.cross_entropy * d_dispersion
     if at_max is not None:
         shared = shared + at_max * (torch.arange(nll.numel(), device=nll.device) == s.max_index)

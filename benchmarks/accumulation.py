@@ -1,0 +1,71 @@
+"""How far accumulated gradients are from that of the whole batch: `python -m benchmarks.accumulation`.
+
+The dispersion is of each micro-batch, so the smaller these are, the farther. The batch is 64 blocks of 64
+tokens of held-out text of `nvamp compare`; the model is one that it trained, from its folder, or untrained.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.measure import machine
+from nvamp import NVAMPLoss
+from nvamp.objective import Gradient
+from nvamp.study.compare import Settings, prepare
+from nvamp.study.training import build_model, quiet
+
+BLOCKS = 64
+MODES: tuple[Gradient, ...] = ("scalar", "token", "full")
+
+
+def gradient(model: Any, blocks: Tensor, rows: int, mode: Gradient, gamma: float) -> Tensor:
+    """Of all parameters, accumulated over micro-batches of that many blocks [tokens]."""
+    criterion, items = NVAMPLoss(gradient=mode, gamma=gamma), blocks[:, 1:].numel()
+    model.zero_grad()
+    for micro_batch in torch.split(blocks, rows):
+        criterion(model(input_ids=micro_batch).logits, micro_batch, num_items_in_batch=items).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def distances(model: Any, blocks: Tensor, gamma: float) -> list[dict[str, Any]]:
+    """‖accumulated − whole‖ / ‖whole‖, by the size of the micro-batch and the gradient mode."""
+    whole = {mode: gradient(model, blocks, len(blocks), mode, gamma) for mode in MODES}
+    rows = []
+    for size in (32, 16, 8, 4, 2, 1):
+        row: dict[str, Any] = {"blocks": size, "tokens": size * (blocks.shape[1] - 1)}
+        for mode in MODES:
+            accumulated = gradient(model, blocks, size, mode, gamma)
+            row[mode] = float((accumulated - whole[mode]).norm() / whole[mode].norm())
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a model of nvamp compare, such as runs/compare/models/ce-seed0")
+    parser.add_argument("--gamma", type=float, default=0.001, help="weight of the largest loss")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for accumulation.json")
+    args = parser.parse_args()
+    quiet()
+    torch.manual_seed(0)
+    corpus = prepare(Settings(losses=("ce",), seeds=1, steps=1, batch_size=BLOCKS))
+    rows = distances(build_model(args.model, corpus), corpus.held_out[:BLOCKS], args.gamma)
+    table = Table(title="distance of the accumulated gradient", title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    args.out.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine(), "model": args.model, "gamma": args.gamma, "rows": rows}
+    (args.out / "accumulation.json").write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""A batch on several ranks against the same batch in one process: real processes, gloo."""
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+import nvamp
+from nvamp import LinearNVAMPLoss, NVAMPLoss
+from nvamp.functional import token_nll, token_weights
+from nvamp.objective import GRADIENTS
+
+IGNORED = -100
+D, V = 6, 19
+RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-6}
+LOSSES: list[Any] = [NVAMPLoss, LinearNVAMPLoss]
+# Large enough that each term of the loss shows.
+WEIGHTS: Any = {"alpha": 1.0, "beta": 0.5, "gamma": 0.7}
+
+
+# What the ranks do -------------------------------------------------------------------------------------
+
+
+def on_ranks(check: Callable[[int, int], None], world: int, folder: Path) -> None:
+    """Runs check(rank, world) in that many processes of one group."""
+    mp.spawn(_rank, (check, world, str(folder / "store")), nprocs=world)  # type: ignore[no-untyped-call]
+
+
+def _rank(rank: int, check: Callable[[int, int], None], world: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    check(rank, world)
+    dist.barrier()
+    gc.collect()  # a group that lives on, in a cycle, aborts the process when its threads do not end
+    dist.destroy_process_group()
+
+
+class Model(nn.Module):
+    """Hidden states, a head, and a loss on either."""
+
+    def __init__(self, criterion: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.body = nn.Linear(D, D, dtype=dtype)
+        self.head = nn.Linear(D, V, bias=False, dtype=dtype)
+        self.criterion = criterion
+
+    def forward(self, x: Tensor, labels: Tensor, **options: Any) -> Any:
+        hidden = self.body(x).tanh()
+        if isinstance(self.criterion, LinearNVAMPLoss):
+            return self.criterion(hidden, self.head.weight, labels, **options)
+        return self.criterion(3 * self.head(hidden), labels, **options)
+
+
+def batch(rows: int, seq: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, seq, D, dtype=torch.float64, generator=g).to(dtype)
+    return x, torch.randint(V, (rows, seq), generator=g)
+
+
+def assert_same(a: Tensor, b: Tensor, what: object) -> None:
+    error = float((a - b).norm() / b.norm().clamp(min=1e-12))
+    assert error <= RELATIVE[a.dtype], (what, error)
+
+
+def splits(labels: Tensor, world: int) -> Iterator[tuple[str, Tensor]]:
+    """Labels with tokens ignored in several ways, for a batch whose rows go to the ranks in equal parts."""
+    yield "all valid", labels
+    unequal = labels.clone()
+    unequal[1, 2:] = unequal[-1, :4] = IGNORED
+    yield "unequal", unequal
+    one_without = labels.clone()
+    one_without[len(labels) // world * (world - 1) :] = IGNORED
+    yield "a rank without", one_without
+    yield "none", torch.full_like(labels, IGNORED)
+
+
+def ddp_is_one_process(rank: int, world: int) -> None:
+    group = dist.group.WORLD
+    for loss, dtype, gradient, items in product(LOSSES, RELATIVE, GRADIENTS, (None, 57)):
+        x, y = batch(2 * world, 7, dtype)
+        for kind, labels in splits(y, world):
+            case = (loss.__name__, dtype, gradient, items, kind)
+            options: Any = {"gradient": gradient, **WEIGHTS}
+            alone = Model(loss(**options), dtype)
+            expected, expected_stats = alone(x, labels, num_items_in_batch=items, return_stats=True)
+            expected.backward()
+            mine = slice(2 * rank, 2 * rank + 2)
+            ddp = DistributedDataParallel(Model(loss(**options, process_group=group), dtype))
+            value, stats = ddp(x[mine], labels[mine], num_items_in_batch=items, return_stats=True)
+            value.backward()
+            assert_same(value.detach(), expected.detach(), case)
+            for name in ("cross_entropy", "mean", "std", "dispersion", "max", "num_tokens"):
+                assert_same(
+                    getattr(stats, name).to(dtype), getattr(expected_stats, name).to(dtype), (*case, name)
+                )
+            for (name, p), q in zip(ddp.module.named_parameters(), alone.parameters(), strict=True):
+                assert p.grad is not None
+                assert q.grad is not None
+                if gradient == "full" and dtype == torch.float32:  # |ℓ − μ| has a kink, rounding a side of it
+                    torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+                else:
+                    assert_same(p.grad, q.grad, (*case, name))
+
+
+def any_split_is_one_process(rank: int, world: int) -> None:
+    """Tokens of a batch handed out at random, as sequence and context parallelism may: labels are shifted before."""
+    mesh = init_device_mesh("cpu", (world,))
+    for seed, gradient in product(range(12), GRADIENTS):
+        g = torch.Generator().manual_seed(seed)
+        n = int(torch.randint(1, 12 * world, (1,), generator=g))
+        x, y = (t[0] for t in batch(1, n, torch.float64, seed))
+        y[torch.rand(n, generator=g) < 0.3] = IGNORED
+        mine = torch.randint(world, (n,), generator=g) == rank
+        logits = (4 * x @ torch.ones(D, V, dtype=torch.float64).cumsum(1).sin()).requires_grad_()
+        options: Any = {"gradient": gradient, "shift": False, **WEIGHTS}
+        expected = NVAMPLoss(**options)(logits, y)
+        (grad,) = torch.autograd.grad(expected, logits)
+        value = NVAMPLoss(**options, process_group=mesh)(logits[mine], y[mine])
+        (shard,) = torch.autograd.grad(value, logits)
+        dist.all_reduce(shard)
+        assert_same(value.detach(), expected.detach(), (seed, gradient))
+        assert_same(shard / world, grad, (seed, gradient))
+        nll, valid = token_nll(logits, y), y != IGNORED
+        weights = token_weights(nll, valid, gradient=gradient, **WEIGHTS)
+        part = token_weights(nll[mine], valid[mine], gradient=gradient, **WEIGHTS, process_group=mesh)
+        assert_same(part, weights[mine], (seed, gradient))
+
+
+def one_of_equal_maxima_gets_the_penalty(rank: int, world: int) -> None:
+    logits = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)  # all losses of all ranks are ln 4
+    criterion = NVAMPLoss(0.0, 0.0, 1.0, shift=False, process_group=dist.group.WORLD)
+    loss, stats = criterion(logits, torch.zeros(2, dtype=torch.int64), return_stats=True)
+    loss.backward()
+    assert logits.grad is not None
+    assert int(stats.max_index) == (0 if rank == 0 else -1)
+    assert bool((logits.grad[0] != 0).all()) == (rank == 0)
+    assert not logits.grad[1].any()
+
+
+def a_bad_label_leaves_nobody_waiting(rank: int, world: int) -> None:
+    for loss, dtype in product(LOSSES, RELATIVE):
+        x, labels = batch(2, 7, dtype)
+        if rank == world - 1:
+            labels[1, 3] = V
+        model = Model(loss(process_group=dist.group.WORLD), dtype)
+        if rank == world - 1:
+            with pytest.raises(ValueError, match=rf"labels must be in \[0, {V}\)"):
+                model(x, labels)
+        else:
+            assert model(x, labels).isnan()
+        labels.clamp_(max=V - 1)  # and they are still in step
+        assert model(x, labels).isfinite()
+
+
+def compiled_is_eager(rank: int, world: int) -> None:
+    for loss in LOSSES:
+        x, labels = batch(2, 7, torch.float32, seed=rank)
+        model = Model(loss(process_group=dist.group.WORLD), torch.float32)
+        expected = model(x, labels)
+        grads = torch.autograd.grad(expected, list(model.parameters()))
+        value = torch.compile(model, fullgraph=True, backend="aot_eager")(x, labels)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(torch.autograd.grad(value, list(model.parameters())), grads)
+
+
+CHECKS = [
+    ddp_is_one_process,
+    any_split_is_one_process,
+    one_of_equal_maxima_gets_the_penalty,
+    a_bad_label_leaves_nobody_waiting,
+    compiled_is_eager,
+]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_ranks(check: Callable[[int, int], None], world: int, tmp_path: Path) -> None:
+    on_ranks(check, world, tmp_path)
+
+
+# What one process can tell -----------------------------------------------------------------------------
+
+
+def test_a_group_is_checked_when_it_is_given(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="process_group must be a ProcessGroup or a DeviceMesh, got str"):
+        NVAMPLoss(process_group="world")  # type: ignore[arg-type]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+        with pytest.raises(
+            ValueError, match=r"must be a DeviceMesh of one dimension, got 2 \('data', 'tensor'\)"
+        ):
+            NVAMPLoss(process_group=mesh)
+        assert NVAMPLoss(process_group=mesh["data"])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_copy_shares_the_group(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        criterion = NVAMPLoss(gamma=0.5, process_group=dist.group.WORLD)
+        twin = copy.deepcopy(nn.Sequential(criterion))[0]
+        assert twin is not criterion
+        assert twin.gamma == 0.5
+        assert twin.process_group is criterion.process_group
+        x, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+        assert twin(x, labels) == criterion(x, labels) == nvamp.NVAMPLoss(gamma=0.5)(x, labels)
+    finally:
+        dist.destroy_process_group()
