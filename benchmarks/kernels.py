@@ -72,8 +72,8 @@ def compiling(architecture: int) -> Iterator[list[tuple[Any, backend.Launch]]]:
 
     def launch(kernel: Any, programs: int, sizes: backend.Launch, *args: Any, **constants: Any) -> None:
         types = [a.dtype if isinstance(a, Tensor) else a for a in args]
-        meta = {"BLOCK": sizes.block, "num_warps": sizes.num_warps, "enable_fp_fusion": True}
-        compiled.append((kernel.warmup(*types, grid=(programs,), **meta, **constants), sizes))
+        binary = kernel.warmup(*types, grid=(programs,), **sizes.meta, **constants)
+        compiled.append((binary, sizes))
 
     triton.runtime.driver.set_active(AbsentGPU(architecture))
     with mock.patch.object(backend, "launch", launch):
@@ -116,7 +116,8 @@ def launch_all(logits: Tensor, opt: Options, metrics: bool) -> None:
     backend.token_nll_backward(
         nll, logits, labels, norm, opt, out=torch.empty(logits.shape, dtype=logits.dtype, device="meta")
     )
-    flat = torch.empty(logits.shape[1:], dtype=logits.dtype, device="meta")
+    pitch = -(-logits.shape[-1] // 16) * 16  # as the linear path has it
+    flat = torch.empty(logits.shape[1], pitch, dtype=logits.dtype, device="meta")[:, : logits.shape[-1]]
     backend.unit_gradient_(flat, labels[0], opt)
     scale = nll.new_empty(())
     backend.scale_and_add(flat.to(nll.dtype), scale, scale, flat[:, 0], flat[0], out=flat)

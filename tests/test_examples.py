@@ -1,4 +1,10 @@
-"""The examples of the documentation, against float64 autograd of their formulas."""
+"""The examples of the documentation: against float64 autograd of their formulas, and as a user runs them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +14,9 @@ from examples import custom_losses, exact_accumulation
 from examples.custom_losses import IGNORED, dft_loss, focal_loss, weighted_loss
 from nvamp import LinearNVAMPLoss
 from nvamp.objective import GRADIENTS, Gradient
+from tests.study.conftest import documents, text_dir
+
+__all__ = ["documents", "text_dir"]
 
 
 @pytest.fixture
@@ -74,3 +83,22 @@ def test_the_example_of_accumulation_runs(capsys: pytest.CaptureFixture[str]) ->
     exact_accumulation.main()
     one_pass, two_passes = (float(line.split("off by ")[1]) for line in capsys.readouterr().out.splitlines())
     assert two_passes < 1e-5 < one_pass
+
+
+def ddp_curve(text: Path, *launcher: str) -> Tensor:
+    """What examples/ddp.py prints: loss and gradient norm of each step, [steps, 2]."""
+    command = [sys.executable, *launcher, "examples/ddp.py", "--steps", "6", "--text", str(text)]
+    root, env = Path(custom_losses.__file__).parents[1], {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=env)
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    numbers = [re.findall(r"\d+\.\d+", line) for line in lines]
+    assert [line.partition(":")[0] for line in lines] == [f"step {step}" for step in range(1, 7)]
+    return torch.tensor([[float(number) for number in row] for row in numbers])
+
+
+def test_ddp_is_one_process(text_dir: Path) -> None:
+    alone = ddp_curve(text_dir)
+    together = ddp_curve(text_dir, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert alone[-1, 0] < alone[0, 0]

@@ -76,7 +76,7 @@ def statistics(
     largest = torch.where(n > 0, maxima.gather(0, owner[None])[0], 0)
     m: Tensor | float = n.clamp(min=1)
     if isinstance(num_items_in_batch, Tensor):
-        m = num_items_in_batch.to(nll).clamp(min=1)
+        m = num_items_in_batch.to(nll.dtype).clamp(min=1)  # wherever it is: to move it would wait
     elif num_items_in_batch is not None:
         m = max(num_items_in_batch, 1)
     below = torch.where(counts > 0, below + counts * (maxima - largest), 0)

@@ -40,12 +40,12 @@ def check_labels(labels: Tensor, x: Tensor, name: str) -> None:
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises unless these are floating-point tensors, hidden [..., D] with at least two dimensions."""
+    """Raises unless these are floating-point tensors, hidden [..., D] with two dimensions and D > 0."""
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     if bias is not None:
         check_floating("bias", bias)
-    if hidden.dim() < 2:
+    if hidden.dim() < 2 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden must have shape [..., features], got {list(hidden.shape)}")
 
 

@@ -76,6 +76,7 @@ def _statistics(
     x_ptr,
     label,
     vocab,
+    readable,
     stride_vocab,
     softcap,
     logit_scale,
@@ -88,34 +89,38 @@ def _statistics(
     STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One pass over a row: its norm, z of the label; where asked for, sum of z, entropy, correctness."""
+    """One pass over a row: its norm, z of the label; where asked for, sum of z, entropy, correctness.
+
+    Columns from `vocab` up to `readable` are there and mean nothing.
+    """
     x = tl.load(x_ptr + label.to(tl.int64) * stride_vocab)
     at_label = _z(x, softcap, logit_scale, WIDE, CAPPED, SCALED)
     top = tl.full((), float("-inf"), WIDE)
     total = tl.full((), 0, WIDE)  # Σ exp(z − top)
     total_z = tl.full((), 0, WIDE)  # Σ z
-    weighted = tl.full((), 0, WIDE)  # Σ exp(z − top)·z
+    weighted = tl.full((), 0, WIDE)  # Σ exp(z − top)·(z − top)
     beaten = tl.full((), 0, tl.int32)
     for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
         columns, offsets = _columns(start, stride_vocab, ADJACENT, BLOCK)
         inside = columns < vocab
-        block = tl.load(x_ptr + offsets, mask=inside, other=0)
+        block = tl.load(x_ptr + offsets, mask=columns < readable, other=0)
         z = tl.where(inside, _z(block, softcap, logit_scale, WIDE, CAPPED, SCALED), float("-inf"))
         higher = tl.maximum(top, tl.max(z))
         shift = tl.where(higher == float("-inf"), 0, higher)  # nothing but −inf so far
         e = tl.exp(z - shift)
         shrink = tl.exp(top - shift)
-        total = total * shrink + tl.sum(e)
-        top = higher
+        if METRICS:
+            below_before = tl.where(total == 0, 0, top - shift)
+            weighted = shrink * (weighted + total * below_before) + tl.sum(e * tl.where(e == 0, 0, z - shift))
+            # The label wins ties against later columns alone. Whatever is compared to NaN beats it.
+            beats = (z > at_label) | ((z == at_label) & (columns < label)) | (z != z) | (at_label != at_label)
+            beaten = tl.maximum(beaten, tl.max(tl.where(beats & inside, 1, 0)))
         if SMOOTHED:
             total_z += tl.sum(tl.where(inside, z, 0))
-        if METRICS:
-            weighted = weighted * shrink + tl.sum(e * tl.where(z == float("-inf"), 0, z))
-            # The label wins ties against later columns alone. Whatever is compared to NaN beats it.
-            below = (z < at_label) | ((z == at_label) & (columns >= label)) | (columns >= vocab)
-            beaten = tl.maximum(beaten, tl.max(tl.where(below, 0, 1)))
+        total = total * shrink + tl.sum(e)
+        top = higher
     log_sum = tl.log(total)
-    return top, log_sum, at_label, total_z, top + log_sum - weighted / total, beaten == 0
+    return top, log_sum, at_label, total_z, log_sum - weighted / total, beaten == 0
 
 
 @triton.jit
@@ -212,7 +217,7 @@ def nll_kernel(
     label = tl.where(valid, label, 0)
     x_ptr = _row(x_ptr, row, inner, stride_outer, stride_inner)
     top, log_sum, at_label, total_z, entropy, correct = _statistics(
-        x_ptr, label, vocab, stride_vocab, softcap, logit_scale,
+        x_ptr, label, vocab, vocab, stride_vocab, softcap, logit_scale,
         WIDE, CAPPED, SCALED, SMOOTHED, METRICS, ADJACENT, 1, BLOCK,
     )  # fmt: skip
     nll = _loss(top, log_sum, at_label, total_z, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
@@ -279,7 +284,7 @@ def unit_gradient_kernel(
     x_ptr,
     label_ptr,
     nll_ptr,
-    stride,
+    pitch,
     vocab,
     ignore_index,
     label_smoothing: tl.float64,
@@ -297,21 +302,23 @@ def unit_gradient_kernel(
 
     It reads the row twice, the second time backwards: what it read last is still in the cache. The first time
     the next two blocks are on their way while one is worked on: no other program is there to fill the wait.
+    Rows are `pitch` apart, and what is between them is read and written too: where the pitch is a multiple of
+    16, and only there, all of that is vectors.
     """
     row = tl.program_id(0)
-    x_ptr += row.to(tl.int64) * stride
+    x_ptr += row.to(tl.int64) * pitch
     blocks = tl.cdiv(vocab, BLOCK)
     label = tl.load(label_ptr + row).to(tl.int64)
     if label == ignore_index:
         tl.store(nll_ptr + row, 0)
         for block in range(blocks):
             columns = block * BLOCK + tl.arange(0, BLOCK)
-            tl.store(x_ptr + columns, tl.zeros((BLOCK,), x_ptr.dtype.element_ty), mask=columns < vocab)
+            tl.store(x_ptr + columns, tl.zeros((BLOCK,), x_ptr.dtype.element_ty), mask=columns < pitch)
         return
     weight = tl.where((label >= 0) & (label < vocab), tl.full((), 1, WIDE), float("nan"))
     label = tl.where((label >= 0) & (label < vocab), label, 0)
     top, log_sum, at_label, total_z, _, _ = _statistics(
-        x_ptr, label, vocab, 1, softcap, logit_scale,
+        x_ptr, label, vocab, pitch, 1, softcap, logit_scale,
         WIDE, CAPPED, SCALED, SMOOTHED, False, True, 3, BLOCK,
     )  # fmt: skip
     nll = _loss(top, log_sum, at_label, total_z, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
@@ -319,9 +326,9 @@ def unit_gradient_kernel(
     tl.debug_barrier()  # the logit of the label has been read by all before one overwrites it
     for block in range(blocks):
         columns = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
-        inside = columns < vocab
+        there = columns < pitch
         z, slope = _z_and_slope(
-            tl.load(x_ptr + columns, mask=inside, other=0), softcap, logit_scale, WIDE, CAPPED, SCALED
+            tl.load(x_ptr + columns, mask=there, other=0), softcap, logit_scale, WIDE, CAPPED, SCALED
         )
         g = _gradient(
             z,
@@ -338,7 +345,7 @@ def unit_gradient_kernel(
             SMOOTHED,
             Z_LOSS,
         )
-        tl.store(x_ptr + columns, g.to(x_ptr.dtype.element_ty), mask=inside)
+        tl.store(x_ptr + columns, g.to(x_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ def chunk_rows(hidden: Tensor, weight: Tensor, accum_dtype: torch.dtype | None) 
     Who has it added up in the dtype of the weight is after memory; then a chunk is as large as `hidden`.
     """
     vocab, features = weight.shape
-    if weight.device.type == "cpu":
+    if devices.can_look(weight):
         return max(52 * MiB // ((vocab + 2 * features) * weight.itemsize), 1)
     size = min(max(weight.nbytes, 256 * MiB), 1024 * MiB)
     if accum_dtype not in (None, accumulate_dtype(weight.dtype)):
@@ -55,7 +55,7 @@ def _sum_dtype(head: Head, rows: int, accum_dtype: torch.dtype | None) -> torch.
     if accum_dtype is not None:
         return accum_dtype
     dtype = head.weight.dtype
-    few = FEW_CHUNKS if head.weight.device.type == "cpu" and dtype != torch.float16 else 1
+    few = FEW_CHUNKS if devices.can_look(head.weight) and dtype != torch.float16 else 1
     return dtype if rows <= few * chunk_rows(head.hidden, head.weight, None) else accumulate_dtype(dtype)
 
 
@@ -100,7 +100,7 @@ class _Rows(NamedTuple):
         n, vocab = len(self.labels), len(weight)
         rows = _even(n, chunk_rows(self.head.hidden, weight, accum_dtype))
         # On an accelerator rows start at whole 32 bytes, for vector loads and for the matrix products.
-        pitch = vocab if weight.device.type == "cpu" else -(-vocab // 16) * 16
+        pitch = vocab if devices.can_look(weight) else -(-vocab // 16) * 16
         buffer = in_huge_pages(weight.new_empty((min(rows, n), pitch)))
         for start in range(0, n, max(rows, 1)):
             at = slice(start, min(start + rows, n))
@@ -220,9 +220,13 @@ def token_nll_backward(
     norm, grad_nll = rows.gather(norm), rows.gather(grad_nll)
     sum_dtype = _sum_dtype(head, len(rows.labels), accum_dtype)
     grads = _Gradients(rows, needs, head.hidden.dtype, sum_dtype)
-    for x, h, at in rows.chunks(accum_dtype):
-        backend.token_nll_backward(grad_nll[at], x, rows.labels[at], norm[at], opt, out=x)
-        grads.add(x, h, at)
+
+    def take_chunks() -> None:  # a function, so that the chunk is gone before the gradient is rounded
+        for x, h, at in rows.chunks(accum_dtype):
+            backend.token_nll_backward(grad_nll[at], x, rows.labels[at], norm[at], opt, out=x)
+            grads.add(x, h, at)
+
+    take_chunks()
     hidden, weight, bias = grads.result(head.weight.dtype)
     return hidden, weight, bias.to(weight.dtype)
 
@@ -239,10 +243,14 @@ def unit_gradients(
     sum_dtype = torch.promote_types(held, _sum_dtype(head, len(rows.labels), accum_dtype))
     grads, largest = _Gradients(rows, needs, held, sum_dtype), _Largest(head)
     nll = grads.bias.new_empty(len(rows.labels))
-    for x, h, at in rows.chunks(accum_dtype):
-        nll[at] = backend.unit_gradient_(x, rows.labels[at], opt)
-        largest.update(nll[at], None if rows.ignored is None else rows.ignored[at], x, h, at.start)
-        grads.add(x, h, at)
+
+    def take_chunks() -> None:  # as above
+        for x, h, at in rows.chunks(accum_dtype):
+            nll[at] = backend.unit_gradient_(x, rows.labels[at], opt)
+            largest.update(nll[at], None if rows.ignored is None else rows.ignored[at], x, h, at.start)
+            grads.add(x, h, at)
+
+    take_chunks()
     index = largest.index
     if rows.where is not None and len(rows.where):
         index = rows.where[index]

@@ -117,7 +117,7 @@ def _token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None
 
 def _token_nll_autograd(ctx: Any, grad_nll: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     logits, labels, norm = ctx.saved_tensors
-    in_place = ctx.inplace and not logits.is_leaf and _may_use_up(logits) and _no_overlap(logits)
+    in_place = ctx.inplace and not _is_of_leaf(logits) and _may_use_up(logits) and _no_overlap(logits)
     backward = _token_nll_backward_ if in_place else torch.ops.nvamp.token_nll_backward
     grad = backward(grad_nll, logits, labels, norm, *ctx.args)
     return grad, None, None, None, *(None for _ in ctx.args)
@@ -132,6 +132,11 @@ def _graph_is_kept() -> bool:
     """Whether the running backward has `retain_graph=True`; yes where PyTorch does not say."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())
+
+
+def _is_of_leaf(x: Tensor) -> bool:
+    """Whether x is a leaf, such as a parameter, or lies in the memory of one."""
+    return x.is_leaf or (x._base is not None and x._base.is_leaf)
 
 
 def _no_overlap(x: Tensor) -> bool:

@@ -29,6 +29,10 @@ class Launch(NamedTuple):
     block: int
     num_warps: int
 
+    @property
+    def meta(self) -> dict[str, Any]:
+        return {"BLOCK": self.block, "num_warps": self.num_warps, "enable_fp_fusion": True}
+
 
 def streaming(columns: int, dtype: torch.dtype) -> Launch:
     """Of kernels that touch everything once: many small programs, which hide each other's waiting.
@@ -80,27 +84,30 @@ def launch(kernel: Any, programs: int, sizes: Launch, *args: Any, **constants: A
     here = nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
     with here:
         if programs:
-            meta = {"BLOCK": sizes.block, "num_warps": sizes.num_warps, "enable_fp_fusion": True}
-            kernel[(programs,)](*args, **meta, **constants)
+            kernel[(programs,)](*args, **sizes.meta, **constants)
 
 
 def _planes(logits: Tensor, start: int = 0) -> Iterator[tuple[Tensor, slice]]:
-    """logits [..., V] as tensors [outer, inner, V], never copied, and which of all rows these are."""
-    x = logits[None] if logits.dim() == 2 else logits
-    if x.dim() > 3:
+    """logits [..., V] as tensors [outer, inner, V], never copied, and which of all rows these are.
+
+    Where the rows are evenly spaced outer is 1: then nothing about the tensor but its pitch concerns a kernel.
+    """
+    vocab = logits.shape[-1]
+    for shape in ((1, -1, vocab), (-1, *logits.shape[-2:])):
         try:
-            x = x.view(-1, *x.shape[-2:])
+            x = logits.view(shape)
         except RuntimeError:  # these leading dimensions cannot be merged
-            for part in x:
-                yield from _planes(part, start)
-                start += part.numel() // part.shape[-1]
-            return
-    yield x, slice(start, start + x.shape[0] * x.shape[1])
+            continue
+        yield x, slice(start, start + x.shape[0] * x.shape[1])
+        return
+    for part in logits:
+        yield from _planes(part, start)
+        start += part.numel() // vocab
 
 
-def _strides(x: Tensor) -> Iterator[int]:
-    """Those that count. That of a dimension of size 1 can be any number, and each would be a new kernel."""
-    return (stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True))
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Those of x [outer, inner, V]. That of an outer 1 is the number of rows: another kernel for each."""
+    return 0 if len(x) == 1 else x.stride(0), x.stride(1), x.stride(2)
 
 
 # The backend -------------------------------------------------------------------------------------------

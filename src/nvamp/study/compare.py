@@ -148,6 +148,7 @@ class Store:
 def compare(settings: Settings, out: Path, command: str, display: Display, overwrite: bool = False) -> Json:
     """Train what is not trained yet and gather the results; they are written to `out` too."""
     quiet()
+    _check_processes()
     settings.check()
     losses = parse_losses(list(settings.losses))
     recipe = settings.recipe()
@@ -176,6 +177,14 @@ def compare(settings: Settings, out: Path, command: str, display: Display, overw
     )
     write_json(out / "results.json", results)
     return results
+
+
+def _check_processes() -> None:
+    """A `StudyError` in one of several: all would write to one directory, and the batch would grow."""
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise StudyError(
+            f"a study runs in one process, and WORLD_SIZE is {processes}: start it without torchrun"
+        )
 
 
 def prepare(settings: Settings) -> Corpus:
