@@ -44,7 +44,13 @@ Shape = tuple[int, int, int]  # N, D, V
 
 SHAPES: dict[str, Shape] = {
     "x".join(map(str, shape)): shape
-    for shape in ((8192, 4096, 128256), (16384, 2048, 151936), (4096, 8192, 262144), (32768, 576, 49152))
+    for shape in (
+        (8192, 4096, 128256),
+        (16384, 2048, 151936),
+        (4096, 8192, 262144),
+        (32768, 576, 49152),
+        (16384, 768, 50257),  # rows at odd addresses
+    )
 }
 CHECKED: list[Shape] = [(333, 96, 1003), (3001, 192, 50257)]  # the second in several chunks
 LARGE = (16411, 131101)  # N, V: more than 2³¹ logits
@@ -200,11 +206,23 @@ def of(module: str, name: str) -> Any:
     return getattr(import_module(module), name)
 
 
+class Produced(torch.autograd.Function):
+    """Its argument, as if a layer had produced it: ours overwrites no leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 def logits_path(meter: Meter, n: int, vocab: int, copy_bytes_per_s: float, peers: bool = True) -> Part:
     x = torch.randn(n, vocab, device=meter.device, dtype=torch.bfloat16, requires_grad=True)
     y = torch.randint(vocab, (n,), device=meter.device)
     # For those that write the gradient over the logits: from the second run on they find the gradient there,
-    # numbers like others. Ours leaves leaves alone, hence the view of it.
+    # numbers like others.
     used = x.detach().clone().requires_grad_()
 
     def eager() -> Tensor:
@@ -212,7 +230,7 @@ def logits_path(meter: Meter, n: int, vocab: int, copy_bytes_per_s: float, peers
 
     def ours(**options: Any) -> Loss:
         criterion = NVAMPLoss(shift=False, **options)
-        return lambda: criterion(used.view(n, vocab) if criterion.inplace_backward else x, y)
+        return lambda: criterion(Produced.apply(used) if criterion.inplace_backward else x, y)  # type: ignore[no-untyped-call]
 
     others: dict[str, Make] = {
         "compiled cross-entropy": lambda: torch.compile(eager),
@@ -323,8 +341,9 @@ def correctness(device: torch.device, shapes: list[Shape], large: tuple[int, int
         "torch.compile": partial(compiled, device, last, "inductor" if cuda else "aot_eager"),
     }
     if cuda:
-        checks["CUDA graph"] = partial(captured, device, last)
-        checks["no waiting"] = partial(unwaiting, device, last)
+        for backend in ("triton", "chunked"):
+            checks[f"CUDA graph, {backend}"] = partial(captured, device, last, backend)
+            checks[f"no waiting, {backend}"] = partial(unwaiting, device, last, backend)
     plain: list[tuple[Shape, dict[str, Any]]] = [(shape, {}) for shape in shapes]
     variants = [*plain, (shapes[0], OPTIONS), (shapes[0], {"masked": True})]
     for dtype in DTYPES:
@@ -476,33 +495,51 @@ def compiled(device: torch.device, shape: Shape, compiler: str) -> Iterator[Bar]
                 yield from alike(what, step(fast[i], *inputs), step(losses[i], *inputs))
 
 
-def captured(device: torch.device, shape: Shape) -> Iterator[Bar]:
-    """A CUDA graph, captured on one batch, computes another: nothing in it waited for the device."""
-    one_pass, inputs = LinearNVAMPLoss(shift=False), batch(device, shape)
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):  # as PyTorch asks for before a capture
-        step(one_pass, *inputs)
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step(one_pass, *inputs)
-    with torch.no_grad():
-        for x, other in zip(inputs, batch(device, shape), strict=True):
-            x.copy_(other)
-    graph.replay()
-    yield from alike("CUDA graph", results, step(one_pass, *inputs))
+def losses_on(
+    device: torch.device, shape: Shape, backend: str
+) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """From logits, in one pass, and recomputing: each with its inputs."""
+    h, w, y = batch(device, shape)
+    x = (h @ w.T).detach().requires_grad_()
+    options: dict[str, Any] = {"shift": False, "backend": backend}
+    return {
+        "logits": (NVAMPLoss(**options), [x, y]),
+        "one pass": (LinearNVAMPLoss(**options), [h, w, y]),
+        "recompute": (LinearNVAMPLoss(gradient="token", **options), [h, w, y]),
+    }
 
 
-def unwaiting(device: torch.device, shape: Shape) -> Iterator[Bar]:
-    one_pass, inputs = LinearNVAMPLoss(shift=False), batch(device, shape)
-    step(one_pass, *inputs)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(one_pass, *inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    yield Bar("one pass: waits for the device", 0, 0)
+def captured(device: torch.device, shape: Shape, backend: str) -> Iterator[Bar]:
+    """A CUDA graph, captured on one batch, computes another."""
+    others = losses_on(device, shape, backend)
+    for path, (loss, inputs) in losses_on(device, shape, backend).items():
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # as PyTorch asks for before a capture
+            step(loss, *inputs)
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step(loss, *inputs)
+        with torch.no_grad():
+            for x, other in zip(inputs, others[path][1], strict=True):
+                x.copy_(other)
+        graph.replay()
+        yield from alike(f"CUDA graph, {path}, {backend}", results, step(loss, *inputs))
+
+
+def unwaiting(device: torch.device, shape: Shape, backend: str) -> Iterator[Bar]:
+    """Recomputing waits, once a direction, for the number of rows that have a label."""
+    losses = losses_on(device, shape, backend)
+    for path in ("logits", "one pass"):
+        loss, inputs = losses[path]
+        step(loss, *inputs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(loss, *inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        yield Bar(f"{path}, {backend}: waits for the device", 0, 0)
 
 
 # All of it ---------------------------------------------------------------------------------------------

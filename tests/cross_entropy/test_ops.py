@@ -165,12 +165,17 @@ def test_logits_are_left_alone_where_someone_may_need_them() -> None:
     one_row, in_place = overwritten(lambda x: x[:1].expand_as(x))  # all rows in the memory of one
     assert not in_place
     assert not torch.equal(one_row, grad)
-    leaf = p.logits.detach().requires_grad_()
-    before = leaf.detach().clone()
-    token_nll(leaf, p.labels, inplace_backward=True).sum().backward()
-    assert torch.equal(leaf, before)
-    assert leaf.grad is not None
-    assert leaf.grad.data_ptr() != leaf.data_ptr()
+    for view in (
+        lambda x: x,
+        lambda x: x[:, :],
+        lambda x: x.view(1, *x.shape)[0],
+    ):  # parameters and their memory
+        leaf = p.logits.detach().requires_grad_()
+        before = leaf.detach().clone()
+        token_nll(view(leaf), p.labels, inplace_backward=True).sum().backward()
+        assert torch.equal(leaf, before)
+        assert leaf.grad is not None
+        assert leaf.grad.data_ptr() != leaf.data_ptr()
 
 
 @with_backend

@@ -26,7 +26,7 @@ class Backend(Protocol):
         """Writes the gradient of Σ grad_nll·nll by logits [..., V] to `out`: contiguous, or the logits."""
 
     def unit_gradient_(self, logits: Tensor, labels: Tensor, opt: Options) -> Tensor:
-        """nll of logits [rows, V], which become the gradient of Σ nll; memory between rows may be written to."""
+        """nll of logits [rows, V], which become the gradient of Σ nll; what lies between rows may change."""
 
     def scale_and_add(
         self, x: Tensor, a: Tensor, b: Tensor | None, u: Tensor, v: Tensor, out: Tensor
