@@ -74,10 +74,10 @@ def token_nll(
             no shift here.
         ignore_index: the label of tokens that do not count: loss and gradient are 0.
         return_metrics: also return `TokenMetrics`, from the same pass.
-        inplace_backward: let the backward write the gradient over the logits, which saves its memory: after it
-            they hold their gradient. Where another backward needs them, PyTorch raises its error of a tensor
-            modified in place. No effect on logits that are leaves, views of leaves, or overlap themselves,
-            with `retain_graph=True`, under `torch.compile`, and on `"reference"`.
+        inplace_backward: let the backward write the gradient over the logits, which saves its memory: after
+            it they hold their gradient. Where another backward needs them, PyTorch raises its error of a
+            tensor modified in place. No effect on logits that are leaves, views of leaves, or overlap
+            themselves, with `retain_graph=True`, under `torch.compile`, and on `"reference"`.
         backend: `"triton"`, `"chunked"`, `"reference"`, or `None` for the best one of the device.
         **options: see `TokenOptions`.
 
