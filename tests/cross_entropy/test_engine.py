@@ -148,9 +148,9 @@ def test_any_size(n: int, d: int, v: int, seed: int, ignored: float, backend: st
 # compiled kernels to 1.1.
 NO_WORSE = {"chunked": 1.1, "triton": 1.25}
 # The gradient of the weight in bfloat16, added up over chunks each of which is rounded: docs/engine.md.
-NO_WORSE_OVER_CHUNKS = 1.5
+NO_WORSE_OVER_CHUNKS = 1.8
 # The one pass on a CPU, which holds gradients in bfloat16 until they are scaled: docs/engine.md.
-NO_WORSE_HELD = 1.8
+NO_WORSE_HELD = 2.1
 
 
 @with_fused

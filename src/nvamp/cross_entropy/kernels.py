@@ -113,8 +113,8 @@ def _statistics(
             below_before = tl.where(total == 0, 0, top - shift)
             weighted = shrink * (weighted + total * below_before) + tl.sum(e * tl.where(e == 0, 0, z - shift))
             # The label wins ties against later columns alone. Whatever is compared to NaN beats it.
-            beats = (z > at_label) | ((z == at_label) & (columns < label)) | (z != z) | (at_label != at_label)
-            beaten = tl.maximum(beaten, tl.max(tl.where(beats & inside, 1, 0)))
+            below = tl.where(columns < label, z < at_label, z <= at_label)
+            beaten = tl.maximum(beaten, tl.max(tl.where(below | (columns >= vocab), 0, 1)))
         if SMOOTHED:
             total_z += tl.sum(tl.where(inside, z, 0))
         total = total * shrink + tl.sum(e)

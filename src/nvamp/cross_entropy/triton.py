@@ -34,27 +34,29 @@ class Launch(NamedTuple):
         return {"BLOCK": self.block, "num_warps": self.num_warps, "enable_fp_fusion": True}
 
 
-def streaming(columns: int, dtype: torch.dtype) -> Launch:
+def streaming(columns: int, dtype: torch.dtype, capped: bool) -> Launch:
     """Of kernels that touch everything once: many small programs, which hide each other's waiting.
 
-    At most 8 KiB by 128 threads: 64 bytes of loads in flight a thread.
+    At most 8 KiB by 128 threads: 64 bytes of loads in flight a thread. The arithmetic of a softcap takes
+    registers: half the columns.
     """
-    return _launch_of(columns, dtype, most=8192, bytes_of_thread=64)
+    return _launch_of(columns, dtype, most=8192, threads=128, capped=capped)
 
 
 def revisiting(columns: int, dtype: torch.dtype, capped: bool) -> Launch:
     """Of the kernel that reads rows twice: the largest programs there are, one to a multiprocessor.
 
     The rows underway then stay in the L2 cache. On an H100 they are 132, 33 MiB for a vocabulary of 128k in
-    half precision, and the cache has 50 MiB. The arithmetic of a softcap takes registers: half the columns.
+    half precision, and the cache has 50 MiB.
     """
-    return _launch_of(columns, dtype, most=16384 if capped else 32768, bytes_of_thread=16 if capped else 32)
+    return _launch_of(columns, dtype, most=32768, threads=1024, capped=capped)
 
 
-def _launch_of(columns: int, dtype: torch.dtype, most: int, bytes_of_thread: int) -> Launch:
-    """Blocks of at most so many bytes."""
-    block = min(triton.next_power_of_2(columns), most // dtype.itemsize)
-    return Launch(block, max(block * dtype.itemsize // bytes_of_thread // WARP, 1))
+def _launch_of(columns: int, dtype: torch.dtype, most: int, threads: int, capped: bool) -> Launch:
+    """Blocks of at most so many bytes, half of them where capped, by so many threads, fewer if smaller."""
+    most_columns = most // dtype.itemsize // (1 + capped)
+    block = min(triton.next_power_of_2(columns), most_columns)
+    return Launch(block, max(threads * block // most_columns // WARP, 1))
 
 
 def options_of(opt: Options, wide: torch.dtype) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
         launch(
             kernels.nll_kernel,
             len(flat[0][rows]),
-            streaming(vocab, logits.dtype),
+            streaming(vocab, logits.dtype, opt.softcap is not None),
             x,
             *(t[rows] for t in flat),
             x.shape[1],
@@ -141,7 +143,7 @@ def token_nll_backward(
     grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, opt: Options, out: Tensor
 ) -> None:
     vocab = logits.shape[-1]
-    sizes = streaming(vocab, logits.dtype)
+    sizes = streaming(vocab, logits.dtype, opt.softcap is not None)
     flat = [t.contiguous().flatten(0, labels.dim() - 1) for t in (labels, norm, grad_nll)]
     for x, rows in _planes(logits):
         grad = x if out is logits else out.view(-1, vocab)[rows].view(x.shape)
@@ -184,7 +186,7 @@ def scale_and_add(x: Tensor, a: Tensor, b: Tensor | None, u: Tensor, v: Tensor, 
     launch(
         kernels.scale_and_add_kernel,
         rows,
-        streaming(columns, x.dtype),
+        streaming(columns, x.dtype, capped=False),
         x,
         out,
         a,
