@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, show_rows
 from nvamp import NVAMPLoss
 from nvamp.objective import Gradient
 from nvamp.study.compare import Settings, prepare
@@ -56,12 +54,7 @@ def main() -> None:
     torch.manual_seed(0)
     corpus = prepare(Settings(losses=("ce",), seeds=1, steps=1, batch_size=BLOCKS))
     rows = distances(build_model(args.model, corpus), corpus.held_out[:BLOCKS], args.gamma)
-    table = Table(title="distance of the accumulated gradient", title_justify="left")
-    for name in rows[0]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    show_rows("distance of the accumulated gradient", rows, decimals=4)
     args.out.mkdir(parents=True, exist_ok=True)
     record = {"machine": machine(), "model": args.model, "gamma": args.gamma, "rows": rows}
     (args.out / "accumulation.json").write_text(json.dumps(record, indent=1))

@@ -12,11 +12,9 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, show_rows
 from nvamp.cross_entropy import linear, linear_nll_sum_max
 from nvamp.functional import linear_token_nll
 
@@ -57,12 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     rows = [row for logit_std in (0.3, 1.0, 3.0) for row in ratios(logit_std)]
-    table = Table(title=f"error of grad_weight over eager's, bfloat16, {N} × {D} × {V}", title_justify="left")
-    for name in rows[0]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    show_rows(f"error of grad_weight over eager's, bfloat16, {N} × {D} × {V}", rows, decimals=2)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "accuracy.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
 

@@ -4,11 +4,13 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
@@ -87,6 +89,17 @@ def peak_bytes(run: Run) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def show_rows(title: str, rows: Sequence[Mapping[str, object]], decimals: int) -> None:
+    """Prints rows that have the same keys as a table."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = (f"{x:.{decimals}f}" if isinstance(x, float) else str(x) for x in row.values())
+        table.add_row(*cells)
+    Console().print(table)
 
 
 def as_json(timings: Mapping[str, Timing]) -> dict[str, Any]:

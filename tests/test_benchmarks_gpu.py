@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,13 @@ from torch import Tensor
 
 from benchmarks import gpu
 from benchmarks.measure import Timing
+from tests.study.conftest import one_thread
+
+__all__ = ["one_thread"]
 
 CPU = torch.device("cpu")
 METER = gpu.Meter(CPU, rounds=1, repeats=1)
 CONTENDERS = {"nvamp: cross-entropy", "nvamp: scalar", "nvamp: token", "original NVAMP"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """At these sizes threads wait for each other longer than they work, on a busy machine above all."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from nvamp.objective import ALONE, Ranks
+from nvamp.objective import Ranks
 
 Group = dist.ProcessGroup | DeviceMesh
 
 
-def ranks_of(group: Group | None) -> Ranks:
-    """The ranks of a process group, or of a device mesh of one dimension; without one, this process alone.
+def ranks_of(group: Group) -> Ranks:
+    """The ranks of a process group, or of a device mesh of one dimension.
 
     Collectives of `objective.statistics` on it: forward two all-reduces, of 4·size and of 3 numbers; backward
     none. They do not wait for the device.
     """
-    if group is None:
-        return ALONE
     process_group = group.get_group() if isinstance(group, DeviceMesh) else group
     rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
 
@@ -44,7 +42,7 @@ def abandon(ranks: Ranks, dtype: torch.dtype, device: torch.device) -> None:
 
 def check_group(group: object) -> None:
     """Raises unless statistics can be taken over it."""
-    if group is None or isinstance(group, dist.ProcessGroup):
+    if isinstance(group, dist.ProcessGroup):
         return
     if not isinstance(group, DeviceMesh):
         raise TypeError(f"process_group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")

@@ -11,8 +11,6 @@ from nvamp.cross_entropy.backend import Backend
 NAMES = ("reference", "chunked", "triton")
 # The first that can serve tensors of a device, unless the caller says otherwise.
 OF_DEVICE = {"cuda": ("triton", "chunked")}  # ROCm calls its devices cuda too
-
-
 HAS_TRITON = find_spec("triton") is not None
 
 
