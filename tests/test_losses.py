@@ -1,11 +1,13 @@
 """The losses: value and gradient by the definition, and what a user does with a module."""
 
 import copy
+import math
 import pickle
 import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 import nvamp
 from benchmarks.original import original_nvamp
-from nvamp import LinearNVAMPLoss, NVAMPLoss
+from nvamp import LinearNVAMPLoss, NVAMPLoss, TokenNVAMPLoss
 from nvamp.functional import linear_nvamp_loss, nvamp_loss, token_nll
 from nvamp.objective import GRADIENTS, Gradient
 from tests import oracle
@@ -164,6 +166,51 @@ def test_stats(path: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> Non
     assert loss.requires_grad
 
 
+@with_gradient
+@pytest.mark.parametrize("valid_tokens", [1, 100, 101, 350])
+def test_share_of_the_hardest_hundredth(gradient: Gradient, valid_tokens: int) -> None:
+    """By NumPy, from the weights of autograd."""
+    g = torch.Generator().manual_seed(valid_tokens)
+    logits = (3 * torch.randn(400, V, dtype=torch.float64, generator=g)).requires_grad_()
+    labels = torch.randint(V, (400,), generator=g)
+    labels[torch.randperm(400, generator=g)[valid_tokens:]] = IGNORED
+    coefficients: Any = {"alpha": 1.0, "beta": 0.02, "gamma": 0.1}
+    _, stats = nvamp_loss(logits, labels, shift=False, gradient=gradient, return_stats=True, **coefficients)
+    ell = oracle.token_losses(logits[labels != IGNORED], labels[labels != IGNORED])
+    (w,) = torch.autograd.grad(oracle.surrogate(ell, gradient, **coefficients), ell)
+    hardest = np.argsort(-ell.detach().numpy())[: math.ceil(0.01 * valid_tokens)]
+    if np.abs(w.numpy()).sum() == 0:  # one token has no dispersion: nothing to share in mode "detached"
+        assert stats.hardest_share == 0
+    else:
+        expected = np.abs(w.numpy())[hardest].sum() / np.abs(w.numpy()).sum()
+        assert stats.hardest_share.item() == pytest.approx(expected, rel=1e-9)
+
+
+@with_gradient
+@pytest.mark.parametrize("items", [None, 40])
+def test_losses_computed_elsewhere(
+    gradient: Gradient, items: int | None, hidden: Tensor, weight: Tensor, labels: Tensor
+) -> None:
+    """From losses of tokens, whatever is written where none counts, it is the loss of their logits."""
+    h = hidden.requires_grad_()
+    options: Any = {"gamma": 0.3, "gradient": gradient}
+    expected, expected_stats = loss_of(
+        "logits", h, weight, labels, num_items_in_batch=items, return_stats=True, **options
+    )
+    targets = torch.cat([labels[:, 1:], labels.new_full((B, 1), IGNORED)], 1)
+    nll = token_nll(h @ weight.T, targets).masked_fill(targets == IGNORED, torch.nan)
+    criterion = TokenNVAMPLoss(**options)
+    loss, stats = criterion(nll, targets != IGNORED, num_items_in_batch=items, return_stats=True)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(tuple(stats), tuple(expected_stats))
+    torch.testing.assert_close(*(torch.autograd.grad(x, h) for x in (loss, expected)))
+    everyone = nll.detach()[targets != IGNORED]
+    torch.testing.assert_close(criterion(everyone, num_items_in_batch=items), expected.detach())
+    assert criterion(everyone.bfloat16()).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"valid must be bool, shaped like nll \[3, 7\]"):
+        criterion(nll, targets)
+
+
 @with_path
 @with_gradient
 def test_nothing_to_learn(path: str, gradient: Gradient, hidden: Tensor, weight: Tensor) -> None:
@@ -176,6 +223,7 @@ def test_nothing_to_learn(path: str, gradient: Gradient, hidden: Tensor, weight:
     assert not h.grad.any()
     assert not w.grad.any()
     assert (stats.num_tokens, stats.max_index, stats.min_weight, stats.max_weight) == (0, -1, 0, 0)
+    assert stats.hardest_share == 0
 
 
 @with_path
@@ -385,6 +433,8 @@ def test_import_needs_torch_alone() -> None:
 
 
 def test_public_names() -> None:
-    assert {"NVAMPLoss", "LinearNVAMPLoss", "NVAMPStats", "functional"} <= set(nvamp.__all__)
-    names = {"nvamp_loss", "linear_nvamp_loss", "token_nll", "linear_token_nll", "token_weights"}
-    assert names <= set(nvamp.functional.__all__)
+    assert {"NVAMPLoss", "LinearNVAMPLoss", "TokenNVAMPLoss", "NVAMPStats", "functional"} <= set(
+        nvamp.__all__
+    )
+    names = {"nvamp_loss", "linear_nvamp_loss", "token_nvamp_loss", "token_weights"}
+    assert names | {"token_nll", "linear_token_nll"} <= set(nvamp.functional.__all__)

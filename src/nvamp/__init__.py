@@ -2,7 +2,7 @@
 
 from nvamp import functional
 from nvamp.functional import NVAMPStats
-from nvamp.losses import LinearNVAMPLoss, NVAMPLoss
+from nvamp.losses import LinearNVAMPLoss, NVAMPLoss, TokenNVAMPLoss
 
 __version__ = "0.1.0"
-__all__ = ["LinearNVAMPLoss", "NVAMPLoss", "NVAMPStats", "functional"]
+__all__ = ["LinearNVAMPLoss", "NVAMPLoss", "NVAMPStats", "TokenNVAMPLoss", "functional"]

@@ -35,6 +35,7 @@ __all__ = [
     "linear_token_nll",
     "nvamp_loss",
     "token_nll",
+    "token_nvamp_loss",
     "token_weights",
 ]
 
@@ -58,7 +59,7 @@ class NVAMPOptions(TokenOptions, total=False):
 class NVAMPStats(NamedTuple):
     """What a loss was made of. Scalar tensors without gradient, on the device of the loss; losses in nats.
 
-    With a `process_group`, of all its ranks; but the index and the weights are of tokens of this one.
+    With a `process_group`, of all its ranks; but the last three and the index are of the tokens of this one.
     """
 
     cross_entropy: Tensor  # Σ ℓ / num_items_in_batch
@@ -70,6 +71,9 @@ class NVAMPStats(NamedTuple):
     num_tokens: Tensor  # int64: valid tokens
     min_weight: Tensor  # the smallest ∂L/∂ℓ of a valid token
     max_weight: Tensor  # the largest
+    hardest_share: (
+        Tensor  # of Σ |∂L/∂ℓ|, the part of the 1% of the tokens, rounded up, with the largest losses
+    )
 
 
 class Settings(NamedTuple):
@@ -170,12 +174,9 @@ def nvamp_loss(
     ranks = c.ranks
     nll = _taking_part(
         ranks, logits, lambda: token_nll(logits, labels, inplace_backward=c.inplace_backward, **c.engine)
-    ).flatten()
-    valid, ell = (labels != c.ignore_index).flatten(), nll.detach()
-    s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps, ranks=ranks)
-    w = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
-    loss = _value_with_gradient(objective.value(s, **c.coefficients), of=ranks.size * (w * nll).sum())
-    return (loss, _stats(ell, valid, s, c)) if return_stats else loss
+    )
+    valid = labels != c.ignore_index
+    return _of_nll(nll.flatten(), valid.flatten(), num_items_in_batch, return_stats, c, ranks)
 
 
 @overload
@@ -235,6 +236,25 @@ def linear_nvamp_loss(
     return (loss, _stats(ell, valid, s, c)) if return_stats else loss
 
 
+def token_nvamp_loss(
+    nll: Tensor,
+    valid: Tensor | None = None,
+    *,
+    num_items_in_batch: Tensor | float | None = None,
+    return_stats: bool = False,
+    alpha: float = 1.0,
+    beta: float = 0.02,
+    gamma: float = 0.001,
+    eps: float = 1e-6,
+    gradient: Gradient = "scalar",
+    process_group: "Group | None" = None,
+) -> Tensor | tuple[Tensor, NVAMPStats]:
+    """`nvamp.TokenNVAMPLoss` as a function: its options are keyword arguments here."""
+    c = Settings(alpha, beta, gamma, eps, gradient=gradient, process_group=process_group).check()
+    ell, mask = _flat(nll, valid)
+    return _of_nll(ell, mask, num_items_in_batch, return_stats, c, c.ranks)
+
+
 def token_weights(
     nll: Tensor,
     valid: Tensor | None = None,
@@ -264,15 +284,38 @@ def token_weights(
     The other arguments are those of `nvamp.NVAMPLoss`.
     """
     c = Settings(alpha, beta, gamma, eps, gradient=gradient, process_group=process_group).check()
+    ell, mask = _flat(nll.detach(), valid)
+    s = objective.statistics(ell, mask, _items(num_items_in_batch), eps=eps, ranks=c.ranks)
+    return objective.weights(ell, mask, s, **c.coefficients, gradient=gradient).view(nll.shape)
+
+
+def _flat(nll: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The losses [tokens] in the dtype of their statistics, 0 where they do not count; and where they do."""
     check_floating("nll", nll)
     if valid is not None and (valid.dtype != torch.bool or valid.shape != nll.shape):
         raise ValueError(
             f"valid must be bool, shaped like nll {list(nll.shape)}, got {valid.dtype} {list(valid.shape)}"
         )
-    ell = nll.detach().to(accumulate_dtype(nll.dtype)).flatten()
-    mask = torch.ones_like(ell, dtype=torch.bool) if valid is None else valid.flatten()
-    s = objective.statistics(ell, mask, _items(num_items_in_batch), eps=eps, ranks=c.ranks)
-    return objective.weights(ell, mask, s, **c.coefficients, gradient=gradient).view(nll.shape)
+    ell = nll.to(accumulate_dtype(nll.dtype)).flatten()
+    if valid is None:
+        return ell, torch.ones_like(ell, dtype=torch.bool)
+    return torch.where(valid.flatten(), ell, 0), valid.flatten()
+
+
+def _of_nll(
+    nll: Tensor,
+    valid: Tensor,
+    num_items_in_batch: Tensor | float | None,
+    return_stats: bool,
+    c: Settings,
+    ranks: Ranks,
+) -> Tensor | tuple[Tensor, NVAMPStats]:
+    """The loss of `nll` [tokens], 0 where `valid` [tokens] does not hold."""
+    ell = nll.detach()
+    s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps, ranks=ranks)
+    w = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
+    loss = _value_with_gradient(objective.value(s, **c.coefficients), of=ranks.size * (w * nll).sum())
+    return (loss, _stats(ell, valid, s, c)) if return_stats else loss
 
 
 def _value_with_gradient(value: Tensor, of: Tensor) -> Tensor:
@@ -323,4 +366,13 @@ def _stats(ell: Tensor, valid: Tensor, s: Statistics, c: Settings) -> NVAMPStats
         num_tokens=s.num_tokens.long(),
         min_weight=over_valid(torch.amin, torch.inf),
         max_weight=over_valid(torch.amax, -torch.inf),
+        hardest_share=_hardest_share(ell, valid, weights.abs()),
     )
+
+
+def _hardest_share(ell: Tensor, valid: Tensor, weights: Tensor) -> Tensor:
+    """Of the sum of `weights`, the share of the hardest hundredth of the valid tokens, rounded up."""
+    hardest_first = torch.where(valid, ell, -torch.inf).argsort(descending=True, stable=True)
+    hardest = torch.arange(ell.numel(), device=ell.device) < (valid.sum() + 99) // 100
+    total = weights.sum()
+    return torch.where(total == 0, 0, (weights[hardest_first] * hardest).sum() / total)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from nvamp.functional import Settings, linear_nvamp_loss, nvamp_loss
+from nvamp.functional import Settings, linear_nvamp_loss, nvamp_loss, token_nvamp_loss
 from nvamp.objective import Gradient
 
 if TYPE_CHECKING:
@@ -172,4 +172,54 @@ class LinearNVAMPLoss(_NVAMP):
             num_items_in_batch=num_items_in_batch,
             return_stats=return_stats,
             **self._options(),
+        )
+
+
+class TokenNVAMPLoss(_NVAMP):
+    """`NVAMPLoss` of per-token losses that something else has computed, such as a trainer's own fused head.
+
+    Of the options of `NVAMPLoss` it takes those of the objective; the others are for whoever computes losses.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 0.02,
+        gamma: float = 0.001,
+        eps: float = 1e-6,
+        *,
+        gradient: Gradient = "scalar",
+        process_group: "Group | None" = None,
+    ) -> None:
+        super().__init__(alpha, beta, gamma, eps, gradient=gradient, process_group=process_group)
+
+    def forward(
+        self,
+        nll: Tensor,
+        valid: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        *,
+        return_stats: bool = False,
+    ) -> Any:
+        """The loss, a scalar in float32 (float64 for float64 losses), in nats.
+
+        Args:
+            nll: [...] losses of the tokens in nats, with their gradient.
+            valid: [...] bool, which of them count; all by default. The others may hold anything.
+            num_items_in_batch, return_stats: as in `NVAMPLoss`.
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit.
+        """
+        return token_nvamp_loss(
+            nll,
+            valid,
+            num_items_in_batch=num_items_in_batch,
+            return_stats=return_stats,
+            alpha=self.alpha,
+            beta=self.beta,
+            gamma=self.gamma,
+            eps=self.eps,
+            gradient=self.gradient,
+            process_group=self.process_group,
         )
