@@ -1,0 +1,106 @@
+"""What the loss is made of, in the logs of a `Trainer`: that of transformers, of TRL or of Axolotl."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nvamp.functional import NVAMPStats
+
+# Token-weighted means; `nvamp_max` is logged beside them.
+_MEANS = ("cross_entropy", "dispersion", "std", "hardest_share")
+
+
+def log_stats(trainer: Any, criterion: nn.Module) -> None:
+    """Adds the components of the loss to everything that `trainer` logs, in training and in evaluation.
+
+    They go where its other values go: to `log_history`, to TensorBoard and whatever else `report_to` names.
+    Each is of all micro-batches since the last log, on all ranks, and a mean is weighted by their tokens:
+
+        nvamp_cross_entropy   mean loss of a token, in nats
+        nvamp_dispersion      mean over micro-batches of their mean |ℓ − μ|/σ
+        nvamp_std             mean over micro-batches of their σ, in nats
+        nvamp_hardest_share   mean over micro-batches of the part that the 1% of their tokens with the largest
+                              losses have of Σ |∂L/∂ℓ|
+        nvamp_max             the largest loss, in nats
+
+    A micro-batch is that of one rank; of a criterion with a `process_group`, that of all its ranks, but for
+    the share.
+
+    Nothing waits for the device until the trainer logs. Then the values are read, on several ranks after one
+    all-gather of six numbers; all ranks have to log at the same steps, as those of a `Trainer` do.
+
+    Args:
+        trainer: a `transformers.Trainer` or what derives from it, made already. A callback cannot do this:
+            the ones that report come before those of a user.
+        criterion: the `NVAMPLoss`, `LinearNVAMPLoss` or `TokenNVAMPLoss` that the trainer calls.
+
+    Example:
+        criterion = NVAMPLoss()
+        trainer = Trainer(model, args, train_dataset=data, compute_loss_func=compute_loss_func(criterion))
+        log_stats(trainer, criterion)
+    """
+    meter, log = _Meter(criterion), trainer.log
+
+    def log_with_stats(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        prefix = _prefix(logs)
+        if prefix is not None:
+            table = meter.take(training=not prefix, device=trainer.args.device)
+            of_ranks = trainer.accelerator.gather(table).view(-1, len(table)).cpu()
+            logs.update({f"{prefix}nvamp_{name}": value for name, value in _summary(of_ranks).items()})
+        log(logs, *args, **kwargs)
+
+    trainer.log = log_with_stats
+
+
+def _prefix(logs: dict[str, float]) -> str | None:
+    """Nothing for the logs of training steps, "eval_" or the like for an evaluation's, `None` for others."""
+    if "loss" in logs:
+        return ""
+    prefixes = (key.removesuffix("loss") for key in logs if key.endswith("_loss"))
+    return next((prefix for prefix in prefixes if prefix != "train_"), None)
+
+
+def _summary(tables: Tensor) -> dict[str, float]:
+    """What to log of the tables [ranks, 6] of all ranks; nothing where no token was scored."""
+    tokens, *sums = tables[:, :-1].sum(0).tolist()
+    if tokens == 0:
+        return {}
+    means = {name: total / tokens for name, total in zip(_MEANS, sums, strict=True)}
+    return means | {"max": tables[:, -1].max().item()}
+
+
+class _Meter:
+    """Adds up the statistics of every call of a criterion, on its device.
+
+    A table [6] for training and one for evaluation: tokens, tokens times each of `_MEANS`, largest loss.
+    """
+
+    def __init__(self, criterion: nn.Module) -> None:
+        self._tables: dict[bool, Tensor] = {}
+        self._asked_by_caller = False
+        criterion.register_forward_pre_hook(self._ask, with_kwargs=True)
+        criterion.register_forward_hook(self._add)
+
+    def take(self, training: bool, device: torch.device) -> Tensor:
+        """The table of what came since the last call."""
+        empty = torch.tensor([0.0] * (1 + len(_MEANS)) + [-torch.inf])
+        return self._tables.pop(training, empty).to(device)
+
+    def _ask(
+        self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._asked_by_caller = kwargs.get("return_stats", False)
+        return args, {**kwargs, "return_stats": True}
+
+    def _add(self, criterion: nn.Module, args: Any, output: tuple[Tensor, NVAMPStats]) -> Any:
+        loss, s = output
+        tokens = s.num_tokens.to(s.mean.dtype)
+        # The mean rather than s.cross_entropy, which is over the tokens of the whole step.
+        sums = tokens * torch.stack((torch.ones_like(s.mean), s.mean, s.dispersion, s.std, s.hardest_share))
+        table = torch.cat((sums, torch.where(tokens > 0, s.max, -torch.inf)[None]))
+        training = torch.is_grad_enabled()
+        if (before := self._tables.get(training)) is not None:
+            table = torch.cat((before[:-1] + sums, torch.maximum(before[-1:], table[-1:])))
+        self._tables[training] = table
+        return output if self._asked_by_caller else loss

@@ -1,0 +1,184 @@
+"""The logged components of the loss: against NumPy, and without waiting for the device between logs."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from numpy.typing import NDArray
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nvamp import NVAMPLoss
+from nvamp.integrations.stats import log_stats
+from nvamp.integrations.transformers import compute_loss_func, logits_of
+from tests.integrations.test_transformers_ranks import IGNORED, Rows, tiny_model
+
+STEPS, EVERY, ACCUMULATE = 4, 2, 2
+OPTIONS: Any = {"gamma": 0.1, "gradient": "token"}
+
+
+class Spy:
+    """A loss function that keeps the losses of tokens of each micro-batch."""
+
+    def __init__(self, criterion: NVAMPLoss) -> None:
+        self._loss = compute_loss_func(criterion)
+        self.training: list[NDArray[np.float64]] = []
+        self.evaluation: list[NDArray[np.float64]] = []
+
+    def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
+        assert labels is not None
+        scored = labels[:, 1:] != IGNORED
+        logits, targets = logits_of(outputs).detach()[:, :-1][scored].double(), labels[:, 1:][scored]
+        nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none").numpy()
+        (self.training if torch.is_grad_enabled() else self.evaluation).append(nll)
+        return self._loss(outputs, labels, num_items_in_batch)
+
+
+def hardest_share(nll: NDArray[np.float64]) -> float:
+    """Of the weights in mode "token", of which only the ratios matter here."""
+    w = np.abs(nll - nll.mean()) / np.sqrt(nll.var() + 1e-6) + 0.02
+    w[nll.argmax()] += 0.1 * len(nll)
+    return float(w[np.argsort(-nll)[: math.ceil(len(nll) / 100)]].sum() / w.sum())
+
+
+def expected(batches: list[NDArray[np.float64]]) -> dict[str, float]:
+    """What is to be logged of these micro-batches."""
+    tokens = [len(nll) for nll in batches]
+    assert max(tokens) > 100 > min(tokens)  # else the hardest hundredth is always one token
+    std = [np.sqrt(nll.var() + 1e-6) for nll in batches]
+    dispersion = [np.abs(nll - nll.mean()).mean() / s for nll, s in zip(batches, std, strict=True)]
+    return {
+        "nvamp_cross_entropy": float(np.concatenate(batches).mean()),
+        "nvamp_dispersion": float(np.average(dispersion, weights=tokens)),
+        "nvamp_std": float(np.average(std, weights=tokens)),
+        "nvamp_hardest_share": float(np.average([hardest_share(nll) for nll in batches], weights=tokens)),
+        "nvamp_max": float(max(nll.max() for nll in batches)),
+    }
+
+
+def trainer_with(loss: Any, folder: Path, report_to: str) -> Any:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=16,  # about a hundred tokens: their hardest hundredth are one or two
+        per_device_eval_batch_size=15,
+        gradient_accumulation_steps=ACCUMULATE,
+        logging_steps=EVERY,
+        save_strategy="no",
+        report_to=report_to,
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    rows = Rows(unequal=True)
+    trainer = transformers.Trainer(
+        tiny_model(), arguments, train_dataset=rows, eval_dataset=rows, compute_loss_func=loss
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each scalar in the event files of TensorBoard."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("report_to", ["none", "tensorboard"])
+def test_what_is_logged(report_to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    criterion = NVAMPLoss(**OPTIONS)
+    spy = Spy(criterion)
+    trainer = trainer_with(spy, tmp_path, report_to)
+    log_stats(trainer, criterion)
+    trainer.train()
+    metrics = trainer.evaluate()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    per_log = EVERY * ACCUMULATE
+    assert len(spy.training) == STEPS * ACCUMULATE
+    assert [entry["step"] for entry in logged] == [2, 4]
+    for i, entry in enumerate(logged):
+        values = expected(spy.training[i * per_log : (i + 1) * per_log])
+        assert {name: entry[name] for name in values} == pytest.approx(values, rel=1e-5)
+    in_evaluation = {f"eval_{name}": value for name, value in expected(spy.evaluation).items()}
+    assert {name: metrics[name] for name in in_evaluation} == pytest.approx(in_evaluation, rel=1e-5)
+    others = [
+        entry for entry in trainer.state.log_history if "loss" not in entry and "eval_loss" not in entry
+    ]
+    assert others  # what the Trainer says at the end of training is left as it is
+    assert not any("nvamp_max" in name for entry in others for name in entry)
+    if report_to == "tensorboard":
+        scalars = scalars_of(tmp_path / "events")
+        for name in values:
+            assert scalars[f"train/{name}"] == [
+                (entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in logged
+            ]
+            assert scalars[f"eval/{name}"] == [(STEPS, pytest.approx(metrics[f"eval_{name}"], rel=1e-6))]
+    else:
+        assert not (tmp_path / "events").exists()
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make a program wait for the device: values, and sizes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.equal.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.masked_select.default,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def waits() -> Iterator[Waits]:
+    with Waits() as mode:
+        yield mode
+
+
+def test_between_logs_nothing_waits(tmp_path: Path, waits: Waits) -> None:
+    criterion = NVAMPLoss(**OPTIONS)
+    counts: dict[str, list[int]] = {"without": [], "with": []}
+    for name, counted in counts.items():
+
+        def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None, counted: Any = counted) -> Tensor:
+            before = waits.count
+            value = compute_loss_func(criterion)(outputs, labels, num_items_in_batch)
+            counted.append(waits.count - before)
+            return value
+
+        trainer = trainer_with(loss, tmp_path, "none")
+        if name == "with":
+            log_stats(trainer, criterion)
+        trainer.train()
+    seen = waits.count
+    torch.ones(1).item()
+    bool(torch.ones(1) > 0)
+    assert waits.count == seen + 2  # it counts
+    assert len(counts["with"]) == STEPS * ACCUMULATE
+    assert counts["with"] == counts["without"]
+
+
+def test_the_loss_is_what_it_was() -> None:
+    """The criterion answers its caller as before, also one who asks for statistics."""
+    g = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(2, 9, 7, generator=g), torch.randint(7, (2, 9), generator=g)
+    plain, watched = NVAMPLoss(), NVAMPLoss()
+    log_stats(transformers.Trainer.__new__(transformers.Trainer), watched)
+    assert torch.equal(watched(logits, labels), plain(logits, labels))
+    loss, stats = watched(logits, labels, return_stats=True)
+    expected_loss, expected_stats = plain(logits, labels, return_stats=True)
+    assert torch.equal(loss, expected_loss)
+    torch.testing.assert_close(tuple(stats), tuple(expected_stats), rtol=0, atol=0)
