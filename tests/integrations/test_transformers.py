@@ -1,5 +1,6 @@
 """The integration with the `Trainer`."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from nvamp import NVAMPLoss
 from nvamp.integrations.transformers import compute_loss_func
 from nvamp.study.corpus import Corpus
 from nvamp.study.losses import parse_loss
-from nvamp.study.training import LabelledBlocks, Recipe, build_model, training_arguments
+from nvamp.study.training import LabelledBlocks, Recipe, build_model, quiet, training_arguments
+from tests.integrations.test_transformers_ranks import IGNORED, SEQ, V, assert_same, tiny_model, weights_of
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,113 @@ def test_logits_of_every_kind_of_output(wrap: Any) -> None:
 def test_missing_labels_are_named() -> None:
     with pytest.raises(ValueError, match="a column named 'labels'"):
         compute_loss_func(NVAMPLoss())({"logits": torch.zeros(1, 2, 3)}, None)
+
+
+# Batches, each as a row of its own -----------------------------------------------------------------------
+
+
+Batch = dict[str, Tensor]
+
+
+def documents_of(seed: int, count: int) -> list[Tensor]:
+    """Token ids of documents of 2 to 6 tokens."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 7, (count,), generator=g)
+    return [torch.randint(V, (int(length),), generator=g) for length in lengths]
+
+
+def padded(rows: list[Batch]) -> Batch:
+    """Documents side by side, each filled up to a row of SEQ."""
+
+    def filled(x: Tensor, value: int) -> Tensor:
+        return torch.nn.functional.pad(x, (0, SEQ - len(x)), value=value)
+
+    ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": torch.stack([filled(x, 0) for x in ids]),
+        "attention_mask": torch.stack([filled(torch.ones_like(x), 0) for x in ids]),
+        "labels": torch.stack([filled(x, IGNORED) for x in ids]),
+    }
+
+
+def packed(rows: list[Batch]) -> Batch:
+    """A document and its reverse in each row: they begin where the position is 0, and are not scored there."""
+    pairs = [torch.cat((row["input_ids"], row["input_ids"].flip(0))) for row in rows]
+    starts = [torch.arange(len(pair)) % (len(pair) // 2) for pair in pairs]
+
+    def filled(xs: list[Tensor], value: int) -> Tensor:
+        return torch.stack([torch.nn.functional.pad(x, (0, SEQ - len(x)), value=value) for x in xs])
+
+    ids, positions = filled(pairs, 0), filled(starts, 0)
+    scored = (positions > 0) & (torch.arange(SEQ) < torch.tensor([len(pair) for pair in pairs])[:, None])
+    return {"input_ids": ids, "position_ids": positions, "labels": torch.where(scored, ids, IGNORED)}
+
+
+COLLATORS = {
+    "padded": padded,
+    "packed": packed,
+    "padding-free": transformers.DataCollatorWithFlattening(),
+}
+
+
+def run(collator: Any, accumulate: int, loss: Any, folder: Path) -> tuple[Tensor, Tensor]:
+    """By how much four steps of plain gradient descent move the tiny model, and the losses they log."""
+    model = tiny_model()
+    start = weights_of(model)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=8 // accumulate,
+        gradient_accumulation_steps=accumulate,
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    rows = [{"input_ids": ids} for ids in documents_of(0, 32)]
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=rows, data_collator=collator, compute_loss_func=loss
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return weights_of(model) - start, torch.tensor(logged)
+
+
+@pytest.mark.parametrize("layout", COLLATORS)
+def test_cross_entropy_is_the_trainers_own(layout: str, tmp_path: Path) -> None:
+    """Step for step, in any number of micro-batches."""
+    quiet()
+    loss = compute_loss_func(NVAMPLoss(alpha=0.0, beta=1.0, gamma=0.0))
+    for accumulate in (1, 2, 4):
+        moved, logged = run(COLLATORS[layout], accumulate, loss, tmp_path)
+        expected, expected_log = run(COLLATORS[layout], accumulate, None, tmp_path)
+        assert len(logged) == 4
+        assert_same(moved, expected)
+        assert_same(logged, expected_log)
+        if accumulate == 1:
+            whole, whole_log = moved, logged
+        assert_same(moved, whole)
+        assert_same(logged, whole_log)
+
+
+def test_layouts_are_the_same_documents(tmp_path: Path) -> None:
+    """Without padding as with it: no token of one document sees, or is scored by, another."""
+    quiet()
+    loss = compute_loss_func(NVAMPLoss(gradient="token"))
+    with_padding, log = run(padded, 1, loss, tmp_path)
+    without, its_log = run(COLLATORS["padding-free"], 1, loss, tmp_path)
+    assert_same(without, with_padding)
+    assert_same(its_log, log)
+
+
+# Blocks of the study -------------------------------------------------------------------------------------
 
 
 def weights_after(model_dir: Any, corpus: Corpus, criterion: Any, batch: int, accumulate: int) -> Tensor:

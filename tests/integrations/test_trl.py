@@ -1,0 +1,153 @@
+"""The integration with TRL's `SFTTrainer`, against its own loss."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from torch import Tensor
+
+from nvamp import NVAMPLoss, TokenNVAMPLoss
+from nvamp.integrations.stats import log_stats
+from nvamp.integrations.transformers import compute_loss_func
+from nvamp.integrations.trl import SFTTrainer
+from tests.integrations.test_transformers_ranks import IGNORED, assert_same, weights_of
+from tests.study.conftest import words
+
+# TRL 1.16 sets the old name of an option of transformers 5.23.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+
+CROSS_ENTROPY: Any = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "packed": {"packing": True, "packing_strategy": "wrapped"},
+    "packed, padding-free": {"packing": True},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "completions": {},
+}
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, Dataset]:
+    """Texts of unequal length; and prompts with their completions, of which the latter alone are scored."""
+    texts = [words(seed, 4 + seed % 7) for seed in range(16)]
+    halves = [text.split(" ", maxsplit=2 + i % 2) for i, text in enumerate(texts)]
+    pairs = [{"prompt": " ".join(half[:-1]), "completion": " " + half[-1]} for half in halves]
+    return {"text": Dataset.from_list([{"text": text} for text in texts]), "pairs": Dataset.from_list(pairs)}
+
+
+def trained(
+    kind: Any, model_dir: Path, tokenizer: Any, rows: Dataset, folder: Path, config: Any, **kwargs: Any
+) -> tuple[Tensor, list[dict[str, float]], Any]:
+    """By how much training changed the model, what was logged, and the trainer."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    start = weights_of(model)
+    fixed: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "max_length": 16,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "dataloader_pin_memory": False,
+    }
+    arguments = trl.SFTConfig(**(fixed | config))
+    trainer = kind(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+        **kwargs,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    if "criterion" in kwargs:
+        log_stats(trainer, kwargs["criterion"])
+    trainer.train()
+    trainer.evaluate()
+    names = ("loss", "eval_loss", "entropy", "mean_token_accuracy", "eval_mean_token_accuracy", "num_tokens")
+    logs = [{k: v for k, v in entry.items() if k in names} for entry in trainer.state.log_history]
+    return weights_of(model) - start, [entry for entry in logs if entry], trainer
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cross_entropy_is_trls_own(
+    layout: str, data: dict[str, Dataset], model_dir: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = data["pairs" if layout == "completions" else "text"]
+    common = (model_dir, tokenizer, rows, tmp_path, LAYOUTS[layout])
+    expected, expected_logs, _ = trained(trl.SFTTrainer, *common)
+    moved, logs, trainer = trained(SFTTrainer, *common, criterion=TokenNVAMPLoss(**CROSS_ENTROPY))
+    assert_same(moved, expected)
+    assert len(logs) == len(expected_logs) == 4
+    for ours, theirs in zip(logs, expected_logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    if layout == "completions":  # the second token is of the prompt
+        labels = next(iter(trainer.get_train_dataloader()))["labels"]
+        assert (labels[:, 1] == IGNORED).all()
+    for entry in trainer.state.log_history[:3]:
+        assert entry["nvamp_cross_entropy"] == pytest.approx(entry["loss"], rel=1e-4)
+
+
+def test_every_term_trains(data: dict[str, Dataset], model_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """The loss of the logits, which TRL lets `compute_loss_func` have for another forward, is the same."""
+    options: Any = {"beta": 0.5, "gamma": 0.3, "gradient": "token"}
+    common = (model_dir, tokenizer, data["text"], tmp_path, LAYOUTS["accumulated"])
+    moved, logs, _ = trained(SFTTrainer, *common, criterion=TokenNVAMPLoss(**options))
+    with pytest.warns(FutureWarning, match="compute_loss_func"):
+        expected, expected_logs, _ = trained(
+            trl.SFTTrainer, *common, compute_loss_func=compute_loss_func(NVAMPLoss(**options))
+        )
+    assert_same(moved, expected)
+    for ours, theirs in zip(logs, expected_logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_one_forward_a_micro_batch(
+    data: dict[str, Dataset], model_dir: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    forward = transformers.LlamaModel.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(torch.is_grad_enabled())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", counted)
+    trained(
+        SFTTrainer,
+        model_dir,
+        tokenizer,
+        data["text"],
+        tmp_path,
+        LAYOUTS["accumulated"],
+        criterion=TokenNVAMPLoss(),
+    )
+    assert (calls.count(True), calls.count(False)) == (3 * 2, 2)  # 16 rows are two batches of evaluation
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"loss_type": "dft"}, "loss_type must be 'nll' with a criterion, got 'dft'"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0 with a criterion, got 0.1"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
+def test_options_that_exclude_a_criterion(
+    config: Any, message: str, data: dict[str, Dataset], model_dir: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trained(SFTTrainer, model_dir, tokenizer, data["text"], tmp_path, config, criterion=TokenNVAMPLoss())
