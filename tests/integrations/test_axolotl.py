@@ -1,0 +1,102 @@
+"""The Axolotl plugin, called as `axolotl.train` calls it; on Axolotl's own base class where that is installed."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pydantic
+import pytest
+import torch
+import transformers
+
+from nvamp import NVAMPLoss
+from nvamp.integrations.transformers import compute_loss_func
+from tests.integrations.test_transformers_ranks import Rows, assert_same, tiny_model, weights_of
+
+PLUGIN = "nvamp.integrations.axolotl.NVAMPPlugin"
+
+
+class BasePlugin:
+    """Of `axolotl.integrations.base`: what this plugin overrides, and a hook that it does not."""
+
+    def get_input_args(self) -> str | None: ...
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None: ...
+
+    def post_model_load(self, cfg: Any, model: Any) -> None: ...
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Loaded by its name, as Axolotl does."""
+    try:
+        importlib.import_module("axolotl.integrations.base")
+    except ModuleNotFoundError:
+        for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.setattr(sys.modules["axolotl.integrations.base"], "BasePlugin", BasePlugin, raising=False)
+    module_name, class_name = PLUGIN.rsplit(".", 1)
+    return getattr(importlib.import_module(module_name), class_name)()
+
+
+def configuration(plugin: Any, **options: Any) -> Any:
+    """Axolotl's, which derives from its own schema and from those of all plugins."""
+    module_name, class_name = plugin.get_input_args().rsplit(".", 1)
+    own = pydantic.create_model("AxolotlInputConfig", base_model=(str, ...))
+    merged = type("Merged", (own, getattr(importlib.import_module(module_name), class_name)), {})
+    return SimpleNamespace(**merged(base_model="tiny", **options).model_dump(exclude_none=True))
+
+
+def trainer(folder: Path, loss: Any = None) -> Any:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    made = transformers.Trainer(
+        tiny_model(), arguments, train_dataset=Rows(unequal=True), compute_loss_func=loss
+    )
+    made.remove_callback(transformers.PrinterCallback)
+    return made
+
+
+def test_the_plugin_trains(plugin: Any, tmp_path: Path) -> None:
+    ours, theirs = (
+        trainer(tmp_path),
+        trainer(tmp_path, compute_loss_func(NVAMPLoss(0.5, 0.3, 0.1, gradient="token"))),
+    )
+    options = {"nvamp_alpha": 0.5, "nvamp_beta": 0.3, "nvamp_gamma": 0.1, "nvamp_gradient": "token"}
+    plugin.post_model_load(configuration(plugin), ours.model)  # a hook it leaves to Axolotl
+    plugin.post_trainer_create(configuration(plugin, **options), ours)
+    start = weights_of(ours.model)
+    ours.train()
+    theirs.train()
+    assert_same(weights_of(ours.model) - start, weights_of(theirs.model) - start)
+    losses = [torch.tensor([e["loss"] for e in t.state.log_history if "loss" in e]) for t in (ours, theirs)]
+    assert_same(*losses)
+    assert "nvamp_dispersion" in ours.state.log_history[0]
+
+
+def test_defaults_are_those_of_the_loss(plugin: Any, tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    plugin.post_trainer_create(configuration(plugin), made)
+    g = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(2, 5, 7, generator=g), torch.randint(7, (2, 5), generator=g)
+    assert made.compute_loss_func({"logits": logits}, labels) == NVAMPLoss()(logits, labels)
+
+
+def test_wrong_options_are_named(plugin: Any, tmp_path: Path) -> None:
+    with pytest.raises(pydantic.ValidationError, match="nvamp_gradient"):
+        configuration(plugin, nvamp_gradient="tokens")
+    made = trainer(tmp_path, loss=compute_loss_func(NVAMPLoss()))
+    with pytest.raises(ValueError, match="has a compute_loss_func already"):
+        plugin.post_trainer_create(configuration(plugin), made)
