@@ -1,5 +1,6 @@
 """The examples of the documentation: against float64 autograd of their formulas, and as a user runs them."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -102,3 +103,40 @@ def test_ddp_is_one_process(text_dir: Path) -> None:
     together = ddp_curve(text_dir, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     assert alone[-1, 0] < alone[0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "accelerate_loop",
+        "lightning_module",
+        pytest.param(
+            "torchtitan_loss",
+            marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="torchtitan needs Python 3.11"),
+        ),
+        "trl_sft",
+    ],
+)
+def test_examples_of_trainers_run(
+    name: str,
+    text_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = [f"examples/{name}.py", "--steps", "10", "--text", str(text_dir)]
+    monkeypatch.setattr(sys, "argv", command + (["--out", str(tmp_path)] if name == "trl_sft" else []))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "set by the example")  # and put back afterwards
+    importlib.import_module(f"examples.{name}").main()
+    losses = [
+        float(x)
+        for x in re.findall(r"^(?:step \d+: loss |{'loss': ')([\d.]+)", capsys.readouterr().out, re.M)
+    ]
+    assert len(losses) == (2 if name == "trl_sft" else 10)
+    assert losses[-1] < losses[0]
+    if name == "trl_sft":
+        assert any((tmp_path / "events").iterdir())

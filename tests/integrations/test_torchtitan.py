@@ -1,13 +1,18 @@
 """The integration with torchtitan: its own loss module, without the rest of it."""
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
 
 from nvamp.functional import nvamp_loss
+
+if sys.version_info < (3, 11):
+    pytest.skip("torchtitan needs Python 3.11", allow_module_level=True)
+from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
+
 from nvamp.integrations.torchtitan import NVAMPLoss
 
 BATCH, SEQ, D, V = 4, 8, 5, 13

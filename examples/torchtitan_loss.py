@@ -1,0 +1,48 @@
+"""A step as torchtitan's trainer takes it, with NVAMP in its chunked loss: no more logits than a chunk's.
+
+    python examples/torchtitan_loss.py
+
+It trains the small Llama of `nvamp compare` on the source of Python's standard library, or on `--text`, in a
+loop of its own that needs torchtitan's loss module alone. In torchtitan that configuration of the loss goes
+into `Trainer.Config(loss=...)`.
+"""
+
+import argparse
+
+import torch
+import transformers
+from torchtitan.components.loss import ChunkedLossWrapper
+
+from nvamp.integrations.torchtitan import NVAMPLoss
+from nvamp.study.compare import LR, SEQUENCE
+from nvamp.study.corpus import build_corpus, read_documents
+from nvamp.study.training import build_model
+
+BATCH, CHUNKS = 8, 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="default: 20")
+    parser.add_argument("--text", action="append", default=[], help="a file or directory of text; repeat it")
+    options = parser.parse_args()
+    corpus = build_corpus(*read_documents(options.text, []), SEQUENCE)
+    transformers.set_seed(0)
+    model = build_model(None, corpus)
+    config = ChunkedLossWrapper.Config(num_chunks=CHUNKS, loss_fn=NVAMPLoss.Config(gradient="token"))
+    loss_fn = config.build(compile_config=None)
+    loss_fn.set_lm_head(model.lm_head)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    for step, blocks in enumerate(corpus.train.split(BATCH)[: options.steps], start=1):
+        labels = torch.nn.functional.pad(
+            blocks[:, 1:], (0, 1), value=-100
+        )  # torchtitan's data has them shifted
+        loss, _ = loss_fn(model.model(input_ids=blocks).last_hidden_state, labels, (labels != -100).sum())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step}: loss {loss.item():.5f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

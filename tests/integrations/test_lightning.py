@@ -1,0 +1,57 @@
+"""The example for Lightning, against the model's own loss in a loop by hand."""
+
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from examples.lightning_module import LanguageModel
+from nvamp import NVAMPLoss
+from tests.integrations.test_transformers_ranks import SEQ, V, assert_same, tiny_model, weights_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+]
+STEPS, BATCH = 3, 8
+
+
+class WithPlainDescent(LanguageModel):
+    """Its optimizer shows the size of the gradient."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_cross_entropy_is_the_models_own(accumulate: int) -> None:
+    blocks = torch.randint(V, (STEPS * BATCH, SEQ), generator=torch.Generator().manual_seed(0))
+    model, expected = tiny_model(), tiny_model()
+    start = weights_of(model)
+    trainer = lightning.Trainer(
+        max_steps=STEPS,
+        accumulate_grad_batches=accumulate,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = WithPlainDescent(model, NVAMPLoss(alpha=0.0, beta=1.0, gamma=0.0))
+    trainer.fit(module, DataLoader(blocks, BATCH // accumulate))
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    losses: list[Tensor] = []
+    for batch in blocks.split(BATCH):
+        losses.append(expected(input_ids=batch, labels=batch).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert trainer.global_step == STEPS
+    assert_same(weights_of(model) - start, weights_of(expected) - start)
+    logged: Any = trainer.callback_metrics
+    if accumulate == 1:
+        torch.testing.assert_close(logged["loss"], losses[-1].detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(logged["mean"], logged["loss"])  # beta is 1, and nothing else

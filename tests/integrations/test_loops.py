@@ -1,0 +1,162 @@
+"""Loops of one's own, on one process and on two ranks: the example for Accelerate, and torchtitan's loss."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DataLoaderConfiguration
+from torch import Tensor
+
+from examples import accelerate_loop
+from nvamp import NVAMPLoss
+from nvamp.functional import nvamp_loss
+from nvamp.study.training import quiet
+from tests.integrations.test_transformers_ranks import (
+    ALL_TERMS,
+    CROSS_ENTROPY,
+    SEQ,
+    WORLD,
+    V,
+    assert_same,
+    tiny_model,
+    weights_of,
+)
+
+STEPS = 3
+
+
+def forget_accelerators() -> None:
+    """Accelerate keeps its settings for the whole process, and so does the next test's Trainer."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def looped(criterion: NVAMPLoss, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
+    """By how much the example's loop moves the tiny model, and the losses that it yields."""
+    forget_accelerators()
+    monkeypatch.setattr(accelerate_loop, "MICRO_BATCH", 8 // accumulate)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=accumulate,
+        cpu=True,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
+    model = tiny_model()
+    start = weights_of(model)
+    blocks = torch.randint(V, (64, SEQ), generator=torch.Generator().manual_seed(0))
+    curve = accelerate_loop.train(
+        accelerator, model, torch.optim.SGD(model.parameters(), lr=0.1), blocks, criterion, STEPS
+    )
+    losses = torch.stack([loss for loss, _ in curve])
+    forget_accelerators()
+    return weights_of(model) - start, losses
+
+
+def test_cross_entropy_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any number of micro-batches, of the loader's order."""
+    moved, losses = looped(NVAMPLoss(**CROSS_ENTROPY), 1, monkeypatch)
+    for accumulate in (2, 4):
+        assert_same(looped(NVAMPLoss(**CROSS_ENTROPY), accumulate, monkeypatch)[0], moved)
+
+    class Own(NVAMPLoss):
+        """What transformers computes of the same logits."""
+
+        def forward(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+            own: Tensor = tiny_model().loss_function(logits, labels, V, **kwargs)
+            return own
+
+    expected, expected_losses = looped(Own(), 1, monkeypatch)
+    assert_same(moved, expected)
+    assert_same(losses, expected_losses)
+
+
+# Two ranks -----------------------------------------------------------------------------------------------
+
+
+def rank_of_all(rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # not used: they meet at a file
+    quiet()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    try:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            criterion = NVAMPLoss(**ALL_TERMS, process_group=dist.group.WORLD)
+            outcome = {"accelerate": looped(criterion, 2, monkeypatch)}
+        if sys.version_info >= (3, 11):
+            outcome |= {"sharded rows": titan_rows(), "sharded vocabulary": titan_vocabulary()}
+        torch.save(outcome, folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def titan_problem() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(V, (4, SEQ), generator=g)
+    labels[0, 3:] = -100
+    return torch.randn(4, SEQ, V, generator=g).requires_grad_(), labels
+
+
+def titan_loss() -> Any:
+    from nvamp.integrations import torchtitan
+
+    return torchtitan.NVAMPLoss.Config(**ALL_TERMS, gradient="token").build(compile_config=None)
+
+
+def titan_rows() -> tuple[Tensor, Tensor]:
+    """The part of this rank in loss and gradient, which torchtitan sums: the rows of the other are the other's."""
+    logits, labels = titan_problem()
+    loss_fn = titan_loss()
+    loss_fn.criterion.process_group = dist.group.WORLD
+    mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    loss, _ = loss_fn(logits[mine], labels[mine], (labels != -100).sum())
+    loss.backward()
+    assert logits.grad is not None
+    return loss.detach(), logits.grad
+
+
+def titan_vocabulary() -> tuple[Tensor, Tensor]:
+    """Loss and gradient of logits of which each rank has a part of the vocabulary: tensor parallel."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    logits, labels = titan_problem()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    sharded: Any = distribute_tensor(logits.detach(), mesh, [Shard(2)]).requires_grad_()
+    loss, _ = titan_loss()(sharded, labels, (labels != -100).sum())
+    loss.backward()
+    return loss.detach(), sharded.grad.full_tensor()
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(rank_of_all, (folder,), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def test_accelerate_on_two_ranks_is_one_process(
+    on_ranks: list[dict[str, tuple[Tensor, Tensor]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved, losses = looped(NVAMPLoss(**ALL_TERMS), 2, monkeypatch)
+    for outcome in on_ranks:
+        assert_same(outcome["accelerate"][0], moved)
+        assert_same(outcome["accelerate"][1], losses)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="torchtitan needs Python 3.11")
+def test_torchtitan_on_two_ranks(on_ranks: list[dict[str, tuple[Tensor, Tensor]]]) -> None:
+    logits, labels = titan_problem()
+    loss = nvamp_loss(logits, labels, shift=False, **ALL_TERMS, gradient="token")
+    (gradient,) = torch.autograd.grad(loss, logits)
+    parts = [outcome["sharded rows"] for outcome in on_ranks]
+    torch.testing.assert_close(sum(value for value, _ in parts), loss.detach())
+    torch.testing.assert_close(sum(part for _, part in parts), gradient)
+    for outcome in on_ranks:
+        torch.testing.assert_close(outcome["sharded vocabulary"], (loss.detach(), gradient))
