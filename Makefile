@@ -7,10 +7,10 @@ INSTALLED := .venv/installed
 
 setup: $(INSTALLED)
 
+# Of torchtitan only the loss module is used: all of it would need an older datasets.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[study,dev]'
-	# Its loss module is tested; the rest of it needs an older datasets, and is not.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'torchtitan==0.3.0; python_version >= "3.11"'
 	touch $@
 

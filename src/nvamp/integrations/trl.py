@@ -59,8 +59,10 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped here
 
     def _summing_up_to_the_criterion(self, outputs: Any, num_items_in_batch: Any) -> Tensor:
         """What stands for `log_probs`, of which TRL divides the negative sum by the number of tokens."""
-        loss = self.criterion(-outputs.log_probs, outputs.label_mask, num_items_in_batch=num_items_in_batch)
+        loss: Tensor = self.criterion(
+            -outputs.log_probs, outputs.label_mask, num_items_in_batch=num_items_in_batch
+        )
         if num_items_in_batch is None:
-            return -loss * outputs.label_mask.sum()
+            return -(loss * outputs.label_mask.sum())
         group = self.criterion.process_group
-        return -loss * num_items_in_batch / (1 if group is None else ranks_of(group).size)
+        return -(loss * num_items_in_batch / (1 if group is None else ranks_of(group).size))
