@@ -1,4 +1,4 @@
-"""Loops of one's own, on one process and on two ranks: the example for Accelerate, and torchtitan's loss."""
+"""The example for Accelerate; and on two ranks Accelerate, TRL and torchtitan's loss, against one process."""
 
 import os
 import sys
@@ -9,14 +9,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import trl
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast, PrinterCallback
 
 from examples import accelerate_loop
-from nvamp import NVAMPLoss
+from nvamp import NVAMPLoss, TokenNVAMPLoss
 from nvamp.functional import nvamp_loss
+from nvamp.integrations.trl import SFTTrainer
 from nvamp.study.training import quiet
 from tests.integrations.test_transformers_ranks import (
     ALL_TERMS,
@@ -90,11 +96,57 @@ def rank_of_all(rank: int, folder: Path) -> None:
         with pytest.MonkeyPatch.context() as monkeypatch:
             criterion = NVAMPLoss(**ALL_TERMS, process_group=dist.group.WORLD)
             outcome = {"accelerate": looped(criterion, 2, monkeypatch)}
+        outcome["trl"] = with_trl(TokenNVAMPLoss(**ALL_TERMS, process_group=dist.group.WORLD), 2, folder)
         if sys.version_info >= (3, 11):
             outcome |= {"sharded rows": titan_rows(), "sharded vocabulary": titan_vocabulary()}
         torch.save(outcome, folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def with_trl(criterion: TokenNVAMPLoss, batch: int, folder: Path) -> tuple[Tensor, Tensor]:
+    """By how much TRL's trainer moves the tiny model, and the losses that it logs."""
+    forget_accelerators()
+    model = tiny_model()
+    start = weights_of(model)
+    arguments = trl.SFTConfig(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=2,
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        ddp_backend="gloo" if dist.is_initialized() else None,
+        dataloader_pin_memory=False,
+    )
+    blocks = torch.randint(V, (64, SEQ), generator=torch.Generator().manual_seed(0)).tolist()
+    labels = [
+        block[: 3 + i % (SEQ - 2)] for i, block in enumerate(blocks)
+    ]  # unequal numbers of scored tokens
+    rows = {"input_ids": blocks, "labels": [row + [-100] * (SEQ - len(row)) for row in labels]}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<eos>": 0})), eos_token="<eos>"
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        criterion=criterion,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    forget_accelerators()
+    return weights_of(model) - start, torch.tensor(losses)
 
 
 def titan_problem() -> tuple[Tensor, Tensor]:
@@ -148,6 +200,17 @@ def test_accelerate_on_two_ranks_is_one_process(
     for outcome in on_ranks:
         assert_same(outcome["accelerate"][0], moved)
         assert_same(outcome["accelerate"][1], losses)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_trl_on_two_ranks_is_one_process(
+    on_ranks: list[dict[str, tuple[Tensor, Tensor]]], tmp_path: Path
+) -> None:
+    moved, losses = with_trl(TokenNVAMPLoss(**ALL_TERMS), 2 * WORLD, tmp_path)
+    assert len(losses) == STEPS
+    for outcome in on_ranks:
+        assert_same(outcome["trl"][0], moved)
+        assert_same(outcome["trl"][1], losses)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="torchtitan needs Python 3.11")

@@ -59,10 +59,11 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped here
 
     def _summing_up_to_the_criterion(self, outputs: Any, num_items_in_batch: Any) -> Tensor:
         """What stands for `log_probs`, of which TRL divides the negative sum by the number of tokens."""
-        loss: Tensor = self.criterion(
-            -outputs.log_probs, outputs.label_mask, num_items_in_batch=num_items_in_batch
-        )
-        if num_items_in_batch is None:
-            return -(loss * outputs.label_mask.sum())
-        group = self.criterion.process_group
-        return -(loss * num_items_in_batch / (1 if group is None else ranks_of(group).size))
+        tokens = num_items_in_batch
+        if tokens is None:
+            tokens = outputs.label_mask.sum()
+        elif self.criterion.process_group is not None:
+            tokens = tokens / ranks_of(self.criterion.process_group).size  # TRL multiplies by it
+        loss = self.criterion(-outputs.log_probs, outputs.label_mask, num_items_in_batch=num_items_in_batch)
+        total: Tensor = -loss * tokens
+        return total
