@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from nvamp import NVAMPLoss
 from nvamp.study.compare import LR, SEQUENCE
@@ -26,17 +26,19 @@ BATCH = 8  # blocks of a step, on all processes together
 
 
 class LanguageModel(lightning.LightningModule):
-    """A causal language model and its loss, of batches of blocks [batch, sequence].
+    """A causal language model, its loss, and the blocks [blocks, sequence] to train on, `batch` in a step.
 
     Lightning divides the loss by the number of micro-batches where it accumulates gradients, and DDP takes
     the mean over processes. Both are right for a loss that is a mean already, as this one is where no
     `num_items_in_batch` is given. What is trained then is the mean of the micro-batches' losses.
     """
 
-    def __init__(self, model: nn.Module, criterion: NVAMPLoss) -> None:
+    def __init__(self, model: nn.Module, criterion: NVAMPLoss, blocks: Tensor, batch: int) -> None:
         super().__init__()
         self.model = model
         self.criterion = criterion
+        self.blocks = blocks
+        self.batch = batch  # on all processes together
 
     def on_fit_start(self) -> None:
         if self.trainer.world_size > 1:  # the processes have met only now
@@ -48,6 +50,12 @@ class LanguageModel(lightning.LightningModule):
         # Tensors: nothing waits for the device until the logger asks.
         self.log_dict({name: getattr(stats, name) for name in ("mean", "std", "dispersion", "max")})
         return loss
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        ranks = self.trainer.world_size
+        # The rows of a step are those of one process: what Lightning would put here shuffles them.
+        sampler = DistributedSampler(self.blocks, ranks, self.global_rank, shuffle=False, drop_last=True)
+        return DataLoader(self.blocks, self.batch // ranks, sampler=sampler, drop_last=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=LR)
@@ -72,7 +80,7 @@ def main() -> None:
         parser.error(f"{options.devices} processes cannot share a batch of {BATCH} blocks in equal parts")
     corpus = build_corpus(*read_documents(options.text, []), SEQUENCE)
     transformers.set_seed(0)
-    module = LanguageModel(build_model(None, corpus), NVAMPLoss())
+    module = LanguageModel(build_model(None, corpus), NVAMPLoss(), corpus.train, BATCH)
     trainer = lightning.Trainer(
         max_steps=options.steps,
         devices=options.devices,
@@ -84,7 +92,7 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(corpus.train, BATCH // options.devices, drop_last=True))
+    trainer.fit(module)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import lightning
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from examples.lightning_module import LanguageModel
 from nvamp import NVAMPLoss
@@ -40,8 +39,8 @@ def test_cross_entropy_is_the_models_own(accumulate: int) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = WithPlainDescent(model, NVAMPLoss(alpha=0.0, beta=1.0, gamma=0.0))
-    trainer.fit(module, DataLoader(blocks, BATCH // accumulate))
+    criterion = NVAMPLoss(alpha=0.0, beta=1.0, gamma=0.0)
+    trainer.fit(WithPlainDescent(model, criterion, blocks, BATCH // accumulate))
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
     losses: list[Tensor] = []
     for batch in blocks.split(BATCH):
