@@ -86,25 +86,6 @@ def test_the_example_of_accumulation_runs(capsys: pytest.CaptureFixture[str]) ->
     assert two_passes < 1e-5 < one_pass
 
 
-def ddp_curve(text: Path, *launcher: str) -> Tensor:
-    """What examples/ddp.py prints: loss and gradient norm of each step, [steps, 2]."""
-    command = [sys.executable, *launcher, "examples/ddp.py", "--steps", "6", "--text", str(text)]
-    root, env = Path(custom_losses.__file__).parents[1], {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=env)
-    assert ran.returncode == 0, ran.stderr
-    lines = ran.stdout.splitlines()
-    numbers = [re.findall(r"\d+\.\d+", line) for line in lines]
-    assert [line.partition(":")[0] for line in lines] == [f"step {step}" for step in range(1, 7)]
-    return torch.tensor([[float(number) for number in row] for row in numbers])
-
-
-def test_ddp_is_one_process(text_dir: Path) -> None:
-    alone = ddp_curve(text_dir)
-    together = ddp_curve(text_dir, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
-    assert alone[-1, 0] < alone[0, 0]
-
-
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -140,3 +121,22 @@ def test_examples_of_trainers_run(
     assert losses[-1] < losses[0]
     if name == "trl_sft":
         assert any((tmp_path / "events").iterdir())
+
+
+def ddp_curve(text: Path, *launcher: str) -> Tensor:
+    """What examples/ddp.py prints: loss and gradient norm of each step, [steps, 2]."""
+    command = [sys.executable, *launcher, "examples/ddp.py", "--steps", "6", "--text", str(text)]
+    root, env = Path(custom_losses.__file__).parents[1], {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=env)
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    numbers = [re.findall(r"\d+\.\d+", line) for line in lines]
+    assert [line.partition(":")[0] for line in lines] == [f"step {step}" for step in range(1, 7)]
+    return torch.tensor([[float(number) for number in row] for row in numbers])
+
+
+def test_ddp_is_one_process(text_dir: Path) -> None:
+    alone = ddp_curve(text_dir)
+    together = ddp_curve(text_dir, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert alone[-1, 0] < alone[0, 0]

@@ -13,7 +13,7 @@ import transformers
 
 from nvamp import NVAMPLoss
 from nvamp.integrations.transformers import compute_loss_func
-from tests.integrations.test_transformers_ranks import Rows, assert_same, tiny_model, weights_of
+from tests.integrations.test_transformers_ranks import Rows, assert_same, tiny, weights_of
 
 PLUGIN = "nvamp.integrations.axolotl.NVAMPPlugin"
 
@@ -62,9 +62,7 @@ def trainer(folder: Path, loss: Any = None) -> Any:
         use_cpu=True,
         dataloader_pin_memory=False,
     )
-    made = transformers.Trainer(
-        tiny_model(), arguments, train_dataset=Rows(unequal=True), compute_loss_func=loss
-    )
+    made = transformers.Trainer(tiny(), arguments, train_dataset=Rows(unequal=True), compute_loss_func=loss)
     made.remove_callback(transformers.PrinterCallback)
     return made
 

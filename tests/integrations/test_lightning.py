@@ -9,7 +9,7 @@ from torch import Tensor
 
 from examples.lightning_module import LanguageModel
 from nvamp import NVAMPLoss
-from tests.integrations.test_transformers_ranks import SEQ, V, assert_same, tiny_model, weights_of
+from tests.integrations.test_transformers_ranks import SEQ, V, assert_same, tiny, weights_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
@@ -28,7 +28,7 @@ class WithPlainDescent(LanguageModel):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_cross_entropy_is_the_models_own(accumulate: int) -> None:
     blocks = torch.randint(V, (STEPS * BATCH, SEQ), generator=torch.Generator().manual_seed(0))
-    model, expected = tiny_model(), tiny_model()
+    model, expected = tiny(), tiny()
     start = weights_of(model)
     trainer = lightning.Trainer(
         max_steps=STEPS,

@@ -1,4 +1,4 @@
-"""The example for Accelerate; and on two ranks Accelerate, TRL and torchtitan's loss, against one process."""
+"""The example for Accelerate; and on two ranks Accelerate, TRL, torchtitan's loss and logs, against one process."""
 
 import os
 import sys
@@ -17,11 +17,13 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, PrinterCallback
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments
 
 from examples import accelerate_loop
 from nvamp import NVAMPLoss, TokenNVAMPLoss
 from nvamp.functional import nvamp_loss
+from nvamp.integrations.stats import log_stats
+from nvamp.integrations.transformers import compute_loss_func
 from nvamp.integrations.trl import SFTTrainer
 from nvamp.study.training import quiet
 from tests.integrations.test_transformers_ranks import (
@@ -29,9 +31,10 @@ from tests.integrations.test_transformers_ranks import (
     CROSS_ENTROPY,
     SEQ,
     WORLD,
+    Rows,
     V,
     assert_same,
-    tiny_model,
+    tiny,
     weights_of,
 )
 
@@ -54,7 +57,7 @@ def looped(criterion: NVAMPLoss, accumulate: int, monkeypatch: pytest.MonkeyPatc
         cpu=True,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
-    model = tiny_model()
+    model = tiny()
     start = weights_of(model)
     blocks = torch.randint(V, (64, SEQ), generator=torch.Generator().manual_seed(0))
     curve = accelerate_loop.train(
@@ -75,7 +78,7 @@ def test_cross_entropy_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> Non
         """What transformers computes of the same logits."""
 
         def forward(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
-            own: Tensor = tiny_model().loss_function(logits, labels, V, **kwargs)
+            own: Tensor = tiny().loss_function(logits, labels, V, **kwargs)
             return own
 
     expected, expected_losses = looped(Own(), 1, monkeypatch)
@@ -96,6 +99,8 @@ def rank_of_all(rank: int, folder: Path) -> None:
         with pytest.MonkeyPatch.context() as monkeypatch:
             criterion = NVAMPLoss(**ALL_TERMS, process_group=dist.group.WORLD)
             outcome = {"accelerate": looped(criterion, 2, monkeypatch)}
+        outcome["stats"] = logged_stats(NVAMPLoss(), 2, 1, folder)
+        outcome["stats of a group"] = logged_stats(NVAMPLoss(process_group=dist.group.WORLD), 2, 1, folder)
         outcome["trl"] = with_trl(TokenNVAMPLoss(**ALL_TERMS, process_group=dist.group.WORLD), 2, folder)
         if sys.version_info >= (3, 11):
             outcome |= {"sharded rows": titan_rows(), "sharded vocabulary": titan_vocabulary()}
@@ -104,10 +109,39 @@ def rank_of_all(rank: int, folder: Path) -> None:
         dist.destroy_process_group()
 
 
+def logged_stats(criterion: NVAMPLoss, batch: int, accumulate: int, folder: Path) -> tuple[Tensor, Tensor]:
+    """What `log_stats` logs of each step, [STEPS, 4]; and the share of the hardest, [STEPS]."""
+    forget_accelerators()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        ddp_backend="gloo" if dist.is_initialized() else None,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        tiny(), arguments, train_dataset=Rows(unequal=True), compute_loss_func=compute_loss_func(criterion)
+    )
+    trainer.remove_callback(PrinterCallback)
+    log_stats(trainer, criterion)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    forget_accelerators()
+    names = ("cross_entropy", "dispersion", "std", "max")
+    table = torch.tensor([[entry[f"nvamp_{name}"] for name in names] for entry in logs])
+    return table, torch.tensor([entry["nvamp_hardest_share"] for entry in logs])
+
+
 def with_trl(criterion: TokenNVAMPLoss, batch: int, folder: Path) -> tuple[Tensor, Tensor]:
     """By how much TRL's trainer moves the tiny model, and the losses that it logs."""
     forget_accelerators()
-    model = tiny_model()
+    model = tiny()
     start = weights_of(model)
     arguments = trl.SFTConfig(
         output_dir=str(folder),
@@ -200,6 +234,17 @@ def test_accelerate_on_two_ranks_is_one_process(
     for outcome in on_ranks:
         assert_same(outcome["accelerate"][0], moved)
         assert_same(outcome["accelerate"][1], losses)
+
+
+def test_statistics_of_two_ranks(on_ranks: list[dict[str, tuple[Tensor, Tensor]]], tmp_path: Path) -> None:
+    """Of a group they are those of one process; without one, those of its two micro-batches."""
+    whole, _ = logged_stats(NVAMPLoss(), 2 * WORLD, 1, tmp_path)
+    halves, share = logged_stats(NVAMPLoss(), 2, WORLD, tmp_path)
+    assert whole.shape == (STEPS, 4)
+    assert not torch.allclose(whole, halves, rtol=1e-3)  # else nothing is told
+    for outcome in on_ranks:
+        torch.testing.assert_close(outcome["stats of a group"][0], whole, rtol=1e-5, atol=0)
+        torch.testing.assert_close(outcome["stats"], (halves, share), rtol=1e-5, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")

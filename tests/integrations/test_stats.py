@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nvamp import NVAMPLoss
 from nvamp.integrations.stats import log_stats
 from nvamp.integrations.transformers import compute_loss_func, logits_of
-from tests.integrations.test_transformers_ranks import IGNORED, Rows, tiny_model
+from tests.integrations.test_transformers_ranks import IGNORED, Rows, tiny
 
 STEPS, EVERY, ACCUMULATE = 4, 2, 2
 OPTIONS: Any = {"gamma": 0.1, "gradient": "token"}
@@ -78,7 +78,7 @@ def trainer_with(loss: Any, folder: Path, report_to: str) -> Any:
     )
     rows = Rows(unequal=True)
     trainer = transformers.Trainer(
-        tiny_model(), arguments, train_dataset=rows, eval_dataset=rows, compute_loss_func=loss
+        tiny(), arguments, train_dataset=rows, eval_dataset=rows, compute_loss_func=loss
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer

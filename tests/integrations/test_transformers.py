@@ -14,7 +14,7 @@ from nvamp.integrations.transformers import compute_loss_func
 from nvamp.study.corpus import Corpus
 from nvamp.study.losses import parse_loss
 from nvamp.study.training import LabelledBlocks, Recipe, build_model, quiet, training_arguments
-from tests.integrations.test_transformers_ranks import IGNORED, SEQ, V, assert_same, tiny_model, weights_of
+from tests.integrations.test_transformers_ranks import IGNORED, SEQ, V, assert_same, tiny, weights_of
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ COLLATORS = {
 
 def run(collator: Any, accumulate: int, loss: Any, folder: Path) -> tuple[Tensor, Tensor]:
     """By how much four steps of plain gradient descent move the tiny model, and the losses they log."""
-    model = tiny_model()
+    model = tiny()
     start = weights_of(model)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nvamp import NVAMPLoss
-from nvamp.integrations.stats import log_stats
 from nvamp.integrations.transformers import Criterion, compute_loss_func
 from nvamp.study.training import quiet
 
@@ -21,7 +20,6 @@ WORLD, STEPS, ROWS, SEQ, V = 2, 4, 64, 12, 31
 IGNORED = -100
 ALL_TERMS = {"alpha": 1.0, "beta": 0.5, "gamma": 0.7}  # large enough that each shows
 CROSS_ENTROPY = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0}
-STATS = ("cross_entropy", "dispersion", "std", "max", "hardest_share")
 
 
 class Case(NamedTuple):
@@ -46,11 +44,11 @@ CASES = {
     "grouped cross-entropy, accumulated": Case(CROSS_ENTROPY, grouped=True, accumulate=2),
     "grouped cross-entropy, own numbers": Case(CROSS_ENTROPY, grouped=True, average=False),
     "cross-entropy": Case(CROSS_ENTROPY),
+    "trainer": Case(None),
+    "trainer, own numbers": Case(None, average=False),
     "cross-entropy, own numbers": Case(CROSS_ENTROPY, average=False),
     "cross-entropy, accumulated": Case(CROSS_ENTROPY, accumulate=2),
     "cross-entropy, accumulated, own numbers": Case(CROSS_ENTROPY, accumulate=2, average=False),
-    "trainer": Case(None),
-    "trainer, own numbers": Case(None, average=False),
     "trainer, accumulated": Case(None, accumulate=2),
     "trainer, accumulated, own numbers": Case(None, accumulate=2, average=False),
 }
@@ -60,7 +58,6 @@ class Outcome(NamedTuple):
     moved: Tensor  # by how much training changed the model, [parameters]
     logged: Tensor  # the loss of each step, as the Trainer logs it, [STEPS]
     evaluated: float  # eval_loss of the Trainer, after training
-    stats: dict[str, Tensor]  # of each step, each [STEPS]; NaN of the Trainer's own loss
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -101,7 +98,7 @@ def trained(case: Case, batch: int, accumulate: int, grouped: bool, folder: Path
         ddp_backend="gloo" if dist.is_initialized() else None,
         dataloader_pin_memory=False,
     )
-    model = tiny_model()
+    model = tiny()
     start = weights_of(model)
     criterion = case.criterion(grouped)
     trainer = transformers.Trainer(
@@ -112,19 +109,14 @@ def trained(case: Case, batch: int, accumulate: int, grouped: bool, folder: Path
         compute_loss_func=criterion and compute_loss_func(criterion),
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    if criterion is not None:
-        log_stats(trainer, criterion)
     trainer.train()
     # Not before: the Trainer of transformers 5.23 then trains without DDP, each rank a model of its own.
     evaluated = trainer.evaluate()["eval_loss"]
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    stats = {name: torch.tensor([entry.get(f"nvamp_{name}", torch.nan) for entry in logs]) for name in STATS}
-    logged = torch.tensor([entry["loss"] for entry in logs])
-    return Outcome(weights_of(model) - start, logged, evaluated, stats)
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Outcome(weights_of(model) - start, torch.tensor(logged), evaluated)
 
 
-def tiny_model() -> Any:
-    """The same one at every call."""
+def tiny() -> Any:
     transformers.set_seed(1)
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -214,27 +206,6 @@ def test_micro_batches_of_two_ranks_add_up(on_ranks: list[dict[str, Outcome]], t
 @pytest.mark.parametrize("how", ["", ", own numbers", ", accumulated", ", accumulated, own numbers"])
 def test_without_a_group_it_is_the_trainers_own(how: str, on_ranks: list[dict[str, Outcome]]) -> None:
     assert_same_outcome(on_ranks[0]["cross-entropy" + how], on_ranks[0]["trainer" + how])
-
-
-def test_statistics_of_a_group_are_those_of_one_process(
-    on_ranks: list[dict[str, Outcome]], tmp_path: Path
-) -> None:
-    whole = in_one_process("nvamp", tmp_path).stats
-    for outcomes in on_ranks:
-        for name in ("cross_entropy", "dispersion", "std", "max"):
-            assert_same(outcomes["nvamp"].stats[name], whole[name])
-
-
-def test_statistics_without_a_group_are_means_over_ranks(
-    on_ranks: list[dict[str, Outcome]], tmp_path: Path
-) -> None:
-    """Those of two ranks are those of one process with their two micro-batches."""
-    halves = trained(CASES["cross-entropy"], 2, 2, False, tmp_path).stats
-    whole = in_one_process("cross-entropy", tmp_path).stats
-    for outcomes in on_ranks:
-        for name in STATS:
-            assert_same(outcomes["cross-entropy"].stats[name], halves[name])
-    assert float((whole["std"] - halves["std"]).norm() / whole["std"].norm()) > 1e-3  # else nothing is told
 
 
 def test_own_numbers_weigh_ranks_as_the_trainer_does(on_ranks: list[dict[str, Outcome]]) -> None:
