@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples import custom_losses, exact_accumulation
+from examples import custom_losses, exact_accumulation, lightning_module
 from examples.custom_losses import IGNORED, dft_loss, focal_loss, weighted_loss
 from nvamp import LinearNVAMPLoss
 from nvamp.objective import GRADIENTS, Gradient
@@ -123,20 +123,37 @@ def test_examples_of_trainers_run(
         assert any((tmp_path / "events").iterdir())
 
 
-def ddp_curve(text: Path, *launcher: str) -> Tensor:
-    """What examples/ddp.py prints: loss and gradient norm of each step, [steps, 2]."""
-    command = [sys.executable, *launcher, "examples/ddp.py", "--steps", "6", "--text", str(text)]
+def curve(text: Path, *command: str) -> Tensor:
+    """What an example prints: loss and another number of each step, [steps, 2]."""
+    command = (sys.executable, *command, "--steps", "6", "--text", str(text))
     root, env = Path(custom_losses.__file__).parents[1], {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=env)
     assert ran.returncode == 0, ran.stderr
-    lines = ran.stdout.splitlines()
+    return printed(ran.stdout.splitlines())
+
+
+def printed(lines: list[str]) -> Tensor:
+    """The numbers of the lines of six steps."""
     numbers = [re.findall(r"\d+\.\d+", line) for line in lines]
     assert [line.partition(":")[0] for line in lines] == [f"step {step}" for step in range(1, 7)]
     return torch.tensor([[float(number) for number in row] for row in numbers])
 
 
 def test_ddp_is_one_process(text_dir: Path) -> None:
-    alone = ddp_curve(text_dir)
-    together = ddp_curve(text_dir, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    alone = curve(text_dir, "examples/ddp.py")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    together = curve(text_dir, *launcher, "examples/ddp.py")
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     assert alone[-1, 0] < alone[0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_lightning_on_two_processes_is_one(
+    text_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    together = curve(text_dir, "examples/lightning_module.py", "--devices", "2")
+    monkeypatch.setattr(sys, "argv", ["", "--steps", "6", "--text", str(text_dir)])
+    lightning_module.main()
+    alone = printed(capsys.readouterr().out.splitlines())
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
