@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import nvamp
 from benchmarks.original import original_nvamp
-from nvamp import LinearNVAMPLoss, NVAMPLoss, TokenNVAMPLoss
+from nvamp import LinearNVAMPLoss, NVAMPLoss, NVAMPStats, TokenNVAMPLoss
 from nvamp.functional import linear_nvamp_loss, nvamp_loss, token_nll
 from nvamp.objective import GRADIENTS, Gradient
 from tests import oracle
@@ -289,6 +289,24 @@ def test_modules_are_the_functions(hidden: Tensor, weight: Tensor, labels: Tenso
     torch.testing.assert_close(linear(hidden, weight, labels, num_items_in_batch=9), expected)
     module.gamma = 0.2  # weights may be scheduled
     assert module(hidden @ weight.T, labels) != expected
+
+
+def test_who_asks_for_statistics_gets_them(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    logits = hidden @ weight.T
+    nll = token_nll(logits, labels)
+    calls: dict[Any, tuple[Tensor, ...]] = {
+        NVAMPLoss(): (logits, labels),
+        LinearNVAMPLoss(): (hidden, weight, labels),
+        TokenNVAMPLoss(): (nll, labels != IGNORED),
+    }
+    for criterion, args in calls.items():
+        expected, expected_stats = criterion(*args, return_stats=True)
+        seen: list[NVAMPStats] = []
+        criterion.on_stats = seen.append
+        torch.testing.assert_close(criterion(*args), expected, rtol=0, atol=0)
+        loss, stats = criterion(*args, return_stats=True)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+        assert [tuple(s) for s in (stats, *seen)] == [tuple(expected_stats)] * 3
 
 
 @pytest.mark.parametrize("module", [NVAMPLoss, LinearNVAMPLoss])

@@ -54,6 +54,7 @@ class NVAMPOptions(TokenOptions, total=False):
     accum_dtype: torch.dtype | None
     process_group: "Group | None"
     backend: str | None
+    on_stats: "Callable[[NVAMPStats], None] | None"
 
 
 class NVAMPStats(NamedTuple):
@@ -94,6 +95,7 @@ class Settings(NamedTuple):
     accum_dtype: torch.dtype | None = None
     process_group: Any = None
     backend: str | None = None
+    on_stats: Callable[[NVAMPStats], None] | None = None
 
     def check(self) -> "Settings":
         """These settings, or a `ValueError` that names what is wrong with them."""
@@ -233,7 +235,7 @@ def linear_nvamp_loss(
         w = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
         surrogate = (w * nll).sum()
     loss = _value_with_gradient(objective.value(s, **c.coefficients), of=ranks.size * surrogate)
-    return (loss, _stats(ell, valid, s, c)) if return_stats else loss
+    return _with_stats(loss, ell, valid, s, c, return_stats)
 
 
 def token_nvamp_loss(
@@ -248,9 +250,12 @@ def token_nvamp_loss(
     eps: float = 1e-6,
     gradient: Gradient = "scalar",
     process_group: "Group | None" = None,
+    on_stats: Callable[[NVAMPStats], None] | None = None,
 ) -> Tensor | tuple[Tensor, NVAMPStats]:
     """`nvamp.TokenNVAMPLoss` as a function: its options are keyword arguments here."""
-    c = Settings(alpha, beta, gamma, eps, gradient=gradient, process_group=process_group).check()
+    c = Settings(
+        alpha, beta, gamma, eps, gradient=gradient, process_group=process_group, on_stats=on_stats
+    ).check()
     ell, mask = _flat(nll, valid)
     return _of_nll(ell, mask, num_items_in_batch, return_stats, c, c.ranks)
 
@@ -315,7 +320,7 @@ def _of_nll(
     s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps, ranks=ranks)
     w = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
     loss = _value_with_gradient(objective.value(s, **c.coefficients), of=ranks.size * (w * nll).sum())
-    return (loss, _stats(ell, valid, s, c)) if return_stats else loss
+    return _with_stats(loss, ell, valid, s, c, return_stats)
 
 
 def _value_with_gradient(value: Tensor, of: Tensor) -> Tensor:
@@ -346,6 +351,18 @@ def _items(num_items_in_batch: Tensor | float | None) -> Tensor | float | None:
     if num_items_in_batch is not None and not num_items_in_batch >= 0:
         raise ValueError(f"num_items_in_batch must be at least 0, got {num_items_in_batch}")
     return num_items_in_batch
+
+
+def _with_stats(
+    loss: Tensor, ell: Tensor, valid: Tensor, s: Statistics, c: Settings, return_stats: bool
+) -> Tensor | tuple[Tensor, NVAMPStats]:
+    """The loss, and its statistics for whoever wants them."""
+    if c.on_stats is None and not return_stats:
+        return loss
+    stats = _stats(ell, valid, s, c)
+    if c.on_stats is not None:
+        c.on_stats(stats)
+    return (loss, stats) if return_stats else loss
 
 
 def _stats(ell: Tensor, valid: Tensor, s: Statistics, c: Settings) -> NVAMPStats:

@@ -1,13 +1,14 @@
 """The losses as modules."""
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from nvamp.functional import Settings, linear_nvamp_loss, nvamp_loss, token_nvamp_loss
+from nvamp.functional import NVAMPStats, Settings, linear_nvamp_loss, nvamp_loss, token_nvamp_loss
 from nvamp.objective import Gradient
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class _NVAMP(nn.Module):
         self.accum_dtype = accum_dtype
         self.process_group = process_group
         self.backend = backend
+        self.on_stats: Callable[[NVAMPStats], None] | None = None
         Settings(**self._options()).check()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -101,6 +103,10 @@ class NVAMPLoss(_NVAMP):
             dimension. Every rank gets the loss of the whole batch, and a gradient whose mean over the ranks,
             which is what DDP and FSDP make, is that of the whole batch; see docs/distributed.md.
         backend: the engine's; `None` for the best one of the device.
+
+    Attributes:
+        on_stats: called with the `NVAMPStats` of every loss, where it is set. So those can be had of a loss
+            that a trainer or a model computes; `nvamp.integrations.stats.log_stats` does.
 
     Raises:
         ValueError: an option out of range.
@@ -222,4 +228,5 @@ class TokenNVAMPLoss(_NVAMP):
             eps=self.eps,
             gradient=self.gradient,
             process_group=self.process_group,
+            on_stats=self.on_stats,
         )

@@ -1,17 +1,19 @@
 """What the loss is made of, in the logs of a `Trainer`: that of transformers, of TRL or of Axolotl."""
 
+import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nvamp.functional import NVAMPStats
+from nvamp.losses import LinearNVAMPLoss, NVAMPLoss, TokenNVAMPLoss
 
 # Token-weighted means; `nvamp_max` is logged beside them.
 _MEANS = ("cross_entropy", "dispersion", "std", "hardest_share")
 
 
-def log_stats(trainer: Any, criterion: nn.Module) -> None:
+def log_stats(trainer: Any, criterion: NVAMPLoss | LinearNVAMPLoss | TokenNVAMPLoss) -> None:
     """Adds the components of the loss to everything that `trainer` logs, in training and in evaluation.
 
     They go where its other values go: to `log_history`, to TensorBoard and whatever else `report_to` names.
@@ -33,14 +35,18 @@ def log_stats(trainer: Any, criterion: nn.Module) -> None:
     Args:
         trainer: a `transformers.Trainer` or what derives from it, made already. A callback cannot do this:
             the ones that report come before those of a user.
-        criterion: the `NVAMPLoss`, `LinearNVAMPLoss` or `TokenNVAMPLoss` that the trainer calls.
+        criterion: the one that the trainer, or its model, computes; its `on_stats` is set.
+
+    Warns:
+        UserWarning: at a log, where no loss of the criterion has been computed in training since the last.
 
     Example:
         criterion = NVAMPLoss()
         trainer = Trainer(model, args, train_dataset=data, compute_loss_func=compute_loss_func(criterion))
         log_stats(trainer, criterion)
     """
-    meter, log = _Meter(criterion), trainer.log
+    meter, log = _Meter(), trainer.log
+    criterion.on_stats = meter.add
 
     def log_with_stats(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         prefix = _prefix(logs)
@@ -76,25 +82,10 @@ class _Meter:
     A table [6] for training and one for evaluation: tokens, tokens times each of `_MEANS`, largest loss.
     """
 
-    def __init__(self, criterion: nn.Module) -> None:
+    def __init__(self) -> None:
         self._tables: dict[bool, Tensor] = {}
-        self._asked_by_caller = False
-        criterion.register_forward_pre_hook(self._ask, with_kwargs=True)
-        criterion.register_forward_hook(self._add)
 
-    def take(self, training: bool, device: torch.device) -> Tensor:
-        """The table of what came since the last call."""
-        empty = torch.tensor([0.0] * (1 + len(_MEANS)) + [-torch.inf])
-        return self._tables.pop(training, empty).to(device)
-
-    def _ask(
-        self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._asked_by_caller = kwargs.get("return_stats", False)
-        return args, {**kwargs, "return_stats": True}
-
-    def _add(self, criterion: nn.Module, args: Any, output: tuple[Tensor, NVAMPStats]) -> Any:
-        loss, s = output
+    def add(self, s: NVAMPStats) -> None:
         tokens = s.num_tokens.to(s.mean.dtype)
         # The mean rather than s.cross_entropy, which is over the tokens of the whole step.
         sums = tokens * torch.stack((torch.ones_like(s.mean), s.mean, s.dispersion, s.std, s.hardest_share))
@@ -103,4 +94,12 @@ class _Meter:
         if (before := self._tables.get(training)) is not None:
             table = torch.cat((before[:-1] + sums, torch.maximum(before[-1:], table[-1:])))
         self._tables[training] = table
-        return output if self._asked_by_caller else loss
+
+    def take(self, training: bool, device: torch.device) -> Tensor:
+        """The table of what came since the last call."""
+        if training and training not in self._tables:
+            warnings.warn(
+                "log_stats: since the last log the trainer has not called the criterion", stacklevel=3
+            )
+        empty = torch.tensor([0.0] * (1 + len(_MEANS)) + [-torch.inf])
+        return self._tables.pop(training, empty).to(device)
