@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus, build_corpus, frequency_classes, read_documents
 from nvamp.study.losses import Loss, parse_losses
 from nvamp.study.metrics import METRICS, VERDICT_KEYS, difference, estimate, held_out_metrics, verdict
+from nvamp.study.ranks import POLL, Ranks
 from nvamp.study.training import Progress, Recipe, Run, load_tokenizer, max_positions, quiet, train
 
 SEQUENCE = 64  # tokens of a block for the built-in model
@@ -32,6 +34,7 @@ BINS = 60  # of the distribution of token losses
 TAIL_POINTS = 120  # of the survival function
 
 Json = dict[str, Any]
+Pair = tuple[Loss, int]  # a loss and a seed: what a run is of
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,13 @@ class Display(Protocol):
         """The text is ready; of `runs` runs, `kept` are finished already."""
 
     def run(self, loss: str, seed: int) -> Progress:
-        """A run begins."""
+        """A run of this process begins."""
 
     def finished(self, record: Json) -> None:
-        """A run is finished and kept."""
+        """A run is finished and kept, of this process or of another rank."""
+
+    def waiting(self) -> None:
+        """The runs of this process are finished, those of other ranks are not."""
 
 
 class Store:
@@ -107,12 +113,25 @@ class Store:
                 self._clear()
             self.out.mkdir(parents=True, exist_ok=True)
             kept = json.loads(settings.read_text()) if settings.exists() else conditions
-            _check_conditions(self.out, kept, conditions)
+            if changed := _changed(kept, conditions, "now"):
+                raise StudyError(
+                    f"{self.out} holds runs made with {changed}: "
+                    "choose another --out, or start anew with --overwrite"
+                )
             for part in ("runs", "models"):
                 (self.out / part).mkdir(exist_ok=True)
             write_json(settings, conditions)
         except (OSError, json.JSONDecodeError) as error:
             raise StudyError(f"--out {self.out}: {error}") from error
+
+    def join(self, conditions: Json, rank: int) -> None:
+        """Look at what the first rank has claimed: a `StudyError` where it is not what this rank would."""
+        try:
+            claimed = json.loads((self.out / "settings.json").read_text())
+        except OSError as error:
+            raise StudyError(f"--out {self.out}: not the directory of the first rank: {error}") from error
+        if changed := _changed(claimed, conditions, f"on rank {rank}"):
+            raise StudyError(f"the ranks differ: {changed}")
 
     def _clear(self) -> None:
         for name in ("runs", "models"):
@@ -145,26 +164,47 @@ class Store:
         return self._record(loss, seed).with_suffix(".npy")
 
 
-def compare(settings: Settings, out: Path, command: str, display: Display, overwrite: bool = False) -> Json:
-    """Train what is not trained yet and gather the results; they are written to `out` too."""
+def compare(
+    settings: Settings,
+    out: Path,
+    command: str,
+    display: Display,
+    overwrite: bool = False,
+    ranks: Ranks = Ranks(),  # noqa: B008  # it is immutable
+) -> Json | None:
+    """Train what is not trained yet and gather the results; they are written to `out` too.
+
+    Several ranks share what is to train. The first one gathers, the others return `None`.
+    """
     quiet()
-    _check_processes()
     settings.check()
     losses = parse_losses(list(settings.losses))
     recipe = settings.recipe()
     corpus = prepare(settings)
     store = Store(out)
-    store.claim(conditions(recipe, corpus), overwrite)
     # Seed by seed, so that an interrupted study has every loss from its first seeds.
     pairs = [(loss, seed) for seed in range(settings.seeds) for loss in losses]
-    missing = [pair for pair in pairs if store.load(*pair) is None]
+
+    def claim() -> list[int]:
+        store.claim(conditions(recipe, corpus), overwrite)
+        return [index for index, pair in enumerate(pairs) if store.load(*pair) is None]
+
+    missing = [pairs[index] for index in ranks.of_first(claim)]
+    if ranks.rank > 0:
+        store.join(conditions(recipe, corpus), ranks.rank)
     display.prepared(corpus, len(pairs), len(pairs) - len(missing))
     classes = frequency_classes(corpus.train, len(corpus.tokenizer))
-    for loss, seed in missing:
+    awaited = list(missing)
+    for loss, seed in missing[ranks.rank :: ranks.world]:
         run = train(loss, seed, recipe, corpus, display.run(loss.name, seed))
-        record = describe(loss, seed, run, classes)
-        store.save(loss, seed, record, run, corpus.tokenizer)
-        display.finished(record)
+        store.save(loss, seed, describe(loss, seed, run, classes), run, corpus.tokenizer)
+        awaited = _show_finished(awaited, store, display)
+    if ranks.rank > 0:
+        return None
+    if awaited:
+        display.waiting()
+    while awaited := _show_finished(awaited, store, display):
+        time.sleep(POLL)
     results: Json = finite(
         {
             "command": command,
@@ -179,12 +219,16 @@ def compare(settings: Settings, out: Path, command: str, display: Display, overw
     return results
 
 
-def _check_processes() -> None:
-    """A `StudyError` in one of several: all would write to one directory, and the batch would grow."""
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise StudyError(
-            f"a study runs in one process, and WORLD_SIZE is {processes}: start it without torchrun"
-        )
+def _show_finished(awaited: Sequence[Pair], store: Store, display: Display) -> list[Pair]:
+    """Show which of the awaited runs are finished; those that are not."""
+    left = []
+    for pair in awaited:
+        record = store.load(*pair)
+        if record is None:
+            left.append(pair)
+        else:
+            display.finished(record)
+    return left
 
 
 def prepare(settings: Settings) -> Corpus:
@@ -216,13 +260,11 @@ def conditions(recipe: Recipe, corpus: Corpus) -> Json:
     }
 
 
-def _check_conditions(out: Path, kept: Json, asked: Json) -> None:
-    changed = [name for name in asked if kept.get(name) != asked[name]]
-    if changed:
-        what = ", ".join(f"{name} {kept.get(name)} (now {asked[name]})" for name in changed)
-        raise StudyError(
-            f"{out} holds runs made with {what}: choose another --out, or start anew with --overwrite"
-        )
+def _changed(kept: Json, asked: Json, when: str) -> str:
+    """What of the conditions is not as it was, in words; empty where all is."""
+    return ", ".join(
+        f"{name} {kept.get(name)} ({when} {asked[name]})" for name in asked if kept.get(name) != asked[name]
+    )
 
 
 def versions() -> Json:

@@ -72,6 +72,10 @@ class Terminal:
         outcome = "diverged" if mean is None else f"held-out cross-entropy {mean:.3f} nats"
         self._print(f"{record['loss']}, seed {record['seed']}: {outcome} ({record['seconds']:.0f} s)")
 
+    def waiting(self) -> None:
+        """See `nvamp.study.compare.Display`."""
+        self._progress.update(self._task, description="waiting for the other ranks", loss="")
+
     def _print(self, line: str) -> None:
         self._progress.console.print(line, style="dim", highlight=False, markup=False)
 
