@@ -116,16 +116,6 @@ def test_a_mistake_is_told_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_of_several_processes_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text_dir: Path
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
-    assert run(monkeypatch, "compare", "--text", text_dir, "--out", tmp_path / "out") == 2
-    said = "nvamp: a study runs in one process, and WORLD_SIZE is 2: start it without torchrun\n"
-    assert capsys.readouterr().err == said
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"nvamp {nvamp.__version__}\n"

@@ -32,6 +32,9 @@ class Silent:
     def finished(self, record: dict[str, Any]) -> None:
         self.trained.append((record["loss"], record["seed"]))
 
+    def waiting(self) -> None:
+        pass
+
 
 @pytest.fixture
 def settings(text_dir: Path, model_dir: Path) -> Settings:
@@ -40,7 +43,9 @@ def settings(text_dir: Path, model_dir: Path) -> Settings:
 
 def study(settings: Settings, out: Path, **options: Any) -> tuple[dict[str, Any], Silent]:
     display = Silent()
-    return compare(settings, out, "nvamp compare", display, **options), display
+    results = compare(settings, out, "nvamp compare", display, **options)
+    assert results is not None
+    return results, display
 
 
 def without_times(results: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The ranks of `torchrun`: they share the runs of a study, and each trains its own by itself.
 
-There is no process group. The ranks meet at the store that `torchrun` keeps for them, for two things: the first one
-tells the others what there is to do, and no more than one tells the user what went wrong.
+There is no process group. The ranks meet at the store that `torchrun` keeps for them: the first one tells the
+others what there is to do, and no more than one tells the user what went wrong.
 """
 
 import json
