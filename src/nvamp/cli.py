@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from nvamp import __version__
-from nvamp.study.ranks import Ranks, join
+from nvamp.study.ranks import Peers, join
 
 _INSTALL = "nvamp: the command line needs more packages: pip install 'nvamp-loss[study]'"
 
@@ -23,24 +23,24 @@ app = typer.Typer(name="nvamp", no_args_is_help=True, add_completion=False, pret
 
 def main() -> None:
     """The `nvamp` program. Exit codes: 0; 2 for a mistake of the user, told in one line; 130 for Ctrl-C."""
-    ranks = join()
-    if ranks.rank > 0:
+    peers = join()
+    if peers.rank > 0:
         sys.stdout = io.StringIO()  # the first rank shows it all
     try:
-        code = app(standalone_mode=False, obj=ranks)
+        code = app(standalone_mode=False, obj=peers)
     except typer.TyperException as error:
         # Without arguments the help is shown, and the error has no message.
         if message := error.format_message():
-            _say(message, ranks)
+            _say(message, peers)
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _say(message: str, ranks: Ranks) -> None:
+def _say(message: str, peers: Peers) -> None:
     """Tell what ended the study, once for all ranks."""
-    if ranks.first_to_fail():
+    if peers.first_to_fail():
         print(f"nvamp: {message}", file=sys.stderr)
 
 
@@ -108,7 +108,7 @@ def compare(
 
     Finished runs are kept: after Ctrl-C the same command continues. Under torchrun the ranks share the runs.
     """
-    ranks: Ranks = context.obj
+    peers: Peers = context.obj
     try:
         from nvamp.study import StudyError
         from nvamp.study.compare import Settings, compare, kept_runs
@@ -123,13 +123,13 @@ def compare(
     console = Console()
     try:
         with Terminal(console, steps) as terminal:
-            results = compare(settings, out, shlex.join(["nvamp", *sys.argv[1:]]), terminal, overwrite, ranks)
+            results = compare(settings, out, shlex.join(["nvamp", *sys.argv[1:]]), terminal, overwrite, peers)
     except StudyError as error:
-        _say(str(error), ranks)
+        _say(str(error), peers)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         kept = kept_runs(out)
-        _say(f"interrupted: {kept} finished runs are kept in {out}, the same command continues", ranks)
+        _say(f"interrupted: {kept} finished runs are kept in {out}, the same command continues", peers)
         raise typer.Exit(130) from None
     if results is None:  # gathered by another rank
         return

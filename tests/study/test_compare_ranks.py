@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nvamp.study import StudyError
 from nvamp.study.compare import Settings, compare
-from nvamp.study.ranks import Ranks, hide, join
+from nvamp.study.ranks import Peers, hide, join
 from tests.study.test_compare import Silent, settings, study, without_times
 
 __all__ = ["settings"]
@@ -142,9 +142,9 @@ class Impatient(Silent):
 def test_each_rank_trains_its_own_share(settings: Settings, tmp_path: Path) -> None:
     store = dist.HashStore()
     with pytest.raises(KeyboardInterrupt):
-        compare(settings, tmp_path, "", Impatient(), ranks=Ranks(0, 2, store))
+        compare(settings, tmp_path, "", Impatient(), peers=Peers(0, 2, store))
     assert finished_runs(tmp_path) == ["ce-seed0", "ce-seed1"]
-    assert compare(settings, tmp_path, "", Silent(), ranks=Ranks(1, 2, store)) is None
+    assert compare(settings, tmp_path, "", Silent(), peers=Peers(1, 2, store)) is None
     assert finished_runs(tmp_path) == ["ce-seed0", "ce-seed1", "dft-seed0", "dft-seed1"]
     assert not (tmp_path / "results.json").exists()
 
@@ -152,20 +152,20 @@ def test_each_rank_trains_its_own_share(settings: Settings, tmp_path: Path) -> N
 def test_ranks_that_differ_do_not_train(settings: Settings, tmp_path: Path) -> None:
     store = dist.HashStore()
     with pytest.raises(KeyboardInterrupt):
-        compare(settings, tmp_path / "out", "", Impatient(), ranks=Ranks(0, 2, store))
+        compare(settings, tmp_path / "out", "", Impatient(), peers=Peers(0, 2, store))
     other = Settings(**{**vars(settings), "steps": 5})
     with pytest.raises(StudyError, match=r"^the ranks differ: --steps 6 \(on rank 1 5\)$"):
-        compare(other, tmp_path / "out", "", Silent(), ranks=Ranks(1, 2, store))
+        compare(other, tmp_path / "out", "", Silent(), peers=Peers(1, 2, store))
     elsewhere = tmp_path / "elsewhere"
     with pytest.raises(StudyError, match=f"^--out {elsewhere}: not the directory of the first rank"):
-        compare(settings, elsewhere, "", Silent(), ranks=Ranks(1, 2, store))
+        compare(settings, elsewhere, "", Silent(), peers=Peers(1, 2, store))
     assert not elsewhere.exists()
 
 
 def test_one_rank_has_the_word() -> None:
     store = dist.HashStore()
-    assert [Ranks(rank, 3, store).first_to_fail() for rank in (2, 0, 1)] == [True, False, False]
-    assert Ranks().first_to_fail()
+    assert [Peers(rank, 3, store).first_to_fail() for rank in (2, 0, 1)] == [True, False, False]
+    assert Peers().first_to_fail()
 
 
 @pytest.mark.parametrize(
@@ -198,5 +198,5 @@ def test_one_rank_alone_is_a_process_on_its_own(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert join() == Ranks()
+    assert join() == Peers()
     assert "LOCAL_RANK" not in os.environ

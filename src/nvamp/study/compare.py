@@ -23,7 +23,7 @@ from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus, build_corpus, frequency_classes, read_documents
 from nvamp.study.losses import Loss, parse_losses
 from nvamp.study.metrics import METRICS, VERDICT_KEYS, difference, estimate, held_out_metrics, verdict
-from nvamp.study.ranks import POLL, Ranks
+from nvamp.study.ranks import POLL, Peers
 from nvamp.study.training import Progress, Recipe, Run, load_tokenizer, max_positions, quiet, train
 
 SEQUENCE = 64  # tokens of a block for the built-in model
@@ -170,7 +170,7 @@ def compare(
     command: str,
     display: Display,
     overwrite: bool = False,
-    ranks: Ranks = Ranks(),  # noqa: B008  # it is immutable
+    peers: Peers = Peers(),  # noqa: B008  # it is immutable
 ) -> Json | None:
     """Train what is not trained yet and gather the results; they are written to `out` too.
 
@@ -189,22 +189,13 @@ def compare(
         store.claim(conditions(recipe, corpus), overwrite)
         return [index for index, pair in enumerate(pairs) if store.load(*pair) is None]
 
-    missing = [pairs[index] for index in ranks.of_first(claim)]
-    if ranks.rank > 0:
-        store.join(conditions(recipe, corpus), ranks.rank)
+    missing = [pairs[index] for index in peers.of_first(claim)]
+    if peers.rank > 0:
+        store.join(conditions(recipe, corpus), peers.rank)
     display.prepared(corpus, len(pairs), len(pairs) - len(missing))
-    classes = frequency_classes(corpus.train, len(corpus.tokenizer))
-    awaited = list(missing)
-    for loss, seed in missing[ranks.rank :: ranks.world]:
-        run = train(loss, seed, recipe, corpus, display.run(loss.name, seed))
-        store.save(loss, seed, describe(loss, seed, run, classes), run, corpus.tokenizer)
-        awaited = _show_finished(awaited, store, display)
-    if ranks.rank > 0:
+    _train_missing(missing, recipe, corpus, store, display, peers)
+    if peers.rank > 0:
         return None
-    if awaited:
-        display.waiting()
-    while awaited := _show_finished(awaited, store, display):
-        time.sleep(POLL)
     results: Json = finite(
         {
             "command": command,
@@ -217,6 +208,22 @@ def compare(
     )
     write_json(out / "results.json", results)
     return results
+
+
+def _train_missing(
+    missing: Sequence[Pair], recipe: Recipe, corpus: Corpus, store: Store, display: Display, peers: Peers
+) -> None:
+    """Train this rank's share of the missing runs. The first rank waits for the others'."""
+    classes = frequency_classes(corpus.train, len(corpus.tokenizer))
+    awaited = missing
+    for loss, seed in missing[peers.rank :: peers.world]:
+        run = train(loss, seed, recipe, corpus, display.run(loss.name, seed))
+        store.save(loss, seed, describe(loss, seed, run, classes), run, corpus.tokenizer)
+        awaited = _show_finished(awaited, store, display)
+    if peers.rank == 0 and awaited:
+        display.waiting()
+        while awaited := _show_finished(awaited, store, display):
+            time.sleep(POLL)
 
 
 def _show_finished(awaited: Sequence[Pair], store: Store, display: Display) -> list[Pair]:

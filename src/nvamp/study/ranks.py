@@ -22,7 +22,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELAS
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Peers:
     """Which of how many processes this one is.
 
     Attributes:
@@ -53,14 +53,14 @@ class Ranks:
             return self.rank == 0
 
 
-def join() -> Ranks:
+def join() -> Peers:
     """Join the other ranks, and hide them from the libraries below.
 
     On a GPU a rank sees no other device than its own: call this before CUDA is initialized.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         hide(os.environ)
-        return Ranks()
+        return Peers()
     # mypy: both are public, and imported there without saying so.
     store, rank, world = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     # Where torchrun starts the ranks anew, the store still has what the last ones wrote.
@@ -69,7 +69,7 @@ def join() -> Ranks:
     hide(os.environ)
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
-    return Ranks(rank, world, store)
+    return Peers(rank, world, store)
 
 
 def hide(environ: MutableMapping[str, str]) -> None:
