@@ -48,6 +48,15 @@ def torchrun(code: str, arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
+def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What it wrote to stdout and stderr."""
+    try:
+        return process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks then
+        raise
+
+
 def arguments(settings: Settings, out: Path) -> list[str]:
     """The options of `nvamp` for these settings; the directory is the last."""
     options: list[object] = ["--seeds", settings.seeds, "--steps", settings.steps]
@@ -75,7 +84,7 @@ def test_two_ranks_continue_and_finish_what_one_process_would(settings: Settings
     out = tmp_path / "out"
     begun, _ = study(Settings(**{**vars(settings), "losses": ("ce",), "seeds": 1}), out)
     process = torchrun(NVAMP, arguments(settings, out))
-    shown, err = process.communicate(timeout=120)
+    shown, err = ended(process)
     assert process.returncode == 0, err
     assert said(err) == []
     assert shown.count("1 of 4 runs are finished already and kept") == 1
@@ -92,7 +101,7 @@ def test_two_ranks_continue_and_finish_what_one_process_would(settings: Settings
 def test_a_failing_rank_ends_all_and_one_process_continues(settings: Settings, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = torchrun(SECOND_FAILS, arguments(settings, out))
-    _, err = process.communicate(timeout=120)
+    _, err = ended(process)
     kept = finished_runs(out)
     assert process.returncode != 0
     assert "RuntimeError: out of memory" in err
@@ -114,7 +123,7 @@ def test_ctrl_c_keeps_the_finished_runs_of_all_ranks(settings: Settings, tmp_pat
     while len(finished_runs(out)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = ended(process)
     kept = finished_runs(out)
     assert process.returncode != 0
     assert 3 <= len(kept) < 400
@@ -127,7 +136,7 @@ def test_ctrl_c_keeps_the_finished_runs_of_all_ranks(settings: Settings, tmp_pat
 
 def test_a_mistake_is_told_once(tmp_path: Path) -> None:
     process = torchrun(NVAMP, ["compare", "--loss", "bogus", "--out", str(tmp_path / "out")])
-    shown, err = process.communicate(timeout=120)
+    shown, err = ended(process)
     assert process.returncode != 0
     assert said(err) == ["nvamp: --loss bogus: unknown loss 'bogus', known are ce, nvamp, focal, dft"]
     assert shown == ""
