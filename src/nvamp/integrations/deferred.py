@@ -102,8 +102,8 @@ class DeferredLogits:
 
     def _refusal(self, operation: str) -> NotImplementedError:
         return NotImplementedError(
-            f"{self.model} needs its logits for {operation!r}, and a patched model does not compute them in "
-            "training: unpatch it, and set model.loss_function = loss_function(NVAMPLoss(...)) instead"
+            f"{self.model} needs its logits for {operation!r}, and a patched model has none in training: unpatch "
+            "it, and take the path of logits, compute_loss_func(NVAMPLoss()) or loss_function(NVAMPLoss())"
         )
 
 

@@ -107,9 +107,7 @@ class ModelLoss:
             raise ValueError("labels are missing: neither labels nor shift_labels were given")
         if isinstance(num_items_in_batch, Tensor):  # of the first device, where a model lies on several
             num_items_in_batch = num_items_in_batch.to(logits.device, non_blocking=True)
-        value = self._value(
-            logits, targets.to(logits.device), options, num_items_in_batch=num_items_in_batch
-        )
+        value = self._value(logits, targets.to(logits.device), options, num_items_in_batch=num_items_in_batch)
         return _share(value, num_items_in_batch, self.criterion)
 
     def _value(self, logits: Any, labels: Tensor, options: dict[str, Any], **items: Any) -> Tensor:
@@ -332,7 +330,11 @@ def _check_model(model: Any, own_loss: Any) -> None:
 def _output_layers(model: Any) -> list[Any]:
     """The modules that may make the logits: several where PEFT trains a copy of the output layer."""
     layer = model.get_output_embeddings()
-    return [layer.original_module, *layer.modules_to_save.values()] if hasattr(layer, "modules_to_save") else [layer]
+    return (
+        [layer.original_module, *layer.modules_to_save.values()]
+        if hasattr(layer, "modules_to_save")
+        else [layer]
+    )
 
 
 def _check_layer(layer: Any, model: Any) -> None:
