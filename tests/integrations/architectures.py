@@ -8,6 +8,7 @@ runs all of them and writes that page; the tests fail where it differs from what
 import inspect
 import re
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import transformers
@@ -16,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
+from nvamp.functional import linear_nvamp_loss
+from nvamp.integrations import patching
 from nvamp.integrations.transformers import patch, unpatch
 
 VOCABULARY, TOKENS = 99, (2, 9)
@@ -44,7 +47,7 @@ class Architecture(NamedTuple):
     """A class of transformers, and what of its configuration is not in `SIZES`."""
 
     name: str
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = {}  # noqa: RUF012  # a field of a tuple
 
 
 _MROPE = {
@@ -218,16 +221,6 @@ class NoLogits(TorchDispatchMode):
         return result
 
 
-class Recording(LinearNVAMPLoss):
-    """Keeps what it was called with."""
-
-    calls: list[Any] = []  # noqa: RUF012  # shared with copies
-
-    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Any = None, **kwargs: Any) -> Any:
-        self.calls.append((self.softcap, self.logit_scale, bias is not None))
-        return super().forward(hidden, weight, labels, bias, **kwargs)
-
-
 def run(architecture: Architecture) -> Result:
     """Loss and gradients of the patched model beside those of the model's own logits."""
     model = build(architecture)
@@ -252,21 +245,21 @@ def run(architecture: Architecture) -> Result:
 
     errors = {}
     for name, criterion, given in (
-        ("cross-entropy", Recording(alpha=0.0, beta=1.0, gamma=0.0), items),
-        ("NVAMP", Recording(), {}),
+        ("cross-entropy", LinearNVAMPLoss(alpha=0.0, beta=1.0, gamma=0.0), items),
+        ("NVAMP", LinearNVAMPLoss(), {}),
     ):
         patch(model, criterion)
-        with NoLogits():
+        with NoLogits(), mock.patch.object(patching, "linear_nvamp_loss", wraps=linear_nvamp_loss) as linear:
             outputs = model(**batch, **given)
             found = gradients(outputs.loss)
         assert outputs.logits is None
         errors[name] = _error([outputs.loss, *found], [truth[name], *truth_gradients[name]])
     unpatch(model)
-    softcap, scale, bias = criterion.calls[-1]
+    (*_, bias), options = linear.call_args
     return Result(
-        softcap=softcap,
-        logit_scale=scale,
-        bias=bias,
+        softcap=options["softcap"],
+        logit_scale=options["logit_scale"],
+        bias=bias is not None,
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         auxiliary=abs((own.loss - entropy).item()) > 1e-5,
         errors=errors,
@@ -303,9 +296,7 @@ def refusal_row(architecture: Architecture) -> str:
     except TypeError as error:
         reason = str(error).removeprefix(f"{architecture.name} ")
     except NotImplementedError as error:
-        operation = re.match(rf"{architecture.name} needs its logits for '(.+?)'", str(error))
-        assert operation is not None, error
-        reason = f"needs its logits for `{operation[1]}`"
+        reason = re.sub(r".* needs its logits for '(.+?)', .*", r"needs its logits for `\1`", str(error))
     else:
         raise AssertionError(f"{architecture.name} was not refused")
     options = "".join(f", `{name}={value}`" for name, value in architecture.config.items())

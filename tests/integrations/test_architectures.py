@@ -45,9 +45,12 @@ def test_the_page_is_of_these() -> None:
     rows = [line for line in LINES if line.startswith("| `")]
     assert [line.split("`")[1] for line in rows] == [a.name for a in (*LANGUAGE, *VISION, *REFUSED)]
     language, seeing = len(LANGUAGE), len(LANGUAGE) + len(VISION)
-    assert TEXT == PAGE.format(
-        version=transformers.__version__,
-        language="\n".join(rows[:language]),
-        vision="\n".join(rows[language:seeing]),
-        refused="\n".join(rows[seeing:]),
+    assert (
+        PAGE.format(
+            version=transformers.__version__,
+            language="\n".join(rows[:language]),
+            vision="\n".join(rows[language:seeing]),
+            refused="\n".join(rows[seeing:]),
+        )
+        == TEXT
     )

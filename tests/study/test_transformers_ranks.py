@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nvamp import NVAMPLoss
-from nvamp.integrations.transformers import Criterion, compute_loss_func
+from nvamp import LinearNVAMPLoss, NVAMPLoss
+from nvamp.integrations.transformers import Criterion, compute_loss_func, loss_function, patch
 from nvamp.study.training import quiet
 
 WORLD, STEPS, ROWS, SEQ, V = 2, 4, 64, 12, 31
@@ -30,6 +30,7 @@ class Case(NamedTuple):
     accumulate: int = 1
     unequal: bool = True  # the rows have different numbers of scored tokens
     average: bool = True  # average_tokens_across_devices
+    path: str = "compute_loss_func"  # or "patch", or "loss_function"
 
     def criterion(self, grouped: bool) -> Criterion | None:
         if self.weights is None:
@@ -43,6 +44,9 @@ CASES = {
     "nvamp, own numbers": Case(ALL_TERMS, grouped=True, unequal=False, average=False),
     "grouped cross-entropy, accumulated": Case(CROSS_ENTROPY, grouped=True, accumulate=2),
     "grouped cross-entropy, own numbers": Case(CROSS_ENTROPY, grouped=True, average=False),
+    "nvamp, patched": Case(ALL_TERMS, grouped=True, path="patch"),
+    "nvamp, patched, accumulated": Case(ALL_TERMS, grouped=True, accumulate=2, path="patch"),
+    "nvamp, as loss_function": Case(ALL_TERMS, grouped=True, path="loss_function"),
     "cross-entropy": Case(CROSS_ENTROPY),
     "trainer": Case(None),
     "trainer, own numbers": Case(None, average=False),
@@ -106,12 +110,19 @@ def trained(case: Case, batch: int, accumulate: int, grouped: bool, folder: Path
     )
     start = weights_of(model)
     criterion = case.criterion(grouped)
+    if case.path == "patch":
+        group = dist.group.WORLD if grouped else None
+        patch(model, LinearNVAMPLoss(**(case.weights or {}), process_group=group))
+    elif case.path == "loss_function" and criterion:
+        model.loss_function = loss_function(criterion)
     trainer = transformers.Trainer(
         model,
         arguments,
         train_dataset=Rows(case.unequal),
         eval_dataset=Rows(case.unequal),
-        compute_loss_func=criterion and compute_loss_func(criterion),
+        compute_loss_func=compute_loss_func(criterion)
+        if criterion and case.path == "compute_loss_func"
+        else None,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
@@ -179,12 +190,18 @@ def assert_same_outcome(a: Outcome, b: Outcome) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["nvamp", "nvamp, accumulated", "nvamp, own numbers", "cross-entropy", "trainer"]
+    "name", [name for name in CASES if not name.startswith("grouped") and name != "trainer, own numbers"]
 )
 def test_two_ranks_are_one_process(name: str, on_ranks: list[dict[str, Outcome]], tmp_path: Path) -> None:
     expected = in_one_process(name, tmp_path)
     for outcomes in on_ranks:
         assert_same_outcome(outcomes[name], expected)
+
+
+@pytest.mark.parametrize("name", ["nvamp, patched", "nvamp, patched, accumulated", "nvamp, as loss_function"])
+def test_every_path_trains_the_same(name: str, on_ranks: list[dict[str, Outcome]]) -> None:
+    outcomes = on_ranks[0]
+    assert_same_outcome(outcomes[name], outcomes["nvamp, accumulated" if "accumulated" in name else "nvamp"])
 
 
 def test_micro_batches_of_two_ranks_add_up(on_ranks: list[dict[str, Outcome]], tmp_path: Path) -> None:

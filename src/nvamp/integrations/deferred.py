@@ -51,9 +51,6 @@ class DeferredLogits:
         """These: the loss is computed in float32 at least, where the hidden states are."""
         return self
 
-    def float(self) -> "DeferredLogits":
-        return self
-
     def contiguous(self) -> "DeferredLogits":
         return self
 
@@ -100,10 +97,14 @@ class DeferredLogits:
             raise AttributeError(name)
         raise self._refusal(name)
 
+    def float(self) -> "DeferredLogits":
+        return self
+
     def _refusal(self, operation: str) -> NotImplementedError:
         return NotImplementedError(
-            f"{self.model} needs its logits for {operation!r}, and a patched model has none in training: unpatch "
-            "it, and take the path of logits, compute_loss_func(NVAMPLoss()) or loss_function(NVAMPLoss())"
+            f"{self.model} needs its logits for {operation!r}, and a patched model has none in training: "
+            "unpatch it, and take the path of logits, compute_loss_func(NVAMPLoss()) or "
+            "loss_function(NVAMPLoss())"
         )
 
 
