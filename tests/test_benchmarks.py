@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from benchmarks import accumulation, accuracy, cpu, measure, vocabulary
+from benchmarks import accumulation, accuracy, cpu, measure, patching, vocabulary
 
 
 def test_contenders_run_in_turn_and_slow_ones_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +110,14 @@ def test_contenders_of_a_sharded_vocabulary_compute_the_same(tmp_path: Path) -> 
     for gradient in gradients.values():
         assert torch.isfinite(gradient).all()
         assert not torch.allclose(gradient, expected)
+
+
+def test_a_step_of_a_patched_model_is_one_of_nvamp() -> None:
+    seen: dict[str, torch.Tensor] = {}
+    tokens = torch.randint(31, (2, 9))
+    for name, run in patching.steps(31, 16, tokens).items():
+        run()
+        model = run.__closure__[0].cell_contents  # type: ignore[index]
+        seen[name] = model(input_ids=tokens, labels=tokens).loss.detach()
+    torch.testing.assert_close(seen["patch"], seen["loss_function"])
+    assert seen["patch"] != seen["transformers' cross-entropy"]
