@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
@@ -97,17 +98,7 @@ def trained(case: Case, batch: int, accumulate: int, grouped: bool, folder: Path
         ddp_backend="gloo" if dist.is_initialized() else None,
         dataloader_pin_memory=False,
     )
-    transformers.set_seed(1)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=V,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=SEQ,
-        )
-    )
+    model = tiny()
     start = weights_of(model)
     criterion = case.criterion(grouped)
     if case.path == "patch":
@@ -132,6 +123,20 @@ def trained(case: Case, batch: int, accumulate: int, grouped: bool, folder: Path
     return Outcome(weights_of(model) - start, torch.tensor(logged), evaluated)
 
 
+def tiny() -> Any:
+    transformers.set_seed(1)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=V,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=SEQ,
+        )
+    )
+
+
 def weights_of(model: Any) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
@@ -150,6 +155,7 @@ def rank_of_all(rank: int, folder: Path) -> None:
         }
         torch.save(outcomes, folder / f"{rank}.pt")
         without_a_number_nothing_is_divided()
+        a_sharded_model_has_the_gradient_of_the_whole_batch()
     finally:
         dist.destroy_process_group()
 
@@ -159,6 +165,30 @@ def without_a_number_nothing_is_divided() -> None:
     logits, labels = torch.randn(2, SEQ, V, generator=g), torch.randint(V, (2, SEQ), generator=g)
     criterion = NVAMPLoss(process_group=dist.group.WORLD)
     assert compute_loss_func(criterion)({"logits": logits}, labels) == criterion(logits, labels)
+
+
+def a_sharded_model_has_the_gradient_of_the_whole_batch() -> None:
+    """FSDP2, with the output layer in the root's unit, and patched before or after."""
+    criterion = LinearNVAMPLoss(process_group=dist.group.WORLD)
+    g = torch.Generator().manual_seed(dist.get_rank())
+    tokens = torch.randint(V, (2, SEQ), generator=g)
+    alone = tiny()
+    NVAMPLoss(process_group=dist.group.WORLD)(alone(tokens).logits, tokens).backward()
+    for weight in alone.parameters():
+        dist.all_reduce(weight.grad)
+    for first in (True, False):
+        model = tiny()
+        if first:
+            patch(model, criterion)
+        for part in (*model.model.layers, model):
+            fully_shard(part)
+        if not first:
+            patch(model, criterion)
+        outputs = model(input_ids=tokens, labels=tokens)
+        outputs.loss.backward()
+        assert outputs.logits is None
+        for weight, expected in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(weight.grad.full_tensor(), expected.grad / WORLD)
 
 
 @pytest.fixture(scope="module")

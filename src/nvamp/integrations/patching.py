@@ -26,7 +26,7 @@ def patch(model: Any, criterion: LinearNVAMPLoss) -> None:
 
     Args:
         model: a `PreTrainedModel` with a `torch.nn.Linear` as output layer, whose loss is transformers'
-            `ForCausalLMLoss`, or a `PeftModel` of one. Not yet prepared by Accelerate, nor sharded.
+            `ForCausalLMLoss`, or a `PeftModel` of one. Not yet prepared by Accelerate.
         criterion: without `softcap` and `logit_scale` where the model has its own, which are taken over.
 
     Raises:
