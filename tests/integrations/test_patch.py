@@ -20,6 +20,7 @@ from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.integrations.transformers import loss_function, patch, unpatch
 from nvamp.objective import GRADIENTS, Gradient
 from nvamp.study.training import LabelledBlocks, Recipe, quiet, training_arguments
+from tests.integrations.architectures import Architecture, build
 from tests.study.conftest import one_thread
 
 __all__ = ["one_thread"]
@@ -146,10 +147,26 @@ def test_a_model_with_a_cap_takes_no_other(batch: dict[str, Tensor]) -> None:
     model = Gemma2ForCausalLM(Gemma2Config(**SIZES)).train()
     for option in ({"softcap": 10.0}, {"logit_scale": 0.5}):
         patch(model, LinearNVAMPLoss(**option))
-        with pytest.raises(
-            ValueError, match=r"Gemma2ForCausalLM has its own softcap.*got softcap=.*logit_sc"
-        ):
+        with pytest.raises(ValueError, match=r"Gemma2ForCausalLM caps or scales .*got softcap=.*logit_sc"):
             model(**batch)
+
+
+def test_with_an_image() -> None:
+    """The gradient reaches what sees it."""
+    image = 98
+    model = build(Architecture("LlavaForConditionalGeneration", {"image_token_index": image}))
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, image, (2, SEQ), generator=g)
+    tokens[:, 2:6] = image  # a picture of 2 by 2 patches
+    pixels = torch.randn(2, 3, 16, 16, generator=g).double()
+    labels = tokens.masked_fill(tokens == image, -100)
+    seen = {"input_ids": tokens, "pixel_values": pixels, "labels": labels}
+    expected = of_logits(model, seen, NVAMPLoss())
+    patch(model, LinearNVAMPLoss())
+    assert_same(of_model(model, seen), expected)
+    loss = model(**seen).loss
+    (by_pixels,) = torch.autograd.grad(loss, model.model.vision_tower.embeddings.patch_embedding.weight)
+    assert by_pixels.abs().sum() > 0
 
 
 def test_under_autocast(batch: dict[str, Tensor]) -> None:
@@ -249,6 +266,12 @@ def test_a_loss_function_of_the_user_comes_back(model: Any, batch: dict[str, Ten
     assert_same([model(**batch).loss.detach()], [loss.detach()])
     unpatch(model)
     assert model.loss_function is own
+    patch(model, LinearNVAMPLoss())
+    model.loss_function = own  # theirs from now on, of logits
+    assert model(**batch).logits is not None
+    unpatch(model)
+    assert model.loss_function is own
+    assert type(model) is LlamaForCausalLM
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
-from nvamp.integrations.transformers import Criterion, compute_loss_func, loss_function, patch
+from nvamp.integrations.transformers import Criterion, compute_loss_func, loss_function, patch, unpatch
 from nvamp.study.training import quiet
 
 WORLD, STEPS, ROWS, SEQ, V = 2, 4, 64, 12, 31
@@ -187,6 +187,9 @@ def a_sharded_model_has_the_gradient_of_the_whole_batch() -> None:
         outputs = model(input_ids=tokens, labels=tokens)
         outputs.loss.backward()
         assert outputs.logits is None
+        if first:
+            with pytest.raises(TypeError, match="FSDPLlamaForCausalLM is sharded: unpatch a model before"):
+                unpatch(model)
         for weight, expected in zip(model.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(weight.grad.full_tensor(), expected.grad / WORLD)
 

@@ -56,17 +56,17 @@ def patch(model: Any, criterion: LinearNVAMPLoss) -> None:
 def unpatch(model: Any) -> None:
     """Makes a patched model what it was before; any other is left as it is."""
     model = _base_model(model)
-    loss = model.__dict__.get("_loss_function")
-    if not isinstance(loss, _LinearModelLoss):
-        return
-    for module in model.modules():
-        if isinstance(module, _Patched):
-            if "_nvamp_unpatched" not in type(module).__dict__:
-                raise TypeError(f"{type(module).__name__} is sharded: unpatch a model before that")
-            module.__class__ = module._nvamp_unpatched
-    del model._loss_function
-    if loss.before is not None:
-        model.loss_function = loss.before
+    patched = [module for module in model.modules() if isinstance(module, _Patched)]
+    for module in patched:
+        if "_nvamp_unpatched" not in vars(type(module)):
+            raise TypeError(f"{type(module).__name__} is sharded: unpatch a model before that")
+    for module in patched:
+        module.__class__ = module._nvamp_unpatched
+    loss = vars(model).get("_loss_function")
+    if isinstance(loss, _LinearModelLoss):
+        del model._loss_function
+        if loss.before is not None:
+            model.loss_function = loss.before
 
 
 class _LinearModelLoss(ModelLoss):
@@ -93,14 +93,13 @@ class _LinearModelLoss(ModelLoss):
         return nvamp_loss(logits, labels, **options, **items)
 
     def _own_options(self, logits: DeferredLogits) -> dict[str, float]:
-        options = logits.options
-        if options and (self.criterion.softcap is not None or self.criterion.logit_scale != 1):
+        own, c = logits.options, self.criterion
+        if own and (c.softcap is not None or c.logit_scale != 1):
             raise ValueError(
-                f"{logits.model} has its own {' and '.join(options)}: the criterion must have neither "
-                f"softcap nor logit_scale, got softcap={self.criterion.softcap}, "
-                f"logit_scale={self.criterion.logit_scale}"
+                f"{logits.model} caps or scales its logits itself, {own}: the criterion must have neither "
+                f"softcap nor logit_scale, got softcap={c.softcap}, logit_scale={c.logit_scale}"
             )
-        return options
+        return own
 
 
 class _Call(NamedTuple):
