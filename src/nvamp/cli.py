@@ -135,3 +135,34 @@ def compare(
         return
     show_results(console, results)
     console.print(f"Report: {write_report(results, out / 'report.html')}", highlight=False, markup=False)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Option(help="A causal language model: a directory or hub id.")],
+    text: Annotated[Path, typer.Option(help="A UTF-8 file.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("inspect.html"),
+) -> None:
+    """Show a text token by token, coloured by its loss or by the weight NVAMP gives it, on one page."""
+    try:
+        from nvamp.study import StudyError
+        from nvamp.study.inspect import inspect_file
+        from nvamp.study.terminal import counting
+    except ModuleNotFoundError:
+        print(_INSTALL, file=sys.stderr)
+        raise typer.Exit(2) from None
+    console = Console()
+    try:
+        with counting(console, "windows of the text") as progress:
+            found = inspect_file(model, text, out, progress)
+    except StudyError as error:
+        _say(str(error))
+        raise typer.Exit(2) from None
+    s = found.statistics
+    console.print(
+        f"{s.num_tokens:,.0f} tokens: mean {s.mean:.3f} nats, sigma {s.std:.3f}, max {s.max:.2f}, "
+        f"dispersion {s.dispersion:.3f}",
+        highlight=False,
+    )
+    size = out.stat().st_size / 1e6
+    console.print(f"Page ({size:.1f} MB): {out}", highlight=False, markup=False)
