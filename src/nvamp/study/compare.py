@@ -6,7 +6,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from math import inf
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 import nvamp
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus, build_corpus, frequency_classes, read_documents
+from nvamp.study.inspect import inspect_text, write_page
 from nvamp.study.losses import Loss, parse_losses
 from nvamp.study.metrics import METRICS, VERDICT_KEYS, difference, estimate, held_out_metrics, verdict
 from nvamp.study.ranks import POLL, Peers
@@ -118,7 +119,7 @@ class Store:
                     f"{self.out} holds runs made with {changed}: "
                     "choose another --out, or start anew with --overwrite"
                 )
-            for part in ("runs", "models"):
+            for part in ("runs", "models", "inspect"):
                 (self.out / part).mkdir(exist_ok=True)
             write_json(settings, conditions)
         except (OSError, json.JSONDecodeError) as error:
@@ -134,7 +135,7 @@ class Store:
             raise StudyError(f"the ranks differ: {changed}")
 
     def _clear(self) -> None:
-        for name in ("runs", "models"):
+        for name in ("runs", "models", "inspect"):
             shutil.rmtree(self.out / name, ignore_errors=True)
         for name in ("settings.json", "results.json", "report.html"):
             (self.out / name).unlink(missing_ok=True)
@@ -148,14 +149,26 @@ class Store:
         """The held-out token losses of a finished run, [tokens]."""
         return np.asarray(np.load(self._nll(loss, seed)))
 
-    def save(self, loss: Loss, seed: int, record: Json, run: Run, tokenizer: Any) -> None:
-        """Keep a finished run. The record comes last: where it is, all of the run is."""
+    def save(self, loss: Loss, seed: int, record: Json, run: Run, corpus: Corpus) -> None:
+        """Keep a finished run. The record comes last: where it is, all of the run is.
+
+        Of the first seed, unless it diverged, a page of held-out text as the model reads it is part of it.
+        """
         with _replacing(self.out / "models" / f"{loss.slug}-seed{seed}") as directory:
             run.model.save_pretrained(directory)
-            tokenizer.save_pretrained(directory)
+            corpus.tokenizer.save_pretrained(directory)
         with _replacing(self._nll(loss, seed)) as path, path.open("wb") as file:
             np.save(file, run.nll)
+        if seed == 0 and not run.diverged:
+            with suppress(StudyError):  # a text that makes no page, of one token say, is no failed run
+                found = inspect_text(run.model, corpus.tokenizer, corpus.excerpt)
+                with _replacing(self.page(loss)) as path:
+                    write_page(found, f"{loss.name}, seed 0", "Held-out text", path)
         write_json(self._record(loss, seed), record)
+
+    def page(self, loss: Loss) -> Path:
+        """Where the page of held-out text under the loss's first model is, if there is one."""
+        return self.out / "inspect" / f"{loss.slug}-seed0.html"
 
     def _record(self, loss: Loss, seed: int) -> Path:
         return self.out / "runs" / f"{loss.slug}-seed{seed}.json"
@@ -218,7 +231,7 @@ def _train_missing(
     awaited = missing
     for loss, seed in missing[peers.rank :: peers.world]:
         run = train(loss, seed, recipe, corpus, display.run(loss.name, seed))
-        store.save(loss, seed, describe(loss, seed, run, classes), run, corpus.tokenizer)
+        store.save(loss, seed, describe(loss, seed, run, classes), run, corpus)
         awaited = _show_finished(awaited, store, display)
     if peers.rank == 0 and awaited:
         display.waiting()
@@ -339,6 +352,11 @@ def gather(losses: Sequence[Loss], seeds: int, store: Store) -> Json:
         "losses": [
             _summary(loss.name, records[loss.name], baseline, tokens[loss.name], grid) for loss in losses
         ],
+        "pages": {
+            loss.name: store.page(loss).relative_to(store.out).as_posix()
+            for loss in losses
+            if store.page(loss).exists()
+        },
         "runs": [record for loss in losses for record in records[loss.name]],
     }
 

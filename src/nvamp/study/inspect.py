@@ -116,7 +116,9 @@ def read_text(path: Path) -> str:
     return text
 
 
-def inspect_text(model: Any, tokenizer: Any, text: str, progress: Progress) -> Inspection:
+def inspect_text(
+    model: Any, tokenizer: Any, text: str, progress: Progress = lambda done, of: None
+) -> Inspection:
     """Score every token of `text` on the device of `model`.
 
     Raises:
@@ -148,8 +150,8 @@ def tokenize(tokenizer: Any, text: str) -> Tokens:
     A tokenizer that does not tell where its tokens are, a slow one, gives the text as it spells it.
     """
     if tokenizer.is_fast:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, ends = found["input_ids"], [end for _, end in found["offset_mapping"]]
         ends = list(accumulate(ends, max))
         ends[-1:] = [len(text)] if ends else []  # what no token covers goes with one
     else:
@@ -215,13 +217,7 @@ def windows(tokens: int, size: int, first: int) -> Iterator[Window]:
 
 
 @torch.no_grad()
-def score(
-    model: Any,
-    start: list[int],
-    ids: NDArray[np.int64],
-    size: int,
-    progress: Progress = lambda done, of: None,
-) -> Scores:
+def score(model: Any, start: list[int], ids: NDArray[np.int64], size: int, progress: Progress) -> Scores:
     """Score the tokens `ids`.
 
     Args:
