@@ -1,8 +1,6 @@
 """The page of `nvamp inspect` in a browser."""
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,25 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.inspect_page import chromium
 from nvamp import objective
 from nvamp.functional import token_weights
 from nvamp.objective import GRADIENTS
 from nvamp.study.inspect import Inspection, Scores, Tokens, inspect_text, tokenize, write_page
 from tests.study.conftest import words
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 HOSTILE = (
     "</script><img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>\n"
     "<!--<script> &lt; &amp; ${1} `{{ 1 }}` \\u003c 'a' \"b\"\r\n"
@@ -38,12 +27,8 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    assert path, "no Chromium: `make browser` installs one, and CHROMIUM may name one"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 class Opened(NamedTuple):
@@ -335,13 +320,8 @@ def test_a_click_stays_where_it_is(shown: Opened) -> None:
 def as_shown(text: str) -> str:
     """What the page makes of characters that have no shape; newlines stand at the end of rows."""
 
-    def name(character: str) -> str:
-        code = ord(character)
-        if code < 32:
-            return chr(0x2400 + code)
-        return "␡" if code == 127 else f"⟨U+{code:04X}⟩"
-
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2028\u2029\ufeff]", lambda m: name(m[0]), text)
+    shapeless = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2028\u2029\ufeff]"
+    return re.sub(shapeless, lambda m: f"⟨U+{ord(m[0]):04X}⟩", text.replace("\r", "⟨\\r⟩"))
 
 
 def test_text_is_shown_and_never_run(browser: Browser, model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -414,6 +394,7 @@ def test_a_long_text_is_drawn_in_part(browser: Browser, tokenizer: Any, tmp_path
     height = page.evaluate("document.getElementById('text').scrollHeight")
     page.evaluate("y => document.getElementById('text').scrollTop = y", height / 2)
     page.wait_for_function(f"nvamp.rows.from > {0.4 * height / 23}")
+    assert card(page) == ""  # the token it was of is out of sight
     spans = page.locator("#rows span")
     drawn = spans.evaluate_all("spans => spans.map(span => Number(span.dataset.i))")
     assert 0.4 * count < drawn[0] < drawn[-1] < 0.6 * count

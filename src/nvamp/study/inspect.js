@@ -61,11 +61,8 @@ const probability = (p) => (p < 1.2e-7 ? "< 1.2e−7" : p < 0.001 ? p.toExponent
 
 // Characters that have no shape of their own, or would change that of others, by name. Newlines and tabs stay.
 function visible(s) {
-  return s.replace(/(?![\t\n\u200c\u200d])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (c) => {
-    const code = c.codePointAt(0);
-    if (code < 32) return String.fromCodePoint(0x2400 + code);
-    return code === 127 ? "␡" : `⟨U+${code.toString(16).toUpperCase().padStart(4, "0")}⟩`;
-  });
+  return s.replace(/(?![\t\n\u200c\u200d])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (c) =>
+    c === "\r" ? "⟨\\r⟩" : `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 }
 
 // On one line, spaces marked.
@@ -317,11 +314,12 @@ function showCard() {
   const i = state.hovered >= 0 ? state.hovered : document.activeElement === view ? state.active : -1;
   const card = byId("card");
   const span = i < 0 ? null : byId(`t${i}`) ?? byId("rows").querySelector(`[data-i="${i}"]`);
-  card.hidden = !span;
+  const at = span?.getBoundingClientRect();
+  const frame = view.getBoundingClientRect();
+  card.hidden = !span || at.bottom < frame.top || at.top > frame.bottom;
   mark(i);
-  if (!span) return;
+  if (card.hidden) return;
   card.replaceChildren(...cardOf(i));
-  const at = span.getBoundingClientRect();
   const below = at.bottom + 8 + card.offsetHeight <= innerHeight;
   card.style.top = `${Math.max(below ? at.bottom + 8 : at.top - 8 - card.offsetHeight, 4)}px`;
   card.style.left = `${Math.max(Math.min(at.left, innerWidth - card.offsetWidth - 8), 4)}px`;
@@ -514,7 +512,7 @@ function listen() {
     event.preventDefault();
     activate(KEYS[event.key]());
   };
-  new ResizeObserver(fit).observe(view);
+  new ResizeObserver(() => { fit(); showCard(); }).observe(view);
   dark.onchange = () => { drawScale(); paint(); };
 }
 
