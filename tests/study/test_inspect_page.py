@@ -357,6 +357,28 @@ def test_text_is_shown_and_never_run(browser: Browser, model: Any, tokenizer: An
     page.close()
 
 
+def test_a_text_of_two_tokens(browser: Browser, model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    found = inspect_text(model, tokenizer, "loss mean")
+    assert len(found.tokens.ids) == 2
+    # A model that is sure: no loss at all.
+    for nll in (found.scores.nll, np.zeros(1, np.float32)):
+        ell = torch.from_numpy(nll).double()
+        statistics = objective.statistics(ell, torch.ones_like(ell, dtype=torch.bool))
+        write_page(
+            found._replace(scores=found.scores._replace(nll=nll), statistics=statistics), "m", "t", path
+        )
+        page, said, _ = opened(browser, path)
+        for view in ("nll", "z", *(f"weight, {gradient}" for gradient in GRADIENTS)):
+            choose(page, view)
+        page.evaluate("nvamp.goTo(1)")
+        assert active(page) == 1
+        assert "z\n+0.00" in card(page)
+        assert "NaN" not in page.locator("main").inner_html()
+        assert said == []
+        page.close()
+
+
 def long_page(tokenizer: Any, path: Path, tokens: int) -> Inspection:
     """A page of many tokens, with made-up losses."""
     rng = np.random.default_rng(0)

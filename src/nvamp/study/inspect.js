@@ -376,11 +376,12 @@ const KEYS = {
 // The histogram
 
 const PLOT = { left: 8, right: 352, top: 28, bottom: 148 };
-const xOf = (ell) => PLOT.left + ((PLOT.right - PLOT.left) * Math.max(ell, 0)) / batch.max;
+const extent = batch.max || 1;
+const xOf = (ell) => PLOT.left + ((PLOT.right - PLOT.left) * Math.max(ell, 0)) / extent;
 
 function drawHistogram() {
   const bins = new Float64Array(60);
-  for (const ell of nll) bins[Math.min(Math.floor((60 * Math.max(ell, 0)) / batch.max), 59)]++;
+  for (const ell of nll) bins[Math.min(Math.floor((60 * Math.max(ell, 0)) / extent), 59)]++;
   const most = Math.max(...bins);
   const plot = byId("histogram");
   const { top, bottom } = PLOT;
@@ -399,8 +400,8 @@ function drawHistogram() {
   plot.append(rule(xOf(batch.mean), { "stroke-width": 1.5 }), rule(PLOT.right, { "stroke-dasharray": "3 2" }));
   plot.append(label(xOf(batch.mean), 14, `mean ${fixed(batch.mean, 2)}`), label(356, 14, `max ${fixed(batch.max, 2)}`, "end"));
   plot.append(svg("line", { x1: PLOT.left, x2: PLOT.right, y1: bottom, y2: bottom, stroke: "var(--rule)" }));
-  const step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50].find((s) => batch.max / s <= 9) ?? 100;
-  for (let x = 0; x <= batch.max; x += step) plot.append(svg("text", { x: xOf(x), y: bottom + 13, "text-anchor": "middle", class: "tick" }, `${+x.toFixed(1)}`));
+  const step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50].find((s) => extent / s <= 9) ?? 100;
+  for (let x = 0; x <= extent; x += step) plot.append(svg("text", { x: xOf(x), y: bottom + 13, "text-anchor": "middle", class: "tick" }, `${+x.toFixed(1)}`));
   plot.append(svg("path", { id: "mark", fill: "var(--focus)", visibility: "hidden" }));
   plot.setAttribute("aria-label",
     `Histogram of the nll of ${many(nll.length)} tokens: mean ${fixed(batch.mean, 3)}, sigma ${fixed(batch.std, 3)}, largest ${fixed(batch.max, 3)} nats`);
@@ -459,7 +460,7 @@ function update() {
 }
 
 function setCoefficient(name, value) {
-  if (!Number.isFinite(value)) return; // a number being typed
+  if (!Number.isFinite(value)) return;
   state.coefficients[name] = value;
   update();
 }
@@ -477,8 +478,15 @@ function buildControls() {
     const value = state.coefficients[name];
     const slider = el("input", { type: "range", id: name, min: 0, max, step, value });
     const number = el("input", { type: "number", step: "any", value, ariaLabel: `${name}, as a number` });
-    slider.oninput = () => setCoefficient(name, Number((number.value = slider.value)));
-    number.oninput = () => setCoefficient(name, number.value === "" ? NaN : Number((slider.value = number.value, number.value)));
+    slider.oninput = () => {
+      number.value = slider.value;
+      setCoefficient(name, Number(slider.value));
+    };
+    number.oninput = () => {
+      if (number.value === "") return; // being typed
+      slider.value = number.value;
+      setCoefficient(name, Number(number.value));
+    };
     byId("coefficients").querySelector(".sliders").append(
       el("label", { htmlFor: name }, `${letter} ${name}`), slider, number);
   }

@@ -97,7 +97,7 @@ def inspect_file(name: str, path: Path, out: Path, progress: Progress) -> Inspec
         raise StudyError(f"--text {path}: {error}") from error
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_page(found, Path(name).name, path.name, out)
+        write_page(found, Path(name).name or name, path.name, out)
     except OSError as error:
         raise StudyError(f"--out {out}: {error.strerror}") from error
     return found
