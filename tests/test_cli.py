@@ -137,7 +137,7 @@ def test_ctrl_c_while_a_text_is_read(
         (["bogus"], "No such command 'bogus'."),
         (["inspect", "--text", "x"], "--model"),
         (["inspect", "--model", "x", "--text", "missing"], "--text missing: No such file or directory"),
-        (["inspect", "--model", "./x", "--text", __file__], "--model ./x: "),
+        (["inspect", "--model", "./x", "--text", __file__], "--model ./x: no such directory"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(

@@ -59,7 +59,8 @@ const many = (x) => x.toLocaleString("en");
 // At most 65,535 steps are kept, e⁻¹⁶.
 const probability = (p) => (p < 1.2e-7 ? "< 1.2e−7" : p < 0.001 ? p.toExponential(2).replace("-", "−") : p.toFixed(4));
 
-// Characters that have no shape of their own, or would change that of others, by name. Newlines and tabs stay.
+// Characters that have no shape of their own, or would change that of others, by name. Newlines, tabs and
+// joiners (of emoji and of Indic letters) stay.
 function visible(s) {
   return s.replace(/(?![\t\n\u200c\u200d])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (c) =>
     c === "\r" ? "⟨\\r⟩" : `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
@@ -252,6 +253,7 @@ function paint() {
     span.classList.toggle("active", active);
     span.setAttribute("aria-selected", active);
     if (active) span.setAttribute("aria-label", describe(i));
+    else span.removeAttribute("aria-label");
   }
 }
 
@@ -398,7 +400,8 @@ function drawHistogram() {
     plot.append(svg("rect", { x: PLOT.left + i * width, width: width - 0.6, y: bottom - height, height, fill: "var(--bar)" }));
   });
   plot.append(rule(xOf(batch.mean), { "stroke-width": 1.5 }), rule(PLOT.right, { "stroke-dasharray": "3 2" }));
-  plot.append(label(xOf(batch.mean), 14, `mean ${fixed(batch.mean, 2)}`), label(356, 14, `max ${fixed(batch.max, 2)}`, "end"));
+  plot.append(label(Math.min(Math.max(xOf(batch.mean), 32), 328), 9, `mean ${fixed(batch.mean, 2)}`));
+  plot.append(label(356, 19, `max ${fixed(batch.max, 2)}`, "end"));
   plot.append(svg("line", { x1: PLOT.left, x2: PLOT.right, y1: bottom, y2: bottom, stroke: "var(--rule)" }));
   const step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50].find((s) => extent / s <= 9) ?? 100;
   for (let x = 0; x <= extent; x += step) plot.append(svg("text", { x: xOf(x), y: bottom + 13, "text-anchor": "middle", class: "tick" }, `${+x.toFixed(1)}`));

@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any, cast
@@ -313,6 +314,9 @@ def positions(config: Any) -> int | None:
 
 def _load(kind: Any, name: str, **kwargs: Any) -> Any:
     quiet()
+    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1  # no id of a hub is
+    if is_path and not Path(name).is_dir():
+        raise StudyError(f"--model {name}: no such directory")
     try:
         # Code that comes with a model is not run; where this is left open, the user is asked on the terminal.
         return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
