@@ -308,7 +308,7 @@ def test_a_click_stays_where_it_is(shown: Opened) -> None:
     page.evaluate("nvamp.goTo(0)")
     page.locator("#heaviest button").first.focus()
     page.evaluate("document.getElementById('text').scrollTop = 1e6")
-    page.wait_for_function("document.querySelector('#rows .row:last-child span')")
+    page.wait_for_function("document.getElementById('t' + nvamp.nll.length)")
     top = page.evaluate("document.getElementById('text').scrollTop")
     assert top > 0
     span = page.locator("#rows .row").nth(-4).locator("span").first
