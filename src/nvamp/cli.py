@@ -139,6 +139,7 @@ def compare(
 
 @app.command()
 def inspect(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="A causal language model: a directory or hub id.")],
     text: Annotated[Path, typer.Option(help="A UTF-8 file.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("inspect.html"),
@@ -156,7 +157,7 @@ def inspect(
         with counting(console, "windows of the text") as progress:
             found = inspect_file(model, text, out, progress)
     except StudyError as error:
-        _say(str(error))
+        _say(str(error), context.obj)
         raise typer.Exit(2) from None
     s = found.statistics
     console.print(
