@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup compare test lint bench clean
+.PHONY: setup compare browser test lint bench clean
 
 setup: $(INSTALLED)
 
@@ -17,7 +17,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 compare: $(INSTALLED)
 	$(BIN)/nvamp compare --out runs/compare
 
-test: $(INSTALLED)
+# Chromium, which the tests of `nvamp inspect` open its pages in: Debian's, where there is none.
+browser:
+	@if [ -n "$$CHROMIUM" ] || command -v chromium >/dev/null || command -v chromium-browser >/dev/null \
+		|| command -v google-chrome >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; \
+	else echo "the tests need Chromium: install it, or name one in CHROMIUM" >&2; exit 1; fi
+
+test: $(INSTALLED) browser
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)

@@ -36,7 +36,10 @@ from benchmarks.measure import Run, Timing
 from benchmarks.original import original_nvamp
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.cross_entropy import linear_nll_sum_max
+from nvamp.cross_entropy.options import Options
+from nvamp.cross_entropy.parts import token_nll as part_nll
 from nvamp.functional import linear_token_nll, token_nll
+from nvamp.objective import ALONE
 
 Loss = Callable[[], Tensor]
 Make = Callable[[], Loss]  # may raise, where a peer is not installed
@@ -435,6 +438,10 @@ def accuracy(
 
     paths: dict[str, tuple[Losses, Results]] = {
         "logits": (lambda x: summed(token_nll(x, y, backend=backend, **options)), {"logits": x}),
+        "logits, as a part of a vocabulary that is all of it": (
+            lambda x: summed(part_nll(x, y, False, backend, Options(**options), ALONE)),
+            {"logits": x},
+        ),
         "linear, recompute": (
             lambda h, w: summed(linear_token_nll(h, w, y, backend=backend, **options)),
             {"hidden": h, "weight": w},

@@ -113,9 +113,10 @@ def launch_all(logits: Tensor, opt: Options, metrics: bool) -> None:
     """Every kernel on logits [A, B, V], the one that finishes a gradient on [B, V]."""
     labels = torch.empty(logits.shape[:-1], dtype=torch.int64, device="meta")
     nll, norm, *_ = backend.token_nll(logits, labels, metrics, opt)
-    backend.token_nll_backward(
-        nll, logits, labels, norm, opt, out=torch.empty(logits.shape, dtype=logits.dtype, device="meta")
-    )
+    backend.part_statistics(logits, labels, opt)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device="meta")
+    for classes in (None, labels.new_empty(())):
+        backend.token_nll_backward(nll, logits, labels, norm, opt, out, classes)
     pitch = -(-logits.shape[-1] // 16) * 16  # as the linear path has it
     flat = torch.empty(logits.shape[1], pitch, dtype=logits.dtype, device="meta")[:, : logits.shape[-1]]
     backend.unit_gradient_(flat, labels[0], opt)

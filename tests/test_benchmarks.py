@@ -8,9 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
-from benchmarks import accumulation, accuracy, cpu, measure
+from benchmarks import accumulation, accuracy, cpu, measure, patching, vocabulary
 
 
 def test_contenders_run_in_turn_and_slow_ones_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,3 +89,35 @@ def test_accumulated_gradients_are_off_by_the_dispersion_and_the_maximum() -> No
     rows = accumulation.distances(model, blocks, gamma=0.5)
     assert [row["tokens"] for row in rows] == [256, 128, 64, 32, 16, 8]
     assert all(row[mode] > 1e-3 for row in rows for mode in accumulation.MODES)
+
+
+def test_contenders_of_a_sharded_vocabulary_compute_the_same(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        logits = DTensor.from_local(torch.randn(6, 9), mesh, [Shard(1)]).requires_grad_()
+        gradients: dict[str, Tensor] = {}
+        for name, run in vocabulary.contenders(logits, torch.arange(6)).items():
+            handle = logits.register_hook(
+                lambda grad, name=name: gradients.update({name: grad.full_tensor()})
+            )
+            run()
+            handle.remove()
+    finally:
+        dist.destroy_process_group()
+    expected = gradients.pop(vocabulary.LOSS_PARALLEL)
+    torch.testing.assert_close(gradients.pop("nvamp: cross-entropy"), expected)
+    for gradient in gradients.values():
+        assert torch.isfinite(gradient).all()
+        assert not torch.allclose(gradient, expected)
+
+
+def test_a_step_of_a_patched_model_is_one_of_nvamp() -> None:
+    seen: dict[str, torch.Tensor] = {}
+    tokens = torch.randint(31, (2, 9))
+    for name, run in patching.steps(31, 16, tokens).items():
+        run()
+        model = run.__closure__[0].cell_contents  # type: ignore[index]
+        seen[name] = model(input_ids=tokens, labels=tokens).loss.detach()
+    torch.testing.assert_close(seen["patch"], seen["loss_function"])
+    assert seen["patch"] != seen["transformers' cross-entropy"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 import nvamp
 from nvamp.cli import main
-from tests.study.conftest import documents, model_dir, one_thread, text_dir, tokenizer
+from tests.study.conftest import documents, model_dir, one_thread, text_dir, tokenizer, words
 
 __all__ = ["documents", "model_dir", "one_thread", "text_dir", "tokenizer"]
 
@@ -83,6 +84,42 @@ def test_a_dataset_and_a_model_of_ones_own(
     assert "±" not in capsys.readouterr().out.split("\n", 6)[-1]
 
 
+def test_a_model_of_a_study_can_be_inspected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text_dir: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--loss", "nvamp", "--seeds", "1", "--steps", "2", "--text", text_dir, "--out", out]
+    assert run(monkeypatch, "compare", *arguments) == 0
+    assert '<a href="inspect/nvamp-seed0.html">nvamp</a>' in (out / "report.html").read_text()
+    capsys.readouterr()
+    (tmp_path / "text").write_text(words(7, 200))
+    inspect = ["inspect", "--model", out / "models" / "nvamp-seed0", "--text", tmp_path / "text"]
+    assert run(monkeypatch, *inspect, "--out", tmp_path / "page.html") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    size = (tmp_path / "page.html").stat().st_size / 1e6
+    said = " ".join(captured.out.split())
+    assert re.match(
+        r"\d+ tokens: mean \d\.\d{3} nats, sigma 0\.\d{3}, max \d\.\d\d, dispersion 0\.\d{3} ", said
+    )
+    assert f"Page ({size:.1f} MB): {tmp_path / 'page.html'}" in "".join(captured.out.splitlines())
+
+
+def test_ctrl_c_while_a_text_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dir: Path
+) -> None:
+    from nvamp.study import inspect
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspect, "_scores_of", interrupted)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text(words(7, 20))
+    assert run(monkeypatch, "inspect", "--model", model_dir, "--text", "text") == 130
+    assert list(tmp_path.iterdir()) == [tmp_path / "text"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -98,6 +135,9 @@ def test_a_dataset_and_a_model_of_ones_own(
         (["compare", "--bogus"], "No such option: --bogus"),
         (["compare", "--lr"], "--lr"),
         (["bogus"], "No such command 'bogus'."),
+        (["inspect", "--text", "x"], "--model"),
+        (["inspect", "--model", "x", "--text", "missing"], "--text missing: No such file or directory"),
+        (["inspect", "--model", "./x", "--text", __file__], "--model ./x: no such directory"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(
@@ -113,16 +153,6 @@ def test_a_mistake_is_told_in_one_line(
     assert message in err
     assert err.startswith("nvamp: ")
     assert err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_one_of_several_processes_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text_dir: Path
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
-    assert run(monkeypatch, "compare", "--text", text_dir, "--out", tmp_path / "out") == 2
-    said = "nvamp: a study runs in one process, and WORLD_SIZE is 2: start it without torchrun\n"
-    assert capsys.readouterr().err == said
     assert list(tmp_path.iterdir()) == []
 
 

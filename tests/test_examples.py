@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples import custom_losses, exact_accumulation, lightning_module
+from examples import custom_losses, exact_accumulation, lightning_module, trainer
 from examples.custom_losses import IGNORED, dft_loss, focal_loss, weighted_loss
 from nvamp import LinearNVAMPLoss
 from nvamp.objective import GRADIENTS, Gradient
@@ -157,3 +157,18 @@ def test_lightning_on_two_processes_is_one(
     lightning_module.main()
     alone = printed(capsys.readouterr().out.splitlines())
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_every_path_of_the_trainer_is_one(
+    text_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = []
+    for path in trainer.PATHS:
+        monkeypatch.setattr(sys, "argv", ["", "--path", path, "--steps", "4", "--text", str(text_dir)])
+        trainer.main()
+        lines = [line.split(" ") for line in capsys.readouterr().out.splitlines()]
+        assert [name for _, _, name, _ in lines] == ["loss"] * 4 + ["eval_loss"]
+        curves.append([float(number) for *_, number in lines])
+    assert curves[0][3] < curves[0][0]
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], abs=2e-4)

@@ -1,4 +1,7 @@
-"""A batch on several ranks: statistics of all of it, exchanged with PyTorch's own collectives."""
+"""What ranks exchange, a batch or a vocabulary of which each has a part, with PyTorch's own collectives."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,22 +16,25 @@ Group = dist.ProcessGroup | DeviceMesh
 def ranks_of(group: Group) -> Ranks:
     """The ranks of a process group, or of a device mesh of one dimension.
 
-    Collectives of `objective.statistics` on it: forward two all-reduces, of 4·size and of 3 numbers; backward
-    none. They do not wait for the device.
+    Each of its functions is one all-reduce, which does not wait for the device. `objective.statistics` on it
+    takes two forward, of 4·size and of 3 numbers, and none backward.
     """
     process_group = group.get_group() if isinstance(group, DeviceMesh) else group
     rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
 
-    def total(x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x, group=process_group)
+    def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, op, group=process_group)
         return x
+
+    def total(x: Tensor) -> Tensor:
+        return all_reduce(x, dist.ReduceOp.SUM)
 
     def gather(x: Tensor) -> Tensor:
         mine = torch.arange(size, device=x.device) == rank
         return total(torch.where(mine[:, None], x, 0))
 
-    return Ranks(rank, size, gather, total)
+    return Ranks(rank, size, gather, total, lambda x: all_reduce(x, dist.ReduceOp.MAX))
 
 
 def abandon(ranks: Ranks, dtype: torch.dtype, device: torch.device) -> None:
@@ -40,14 +46,31 @@ def abandon(ranks: Ranks, dtype: torch.dtype, device: torch.device) -> None:
     ranks.total(torch.full((3,), torch.nan, dtype=dtype, device=device))
 
 
-def check_group(group: object) -> None:
-    """Raises unless statistics can be taken over it."""
+def check_group(name: str, group: object) -> None:
+    """Raises unless the argument `name` is a group of ranks."""
     if isinstance(group, dist.ProcessGroup):
         return
     if not isinstance(group, DeviceMesh):
-        raise TypeError(f"process_group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
+        raise TypeError(f"{name} must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
     if group.ndim != 1:
         raise ValueError(
-            f"process_group must be a DeviceMesh of one dimension, got {group.ndim} "
+            f"{name} must be a DeviceMesh of one dimension, got {group.ndim} "
             f"{group.mesh_dim_names or ''}: take one, mesh['name'], or flatten them"
         )
+
+
+def map_gradient(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """x, with function(gradient) in place of its gradient."""
+    result: Tensor = _MapGradient.apply(x, function)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _MapGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.function = function
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.function(grad), None

@@ -20,6 +20,7 @@ from nvamp.cross_entropy import (
 from nvamp.cross_entropy.backends import check_backend
 from nvamp.cross_entropy.checks import check_floating, check_labels, check_linear, check_logits
 from nvamp.cross_entropy.options import Options, TokenOptions, accumulate_dtype, checked
+from nvamp.cross_entropy.parts import has_dtensors
 from nvamp.objective import ALONE, GRADIENTS, Gradient, Ranks, Statistics
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class NVAMPOptions(TokenOptions, total=False):
     inplace_backward: bool
     accum_dtype: torch.dtype | None
     process_group: "Group | None"
+    vocab_group: "Group | None"
+    reduce_grad_hidden: bool
     backend: str | None
     on_stats: "Callable[[NVAMPStats], None] | None"
 
@@ -94,6 +97,8 @@ class Settings(NamedTuple):
     inplace_backward: bool = False
     accum_dtype: torch.dtype | None = None
     process_group: Any = None
+    vocab_group: Any = None
+    reduce_grad_hidden: bool = True
     backend: str | None = None
     on_stats: Callable[[NVAMPStats], None] | None = None
 
@@ -107,10 +112,11 @@ class Settings(NamedTuple):
         if not self.eps > 0:
             raise ValueError(f"eps must be above 0, got {self.eps}")
         check_backend(self.backend)
-        if self.process_group is not None:
-            from nvamp.distributed import check_group  # only here: PyTorch can be built without it
+        for name in ("process_group", "vocab_group"):
+            if (group := getattr(self, name)) is not None:
+                from nvamp.distributed import check_group  # only here: PyTorch can be built without it
 
-            check_group(self.process_group)
+                check_group(name, group)
         checked(Options(self.ignore_index, self.label_smoothing, self.z_loss, self.softcap, self.logit_scale))
         return self
 
@@ -170,14 +176,17 @@ def nvamp_loss(
 ) -> Tensor | tuple[Tensor, NVAMPStats]:
     """`nvamp.NVAMPLoss` as a function: its options are keyword arguments here."""
     c = Settings(**options).check()
-    check_logits(logits)
+    if has_dtensors(logits, labels):
+        from nvamp.dtensors import local_logits
+
+        logits, labels, vocab_group = local_logits(logits, labels, c.vocab_group)
+        c = c._replace(vocab_group=vocab_group)
+    check_logits(logits, part=c.vocab_group is not None)
     check_labels(labels, logits, "logits")
     labels = c.targets(labels)
-    ranks = c.ranks
-    nll = _taking_part(
-        ranks, logits, lambda: token_nll(logits, labels, inplace_backward=c.inplace_backward, **c.engine)
-    )
-    valid = labels != c.ignore_index
+    engine = {"inplace_backward": c.inplace_backward, "vocab_group": c.vocab_group, **c.engine}
+    ranks, valid = c.ranks, labels != c.ignore_index
+    nll = _taking_part(ranks, logits, lambda: token_nll(logits, labels, **engine))
     return _of_nll(nll.flatten(), valid.flatten(), num_items_in_batch, return_stats, c, ranks)
 
 
@@ -215,16 +224,26 @@ def linear_nvamp_loss(
 ) -> Tensor | tuple[Tensor, NVAMPStats]:
     """`nvamp.LinearNVAMPLoss` as a function: its options are keyword arguments here."""
     c = Settings(**options).check()
+    if has_dtensors(hidden, weight, labels):
+        from nvamp.dtensors import local_head
+
+        hidden, weight, labels, bias, vocab_group = local_head(hidden, weight, labels, bias, c.vocab_group)
+        c = c._replace(vocab_group=vocab_group)
     check_linear(hidden, weight, bias)
     check_labels(labels, hidden, "hidden")
     labels = c.targets(labels)
     valid = (labels != c.ignore_index).flatten()
-    one_pass = c.gradient in ("scalar", "detached") and can_one_pass(hidden, weight, bias, c.backend)
+    one_pass = (
+        c.vocab_group is None  # its parts would have to meet at every chunk
+        and c.gradient in ("scalar", "detached")
+        and can_one_pass(hidden, weight, bias, c.backend)
+    )
     ranks, engine = c.ranks, {"accum_dtype": c.accum_dtype, **c.engine}
     args = (hidden, weight, labels, bias)
     if one_pass:
         total, largest, nll = _taking_part(ranks, hidden, lambda: linear_nll_sum_max(*args, **engine))
     else:
+        engine |= {"vocab_group": c.vocab_group, "reduce_grad_hidden": c.reduce_grad_hidden}
         nll = _taking_part(ranks, hidden, lambda: linear_token_nll(*args, **engine))
     nll, ell = nll.flatten(), nll.detach().flatten()
     s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps, ranks=ranks)

@@ -33,6 +33,8 @@ class _NVAMP(nn.Module):
         inplace_backward: bool = False,
         accum_dtype: torch.dtype | None = None,
         process_group: "Group | None" = None,
+        vocab_group: "Group | None" = None,
+        reduce_grad_hidden: bool = True,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -50,13 +52,15 @@ class _NVAMP(nn.Module):
         self.inplace_backward = inplace_backward
         self.accum_dtype = accum_dtype
         self.process_group = process_group
+        self.vocab_group = vocab_group
+        self.reduce_grad_hidden = reduce_grad_hidden
         self.backend = backend
         self.on_stats: Callable[[NVAMPStats], None] | None = None
         Settings(**self._options()).check()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy with the same process group, which is the processes' and cannot be copied."""
-        memo[id(self.process_group)] = self.process_group
+        """A copy with the same groups, which are the processes' and cannot be copied."""
+        memo |= {id(group): group for group in (self.process_group, self.vocab_group)}
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
@@ -102,6 +106,9 @@ class NVAMPLoss(_NVAMP):
         process_group: the ranks that hold the batch together, a `ProcessGroup` or a `DeviceMesh` of one
             dimension. Every rank gets the loss of the whole batch, and a gradient whose mean over the ranks,
             which is what DDP and FSDP make, is that of the whole batch; see docs/distributed.md.
+        vocab_group: the ranks that have the vocabulary together, tensor parallel, each a part of it; see
+            `nvamp.functional.token_nll`. A linear loss then makes its logits again in the backward.
+        reduce_grad_hidden: of a linear loss with `vocab_group`; see `nvamp.functional.linear_token_nll`.
         backend: the engine's; `None` for the best one of the device.
 
     Attributes:

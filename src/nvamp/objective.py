@@ -27,12 +27,13 @@ GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
 
 
 class Ranks(NamedTuple):
-    """The ranks that hold a batch together, as seen by one of them. By default it holds all of it."""
+    """The ranks that hold something together, as seen by one of them. By default it holds all of it."""
 
     rank: int = 0
     size: int = 1
     gather: Callable[[Tensor], Tensor] = lambda x: x[None]  # [k] of every rank -> [size, k]
-    total: Callable[[Tensor], Tensor] = lambda x: x  # the sum of an x [k] of every rank
+    total: Callable[[Tensor], Tensor] = lambda x: x  # the sum of an x of every rank
+    maximum: Callable[[Tensor], Tensor] = lambda x: x  # the largest of every rank, by element
 
 
 ALONE = Ranks()

@@ -64,14 +64,34 @@ def test_opcheck_of_the_backward_operators(backend: str) -> None:
     needs = (True, True, False)
     nll, norm, *_ = ops.token_nll(p.logits, p.labels, False, False, *flat(backend))
     total, _, _, *units = ops.linear_nll_sum_max(*head, *needs, False, None, *flat(backend))
-    torch.library.opcheck(ops.token_nll_backward.default, (nll, p.logits, p.labels, norm, *flat(backend)))
-    torch.library.opcheck(
-        ops.linear_token_nll_backward.default, (nll, norm, *head, *needs, None, *flat(backend))
-    )
+    for classes in (None, torch.tensor(11)):
+        torch.library.opcheck(
+            ops.token_nll_backward.default, (nll, p.logits, p.labels, norm, classes, *flat(backend))
+        )
+        torch.library.opcheck(
+            ops.linear_token_nll_backward.default, (nll, norm, classes, *head, *needs, None, *flat(backend))
+        )
     torch.library.opcheck(
         ops.linear_nll_sum_max_backward.default,
         (*head[:3], total, total, *units, *needs, backend),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("v", [9, 0])
+@with_backend
+def test_opcheck_of_the_operators_on_parts(backend: str, v: int, dtype: torch.dtype) -> None:
+    p = make_problem(n=6, d=4, v=9, dtype=dtype)
+    logits, weight, bias = p.logits[:, :v], p.weight[:v], p.bias[:v]
+    head = [x.detach().requires_grad_() for x in (p.hidden, weight, bias)]
+    logits, args = logits.detach().requires_grad_(), flat(backend, **OPTIONS["all"])
+    torch.library.opcheck(ops.part_statistics.default, (logits.detach(), p.labels, *args))
+    torch.library.opcheck(
+        ops.linear_part_statistics.default, (*(x.detach() for x in head), p.labels, None, *args)
+    )
+    whole = (torch.zeros(6, 2), torch.zeros(6), torch.tensor(11))
+    torch.library.opcheck(ops.part_nll.default, (logits, p.labels, *whole, False, *args))
+    torch.library.opcheck(ops.linear_part_nll.default, (*head, p.labels, *whole, None, *args))
 
 
 @with_backend

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvamp.cross_entropy import backends, devices, linear, triton
+from nvamp.cross_entropy import backends, devices, linear, parts, triton
 from nvamp.cross_entropy.options import Head, Needs, Options
+from nvamp.objective import ALONE
 
 KERNELS = {"nll_kernel", "gradient_kernel", "unit_gradient_kernel", "scale_and_add_kernel"}
 
@@ -90,9 +91,13 @@ def test_nothing_looks_at_the_data(launched: list[tuple[Any, ...]], monkeypatch:
     assert {u.dtype for u in units} == {torch.float32}
     triton.scale_and_add(units[1], nll[0], nll[0], grad, hidden, out=head.weight)
     _, norm = linear.token_nll(triton, head, False, None, opt)  # type: ignore[arg-type]
-    grads = linear.token_nll_backward(triton, nll, norm, head, needs, None, opt)  # type: ignore[arg-type]
-    assert [g.shape for g in grads] == [(100, 32), (501, 32), (501,)]
-    assert {g.dtype for g in grads} == {torch.bfloat16}
+    targets = parts._Targets.of(head.labels, 501, opt, ALONE)
+    statistics = linear.part_statistics(triton, head._replace(labels=targets.labels), None, opt)  # type: ignore[arg-type]
+    assert [x.shape for x in parts._put_together(*statistics, targets, opt, ALONE)] == [(100,), (100, 2)]
+    for classes in (None, targets.classes):
+        grads = linear.token_nll_backward(triton, nll, norm, classes, head, needs, None, opt)  # type: ignore[arg-type]
+        assert [g.shape for g in grads] == [(100, 32), (501, 32), (501,)]
+        assert {g.dtype for g in grads} == {torch.bfloat16}
     assert {call[0].fn.__name__ for call in launched} == KERNELS
 
 
@@ -160,4 +165,4 @@ def test_other_sizes_and_options_compile_nothing_again() -> None:
         "for vocab in (128256, 50257):\n"
         "    print(kernels([Options()]), kernels([Options(z_loss=1e-4), Options(z_loss=2e-4)]))"
     )
-    assert done.stdout.split() == ["4"] * 4, done.stderr
+    assert done.stdout.split() == ["6"] * 4, done.stderr

@@ -10,10 +10,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
 
-from nvamp import NVAMPLoss
-from nvamp.integrations.transformers import Criterion, compute_loss_func
+from nvamp import LinearNVAMPLoss, NVAMPLoss
+from nvamp.integrations.transformers import Criterion, compute_loss_func, loss_function, patch, unpatch
 from nvamp.study.training import quiet
 
 WORLD, STEPS, ROWS, SEQ, V = 2, 4, 64, 12, 31
@@ -30,6 +31,7 @@ class Case(NamedTuple):
     accumulate: int = 1
     unequal: bool = True  # the rows have different numbers of scored tokens
     average: bool = True  # average_tokens_across_devices
+    path: str = "compute_loss_func"  # or "patch", or "loss_function"
 
     def criterion(self, grouped: bool) -> Criterion | None:
         if self.weights is None:
@@ -43,6 +45,9 @@ CASES = {
     "nvamp, own numbers": Case(ALL_TERMS, grouped=True, unequal=False, average=False),
     "grouped cross-entropy, accumulated": Case(CROSS_ENTROPY, grouped=True, accumulate=2),
     "grouped cross-entropy, own numbers": Case(CROSS_ENTROPY, grouped=True, average=False),
+    "nvamp, patched": Case(ALL_TERMS, grouped=True, path="patch"),
+    "nvamp, patched, accumulated": Case(ALL_TERMS, grouped=True, accumulate=2, path="patch"),
+    "nvamp, as loss_function": Case(ALL_TERMS, grouped=True, path="loss_function"),
     "cross-entropy": Case(CROSS_ENTROPY),
     "trainer": Case(None),
     "trainer, own numbers": Case(None, average=False),
@@ -101,12 +106,19 @@ def trained(case: Case, batch: int, accumulate: int, grouped: bool, folder: Path
     model = tiny()
     start = weights_of(model)
     criterion = case.criterion(grouped)
+    if case.path == "patch":
+        group = dist.group.WORLD if grouped else None
+        patch(model, LinearNVAMPLoss(**(case.weights or {}), process_group=group))
+    elif case.path == "loss_function" and criterion:
+        model.loss_function = loss_function(criterion)
     trainer = transformers.Trainer(
         model,
         arguments,
         train_dataset=Rows(case.unequal),
         eval_dataset=Rows(case.unequal),
-        compute_loss_func=criterion and compute_loss_func(criterion),
+        compute_loss_func=compute_loss_func(criterion)
+        if criterion and case.path == "compute_loss_func"
+        else None,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
@@ -148,6 +160,7 @@ def rank_of_all(rank: int, folder: Path) -> None:
         }
         torch.save(outcomes, folder / f"{rank}.pt")
         without_a_number_nothing_is_divided()
+        a_sharded_model_has_the_gradient_of_the_whole_batch()
     finally:
         dist.destroy_process_group()
 
@@ -157,6 +170,33 @@ def without_a_number_nothing_is_divided() -> None:
     logits, labels = torch.randn(2, SEQ, V, generator=g), torch.randint(V, (2, SEQ), generator=g)
     criterion = NVAMPLoss(process_group=dist.group.WORLD)
     assert compute_loss_func(criterion)({"logits": logits}, labels) == criterion(logits, labels)
+
+
+def a_sharded_model_has_the_gradient_of_the_whole_batch() -> None:
+    """FSDP2, with the output layer in the root's unit, and patched before or after."""
+    criterion = LinearNVAMPLoss(process_group=dist.group.WORLD)
+    g = torch.Generator().manual_seed(dist.get_rank())
+    tokens = torch.randint(V, (2, SEQ), generator=g)
+    alone = tiny()
+    NVAMPLoss(process_group=dist.group.WORLD)(alone(tokens).logits, tokens).backward()
+    for weight in alone.parameters():
+        dist.all_reduce(weight.grad)
+    for first in (True, False):
+        model = tiny()
+        if first:
+            patch(model, criterion)
+        for part in (*model.model.layers, model):
+            fully_shard(part)
+        if not first:
+            patch(model, criterion)
+        outputs = model(input_ids=tokens, labels=tokens)
+        outputs.loss.backward()
+        assert outputs.logits is None
+        if first:
+            with pytest.raises(TypeError, match="FSDPLlamaForCausalLM is sharded: unpatch a model before"):
+                unpatch(model)
+        for weight, expected in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(weight.grad.full_tensor(), expected.grad / WORLD)
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +228,18 @@ def assert_same_outcome(a: Outcome, b: Outcome) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["nvamp", "nvamp, accumulated", "nvamp, own numbers", "cross-entropy", "trainer"]
+    "name", [name for name in CASES if not name.startswith("grouped") and name != "trainer, own numbers"]
 )
 def test_two_ranks_are_one_process(name: str, on_ranks: list[dict[str, Outcome]], tmp_path: Path) -> None:
     expected = in_one_process(name, tmp_path)
     for outcomes in on_ranks:
         assert_same_outcome(outcomes[name], expected)
+
+
+@pytest.mark.parametrize("name", ["nvamp, patched", "nvamp, patched, accumulated", "nvamp, as loss_function"])
+def test_every_path_trains_the_same(name: str, on_ranks: list[dict[str, Outcome]]) -> None:
+    outcomes = on_ranks[0]
+    assert_same_outcome(outcomes[name], outcomes["nvamp, accumulated" if "accumulated" in name else "nvamp"])
 
 
 def test_micro_batches_of_two_ranks_add_up(on_ranks: list[dict[str, Outcome]], tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nvamp.study.compare
 from nvamp.study import StudyError
-from nvamp.study.compare import Settings, compare, finite, sentence, write_json
+from nvamp.study.compare import Settings, compare, finite, prepare, sentence, write_json
+from nvamp.study.inspect import inspect_text
 from nvamp.study.metrics import METRICS
 from nvamp.study.training import Progress, train
 
@@ -32,6 +34,9 @@ class Silent:
     def finished(self, record: dict[str, Any]) -> None:
         self.trained.append((record["loss"], record["seed"]))
 
+    def waiting(self) -> None:
+        pass
+
 
 @pytest.fixture
 def settings(text_dir: Path, model_dir: Path) -> Settings:
@@ -40,7 +45,9 @@ def settings(text_dir: Path, model_dir: Path) -> Settings:
 
 def study(settings: Settings, out: Path, **options: Any) -> tuple[dict[str, Any], Silent]:
     display = Silent()
-    return compare(settings, out, "nvamp compare", display, **options), display
+    results = compare(settings, out, "nvamp compare", display, **options)
+    assert results is not None
+    return results, display
 
 
 def without_times(results: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +145,38 @@ def test_trained_models_can_be_opened(settings: Settings, tmp_path: Path) -> Non
     assert len(AutoTokenizer.from_pretrained(directory)) == model.config.vocab_size
 
 
+def test_held_out_text_is_read_by_the_first_model_of_each_loss(settings: Settings, tmp_path: Path) -> None:
+    results, _ = study(settings, tmp_path)
+    assert results["pages"] == {"ce": "inspect/ce-seed0.html", "dft": "inspect/dft-seed0.html"}
+    assert sorted(tmp_path.glob("inspect/*")) == [tmp_path / page for page in results["pages"].values()]
+    data = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>',
+        (tmp_path / results["pages"]["dft"]).read_text(),
+    )
+    assert data
+    page = json.loads(data[1])
+    assert page["text"] == prepare(settings).excerpt
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "dft-seed0")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "models" / "dft-seed0")
+    again = inspect_text(model, tokenizer, page["text"])
+    assert page["statistics"]["mean"] == pytest.approx(float(again.statistics.mean), rel=1e-6)
+    assert page["statistics"]["mean"] == pytest.approx(
+        results["runs"][2]["metrics"]["cross_entropy"], rel=0.1
+    )
+
+
+def test_text_that_makes_no_page_is_no_failed_run(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_page(*args: Any) -> None:
+        raise StudyError("1 tokens, expected at least 2")
+
+    monkeypatch.setattr(nvamp.study.compare, "inspect_text", no_page)
+    results, display = study(settings, tmp_path)
+    assert len(display.trained) == 4
+    assert results["pages"] == {}
+
+
 def test_more_losses_and_seeds_may_join(settings: Settings, tmp_path: Path) -> None:
     study(Settings(**{**vars(settings), "losses": ("ce",), "seeds": 1}), tmp_path)
     results, display = study(settings, tmp_path)
@@ -233,7 +272,7 @@ def test_a_diverged_loss_has_no_numbers_and_no_verdict(
 ) -> None:
     def one_diverges(loss: Any, seed: int, *rest: Any) -> Any:
         run = train(loss, seed, *rest)
-        if (loss.name, seed) == ("dft", 1):
+        if (loss.name, seed) == ("dft", 0):
             run.nll[3] = np.nan
             run.curve[-1] = (6, float("nan"))
         return run
@@ -243,10 +282,11 @@ def test_a_diverged_loss_has_no_numbers_and_no_verdict(
     ce, dft = results["losses"]
     assert {dft["metrics"][key] for key in HELD_OUT} == {None}
     assert dft["metrics"]["tokens_per_second"] is not None
-    assert dft["diverged_seeds"] == [1]
+    assert dft["diverged_seeds"] == [0]
+    assert list(results["pages"]) == ["ce"]
     assert dft["density"] is dft["survival"] is None
     assert [point["step"] for point in dft["curve"]] == [0, 1, 2, 3, 4, 5]
-    assert dft["sentence"] == "dft diverged on seed 1 of 2: no verdict on dft."
+    assert dft["sentence"] == "dft diverged on seed 0 of 2: no verdict on dft."
     assert ce["metrics"]["cross_entropy"]["mean"] > 0
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nvamp.study import StudyError
 from nvamp.study.corpus import (
+    EXCERPT,
     build_corpus,
     frequency_classes,
     pack,
@@ -18,6 +19,7 @@ from nvamp.study.corpus import (
     spread,
     tokenize,
 )
+from tests.study.conftest import words
 
 
 @given(st.lists(st.text(min_size=1, max_size=300), min_size=1, max_size=60))
@@ -169,3 +171,12 @@ def test_a_bad_dataset_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
             read_documents([], [str(tmp_path / name)])
         assert str(error.value).startswith(f"--dataset {tmp_path / name}: {reason}")
         assert "\n" not in str(error.value)
+
+
+def test_the_excerpt_is_held_out_text(tokenizer: Any) -> None:
+    documents = [words(seed, 100 + seed) for seed in range(40)]
+    longest = sorted(split(documents)[1], key=len, reverse=True)
+    excerpt = build_corpus(documents, "words", 16, tokenizer).excerpt
+    assert excerpt == "\n\n".join(longest)
+    documents = [document * 40 for document in documents]
+    assert build_corpus(documents, "words", 16, tokenizer).excerpt == (longest[0] * 40)[:EXCERPT]

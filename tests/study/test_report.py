@@ -75,6 +75,7 @@ def results() -> dict[str, Any]:
         "parameters": 2_000_000,
         "grid": {"bin_edges": [0.0, 2.0, 4.0, 6.0], "thresholds": [0.0, 3.0, 6.0]},
         "losses": [loss(name, index, index == 0) for index, name in enumerate(names)],
+        "pages": {},
         "runs": [],
     }
 
@@ -126,6 +127,14 @@ def test_the_page_says_it_all(results: dict[str, Any], tmp_path: Path) -> None:
     ):
         assert expected in page.text
     assert page.text.count("better\n") == 2 * len(METRICS)
+
+
+def test_pages_of_token_losses_are_linked(results: dict[str, Any], tmp_path: Path) -> None:
+    assert "Token by token" not in render(results, tmp_path)
+    results["pages"] = {"ce": "inspect/ce-seed0.html", "nvamp": "inspect/nvamp-seed0.html"}
+    page = Page(render(results, tmp_path))
+    assert [a["href"] for tag, a in page.elements if tag == "a"] == list(results["pages"].values())
+    assert "held-out text as the models of seed 0 read it: ce, nvamp." in " ".join(page.text.split())
 
 
 def test_one_seed_is_said(results: dict[str, Any], tmp_path: Path) -> None:

@@ -4,14 +4,13 @@ Two primitives, `token_nll` from logits and `linear_token_nll` from hidden state
 latter for objectives whose gradient needs the sum and the maximum of the losses only.
 """
 
-from typing import Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from nvamp.cross_entropy import ops, reference
+from nvamp.cross_entropy import ops, parts, reference
 from nvamp.cross_entropy.backends import backend_for
 from nvamp.cross_entropy.checks import (
     check_accum_dtype,
@@ -21,6 +20,10 @@ from nvamp.cross_entropy.checks import (
     check_logits,
 )
 from nvamp.cross_entropy.options import Head, Needs, Options, TokenOptions, checked
+from nvamp.objective import Ranks
+
+if TYPE_CHECKING:
+    from nvamp.distributed import Group
 
 
 class TokenMetrics(NamedTuple):
@@ -38,6 +41,7 @@ def token_nll(
     ignore_index: int = ...,
     return_metrics: Literal[False] = ...,
     inplace_backward: bool = ...,
+    vocab_group: "Group | None" = ...,
     backend: str | None = ...,
     **options: Unpack[TokenOptions],
 ) -> Tensor: ...
@@ -49,6 +53,7 @@ def token_nll(
     ignore_index: int = ...,
     return_metrics: Literal[True],
     inplace_backward: bool = ...,
+    vocab_group: "Group | None" = ...,
     backend: str | None = ...,
     **options: Unpack[TokenOptions],
 ) -> tuple[Tensor, TokenMetrics]: ...
@@ -59,6 +64,7 @@ def token_nll(
     ignore_index: int = -100,
     return_metrics: bool = False,
     inplace_backward: bool = False,
+    vocab_group: "Group | None" = None,
     backend: str | None = None,
     **options: Unpack[TokenOptions],
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
@@ -78,6 +84,10 @@ def token_nll(
             it they hold their gradient. Where another backward needs them, PyTorch raises its error of a
             tensor modified in place. No effect on logits that are leaves, views of leaves, or overlap
             themselves, with `retain_graph=True`, under `torch.compile`, and on `"reference"`.
+        vocab_group: the ranks that have the logits together, each those of some classes, in their order;
+            labels are of the whole vocabulary, and the same on all of them. So are then the losses, and the
+            gradient is that by the rank's own logits. It takes three all-reduces of at most three numbers a
+            token. Logits that are a DTensor sharded over its last dimension say so themselves.
         backend: `"triton"`, `"chunked"`, `"reference"`, or `None` for the best one of the device.
         **options: see `TokenOptions`.
 
@@ -89,10 +99,17 @@ def token_nll(
         ValueError: a shape, device or option that does not fit; on a CPU also a label out of range, which on
             other devices, where a look would wait for the device, gives a loss and a gradient of NaN.
     """
-    check_logits(logits)
+    if parts.has_dtensors(logits, labels):
+        from nvamp.dtensors import local_logits  # only here: PyTorch can be built without it
+
+        logits, labels, vocab_group = local_logits(logits, labels, vocab_group)
+    check_logits(logits, part=vocab_group is not None)
     check_labels(labels, logits, "logits")
     opt = checked(Options(ignore_index, **options))
     name = backend_for(logits, backend)
+    if vocab_group is not None:
+        _refuse_metrics(return_metrics)
+        return parts.token_nll(logits, labels, inplace_backward, name, opt, _ranks_of(vocab_group))
     if name == "reference":
         nll, *metrics = reference.token_nll(logits, labels, return_metrics, opt)
     else:
@@ -110,6 +127,8 @@ def linear_token_nll(
     ignore_index: int = ...,
     return_metrics: Literal[False] = ...,
     accum_dtype: torch.dtype | None = ...,
+    vocab_group: "Group | None" = ...,
+    reduce_grad_hidden: bool = ...,
     backend: str | None = ...,
     **options: Unpack[TokenOptions],
 ) -> Tensor: ...
@@ -123,6 +142,8 @@ def linear_token_nll(
     ignore_index: int = ...,
     return_metrics: Literal[True],
     accum_dtype: torch.dtype | None = ...,
+    vocab_group: "Group | None" = ...,
+    reduce_grad_hidden: bool = ...,
     backend: str | None = ...,
     **options: Unpack[TokenOptions],
 ) -> tuple[Tensor, TokenMetrics]: ...
@@ -135,6 +156,8 @@ def linear_token_nll(
     ignore_index: int = -100,
     return_metrics: bool = False,
     accum_dtype: torch.dtype | None = None,
+    vocab_group: "Group | None" = None,
+    reduce_grad_hidden: bool = True,
     backend: str | None = None,
     **options: Unpack[TokenOptions],
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
@@ -151,20 +174,49 @@ def linear_token_nll(
         accum_dtype: in which the gradients by the weight of the chunks are added up: float32, or that of the
             weight, which saves memory and rounds at every chunk. By default float32 on an accelerator, and on
             a CPU where there are many chunks.
+        vocab_group: the ranks that have the weight and the bias together, each the rows of some classes, in
+            their order; hidden and labels are the same on all of them. A weight that is a DTensor sharded
+            over its rows is taken so where `hidden` is a replicated DTensor. With plain `hidden`, which every
+            rank has of its own, it is gathered, as under FSDP; see docs/distributed.md.
+        reduce_grad_hidden: with `vocab_group`, add up the gradients by `hidden` of its ranks, which is
+            another all-reduce; `False` for who does that elsewhere, as in a reduce-scatter of a sequence.
 
     The other arguments, the result and the errors are those of `token_nll`.
     """
-    head = _head(hidden, weight, labels, bias)
+    if parts.has_dtensors(hidden, weight, labels):
+        from nvamp.dtensors import local_head
+
+        hidden, weight, labels, bias, vocab_group = local_head(hidden, weight, labels, bias, vocab_group)
+    head = _head(hidden, weight, labels, bias, part=vocab_group is not None)
     check_accum_dtype(accum_dtype, head.weight)
     opt = checked(Options(ignore_index, **options))
     name = backend_for(hidden, backend)
+    if vocab_group is not None:
+        _refuse_metrics(return_metrics)
+        ranks = _ranks_of(vocab_group)
+        if reduce_grad_hidden:
+            from nvamp.distributed import map_gradient
+
+            head = head._replace(hidden=map_gradient(head.hidden, ranks.total))
+        return parts.linear_token_nll(head, accum_dtype, name, opt, ranks).view(labels.shape)
     if name == "reference":
-        labelled = (head.labels != ignore_index)[:, None]  # the other rows may hold anything
-        logits = F.linear(torch.where(labelled, head.hidden, 0), head.weight, head.bias)
+        logits = reference.logits_of(head, ignore_index)
         nll, *metrics = reference.token_nll(logits, head.labels, return_metrics, opt)
     else:
         nll, _, *metrics = ops.linear_token_nll(*head, return_metrics, accum_dtype, name, *opt)
     return _result(nll.view(labels.shape), metrics, return_metrics)
+
+
+def _ranks_of(vocab_group: "Group") -> Ranks:
+    from nvamp.distributed import check_group, ranks_of
+
+    check_group("vocab_group", vocab_group)
+    return ranks_of(vocab_group)
+
+
+def _refuse_metrics(return_metrics: bool) -> None:
+    if return_metrics:
+        raise ValueError("return_metrics=True needs the whole vocabulary on every rank")
 
 
 def can_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> bool:
@@ -212,12 +264,12 @@ def _result(nll: Tensor, metrics: list[Tensor], return_metrics: bool) -> Tensor 
     return nll, TokenMetrics(correct, entropy)
 
 
-def _head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Head:
+def _head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, part: bool = False) -> Head:
     """The arguments of the linear path: checked, flat, and cast as autocast casts those of `linear`."""
     check_linear(hidden, weight, bias)
     hidden, weight = hidden.to(_autocast_dtype(hidden)), weight.to(_autocast_dtype(weight))
     bias = None if bias is None else bias.to(_autocast_dtype(bias))
-    check_head(hidden, weight, bias)
+    check_head(hidden, weight, bias, part)
     check_labels(labels, hidden, "hidden")
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1))
 

@@ -13,17 +13,35 @@ class Backend(Protocol):
     `norm` [..., 2] is of each row the largest z, and log Σ exp(z − largest). Their sum is the log-sum-exp,
     but of large logits its rounding would be the error of a softmax made from it.
 
-    Labels are int32 or int64. One out of range gives NaN. Rows with `ignore_index` may hold anything; their
-    losses and gradients are 0.
+    Labels are int32 or int64. One out of range gives NaN, unless the logits are those of a part of the
+    vocabulary: there it is a label of another part. Rows with `ignore_index` may hold anything; their losses
+    and gradients are 0.
     """
 
     def token_nll(self, logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
         """(nll, norm), with `metrics` (nll, norm, entropy, correct), of logits [..., V] of any strides."""
 
+    def part_statistics(self, logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, ...]:
+        """(norm, z of the label or 0 where it is in another part, Σ z) of a part of the vocabulary.
+
+        `norm` is here the largest z and Σ exp(z − largest), without the logarithm, which adds up over parts.
+        Σ z is 0 unless there is label smoothing.
+        """
+
     def token_nll_backward(
-        self, grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, opt: Options, out: Tensor
+        self,
+        grad_nll: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        norm: Tensor,
+        opt: Options,
+        out: Tensor,
+        classes: Tensor | None = None,
     ) -> None:
-        """Writes the gradient of Σ grad_nll·nll by logits [..., V] to `out`: contiguous, or the logits."""
+        """Writes the gradient of Σ grad_nll·nll by logits [..., V] to `out`: contiguous, or the logits.
+
+        With `classes` the logits are those of a part of a vocabulary of that size, and `norm` of all of it.
+        """
 
     def unit_gradient_(self, logits: Tensor, labels: Tensor, opt: Options) -> Tensor:
         """nll of logits [rows, V], which become the gradient of Σ nll; what lies between rows may change."""

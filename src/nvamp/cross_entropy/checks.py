@@ -17,10 +17,13 @@ def check_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
-def check_logits(logits: Tensor) -> None:
-    """Raises unless logits are a floating-point [..., V] with at least two dimensions and V > 0."""
+def check_logits(logits: Tensor, part: bool = False) -> None:
+    """Raises unless logits are a floating-point [..., V] with at least two dimensions and V > 0.
+
+    A `part` of a vocabulary may be empty.
+    """
     check_floating("logits", logits)
-    if logits.dim() < 2 or logits.shape[-1] == 0:
+    if logits.dim() < 2 or (logits.shape[-1] == 0 and not part):
         raise ValueError(f"logits must have shape [..., vocabulary], got {list(logits.shape)}")
 
 
@@ -49,9 +52,9 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"hidden must have shape [..., features], got {list(hidden.shape)}")
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: bool = False) -> None:
     """Raises unless floating-point hidden [..., D], weight [V, D] and bias [V] make logits."""
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+    if weight.dim() != 2 or (weight.shape[0] == 0 and not part) or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must have shape [vocabulary, {hidden.shape[-1]}] for hidden {list(hidden.shape)}, "
             f"got {list(weight.shape)}"
@@ -73,12 +76,13 @@ def check_accum_dtype(accum_dtype: torch.dtype | None, weight: Tensor) -> None:
         raise ValueError(f"accum_dtype must be {names} for a weight in {weight.dtype}, got {accum_dtype}")
 
 
-def check_label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
+def check_label_range(labels: Tensor, vocab: int | Tensor, ignore_index: int) -> None:
     """Raises where a look costs nothing and a label is neither in [0, vocab) nor `ignore_index`."""
     if not devices.can_look(labels):
         return
     invalid = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if invalid.any():
+        vocab = int(vocab)
         raise ValueError(
             f"labels must be in [0, {vocab}) for a vocabulary of {vocab}, or ignore_index={ignore_index}, "
             f"got {int(labels[invalid][0])}"

@@ -42,11 +42,15 @@ class Targets(NamedTuple):
         return self.ignored is not None and devices.can_look(self.ignored) and bool(self.ignored.all())
 
 
-def targets_of(labels: Tensor, vocab: int, opt: Options) -> Targets:
-    """`Targets` of labels [...], flattened. Where one can look, labels out of range were refused before."""
+def targets_of(labels: Tensor, vocab: int, opt: Options, part: bool = False) -> Targets:
+    """`Targets` of labels [...], flattened.
+
+    Of a `part` of the vocabulary the labels of others are the invalid ones. Else, where one can look, labels
+    out of range were refused before.
+    """
     labels = labels.flatten().long()
     ignored = labels == opt.ignore_index
-    if devices.can_look(labels):
+    if devices.can_look(labels) and not part:
         return Targets(labels.masked_fill(ignored, 0), ignored if ignored.any() else None, None)
     invalid = ~ignored & ((labels < 0) | (labels >= vocab))
     return Targets(labels.masked_fill(ignored | invalid, 0), ignored, invalid)
@@ -91,20 +95,32 @@ def _losses(z: Tensor, targets: Targets, opt: Options, out: Tensor) -> tuple[Ten
 
 
 def _to_gradient(
-    p: Tensor, norm: Tensor, slope: Tensor | None, targets: Targets, grad_nll: Tensor, opt: Options
+    p: Tensor,
+    norm: Tensor,
+    slope: Tensor | None,
+    targets: Targets,
+    grad_nll: Tensor,
+    opt: Options,
+    classes: Tensor | None = None,
 ) -> None:
-    """Makes of the softmax p [rows, V] of a block, in place, the gradient of Σ grad_nll·nll by its logits."""
+    """Makes of the softmax p [rows, V] of a block, in place, the gradient of Σ grad_nll·nll by its logits.
+
+    With `classes` the block is of a part of a vocabulary of that size.
+    """
     # dnll/dz = p·(1 + 2·z_loss·lse) − (1 − label_smoothing)·[v = y] − label_smoothing/V
     w = (grad_nll * opt.logit_scale)[:, None]
     p.mul_(w * (1 + 2 * opt.z_loss * norm.sum(-1, keepdim=True)) if opt.z_loss else w)
-    p.scatter_add_(1, targets.label[:, None], (opt.label_smoothing - 1) * w)
+    at_label = (opt.label_smoothing - 1) * w
+    if classes is not None and targets.invalid is not None:
+        at_label = at_label.masked_fill(targets.invalid[:, None], 0)
+    p.scatter_add_(1, targets.label[:, None], at_label)
     if opt.label_smoothing:
-        p.sub_(w * (opt.label_smoothing / p.shape[1]))
+        p.sub_(w * opt.label_smoothing / (p.shape[1] if classes is None else classes))
     if slope is not None:
         p.mul_(slope)
     if targets.ignored is not None:
         p.masked_fill_(targets.ignored[:, None], 0)
-    if targets.invalid is not None:
+    if targets.invalid is not None and classes is None:
         p.masked_fill_(targets.invalid[:, None], torch.nan)
 
 
@@ -160,10 +176,38 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
     return results[0], norm.view(*labels.shape, 2), *results[1:]
 
 
+def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, ...]:
+    targets = targets_of(labels, logits.shape[-1], opt, part=True)
+    n = labels.numel()
+    buffer = _block_buffer(logits)
+    norm, at_label, sum_z = buffer.new_empty(n, 2), buffer.new_empty(n), buffer.new_zeros(n)
+    for x, at in _blocks(logits):
+        room = buffer[: len(x)]
+        z, _ = _activate(x, opt, room, want_slope=False)
+        at_label[at] = z.gather(1, targets.label[at][:, None])[:, 0]
+        if opt.label_smoothing:
+            sum_z[at] = z.sum(-1)
+        top = z.amax(-1)
+        below = torch.sub(z, torch.where(top == -torch.inf, 0, top)[:, None], out=room)
+        norm[at] = torch.stack((top, below.exp_().sum(-1)), -1)
+    if targets.invalid is not None:
+        at_label.masked_fill_(targets.invalid, 0)
+    if targets.ignored is not None:
+        for x in (norm, at_label, sum_z):
+            x[targets.ignored] = 0
+    return norm.view(*labels.shape, 2), at_label.view(labels.shape), sum_z.view(labels.shape)
+
+
 def token_nll_backward(
-    grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, opt: Options, out: Tensor
+    grad_nll: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    opt: Options,
+    out: Tensor,
+    classes: Tensor | None = None,
 ) -> None:
-    targets = targets_of(labels, logits.shape[-1], opt)
+    targets = targets_of(labels, logits.shape[-1], opt, part=classes is not None)
     grad_nll, norm = grad_nll.flatten(), norm.view(-1, 2)
     direct = out.dtype == norm.dtype
     buffer = out if direct else _block_buffer(logits)
@@ -175,8 +219,11 @@ def token_nll_backward(
             continue
         p = grad if direct else buffer[: len(x)]
         z, slope = _activate(x, opt, p, want_slope=True)
-        torch.softmax(z, -1, out=p)
-        _to_gradient(p, norm[at], slope, rows, grad_nll[at], opt)
+        if classes is None:
+            torch.softmax(z, -1, out=p)
+        else:
+            torch.sub(z, norm[at, :1], out=p).sub_(norm[at, 1:]).exp_()
+        _to_gradient(p, norm[at], slope, rows, grad_nll[at], opt, classes)
         if not direct:
             grad.copy_(p)
 

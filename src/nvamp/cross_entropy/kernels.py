@@ -3,7 +3,8 @@
 Statistics and gradients are computed in WIDE: float32, float64 for float64. `labels`, `nll` and `grad_nll`
 are flat, one element a row; `norm` has two, the largest z and log Σ exp(z − largest). Rows with
 `ignore_index` are not read; rows with a label out of range get NaN, and nothing is read or written out of
-bounds. Offsets of rows are 64 bits wide.
+bounds. Offsets of rows are 64 bits wide. With PART the logits are those of a part of the vocabulary, and a
+label out of range is in another.
 
 The options come as float64 scalars, so that a changed one compiles nothing again, with flags for what is off.
 """
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 # What differs from call to call, by alignment alone or by size, is not to make variants of a kernel.
-_FLAT = ("label_ptr", "nll_ptr", "norm_ptr", "grad_nll_ptr", "entropy_ptr", "correct_ptr")
+_FLAT = ("label_ptr", "nll_ptr", "norm_ptr", "grad_nll_ptr", "entropy_ptr", "correct_ptr", "classes_ptr")
 
 
 @triton.jit
@@ -89,7 +90,8 @@ def _statistics(
     STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One pass over a row: its norm, z of the label; where asked for, sum of z, entropy, correctness.
+    """One pass over a row: largest z, Σ exp(z − largest), z of the label; where asked for, Σ z, entropy,
+    correctness.
 
     Columns from `vocab` up to `readable` are there and mean nothing.
     """
@@ -119,8 +121,10 @@ def _statistics(
             total_z += tl.sum(tl.where(inside, z, 0))
         total = total * shrink + tl.sum(e)
         top = higher
-    log_sum = tl.log(total)
-    return top, log_sum, at_label, total_z, log_sum - weighted / total, beaten == 0
+    entropy = total
+    if METRICS:
+        entropy = tl.log(total) - weighted / total
+    return top, total, at_label, total_z, entropy, beaten == 0
 
 
 @triton.jit
@@ -199,31 +203,44 @@ def nll_kernel(
     SMOOTHED: tl.constexpr,
     Z_LOSS: tl.constexpr,
     METRICS: tl.constexpr,
+    PART: tl.constexpr,
     ADJACENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Losses and log-sum-exp of logits [outer, inner, V]: a program a row, which it reads once."""
+    """Losses and norm of logits [outer, inner, V]: a program a row, which it reads once.
+
+    With PART what they follow from: z of a label that is here to `nll`, Σ z to `entropy` if SMOOTHED, and to
+    `norm` Σ exp(z − largest) without the logarithm.
+    """
     row = tl.program_id(0)
     label = tl.load(label_ptr + row).to(tl.int64)
     if label == ignore_index:
         tl.store(nll_ptr + row, 0)
         tl.store(norm_ptr + 2 * row, 0)
         tl.store(norm_ptr + 2 * row + 1, 0)
-        if METRICS:
+        if METRICS or (PART and SMOOTHED):
             tl.store(entropy_ptr + row, 0)
+        if METRICS:
             tl.store(correct_ptr + row, 0)
         return
     valid = (label >= 0) & (label < vocab)
     label = tl.where(valid, label, 0)
     x_ptr = _row(x_ptr, row, inner, stride_outer, stride_inner)
-    top, log_sum, at_label, total_z, entropy, correct = _statistics(
+    top, total, at_label, total_z, entropy, correct = _statistics(
         x_ptr, label, vocab, vocab, stride_vocab, softcap, logit_scale,
         WIDE, CAPPED, SCALED, SMOOTHED, METRICS, ADJACENT, 1, BLOCK,
     )  # fmt: skip
-    nll = _loss(top, log_sum, at_label, total_z, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
-    tl.store(nll_ptr + row, tl.where(valid, nll, float("nan")))
     tl.store(norm_ptr + 2 * row, top)
-    tl.store(norm_ptr + 2 * row + 1, log_sum)
+    if PART:
+        tl.store(norm_ptr + 2 * row + 1, total)
+        tl.store(nll_ptr + row, tl.where(valid, at_label, 0))
+        if SMOOTHED:
+            tl.store(entropy_ptr + row, total_z)
+    else:
+        log_sum = tl.log(total)
+        tl.store(norm_ptr + 2 * row + 1, log_sum)
+        nll = _loss(top, log_sum, at_label, total_z, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
+        tl.store(nll_ptr + row, tl.where(valid, nll, float("nan")))
     if METRICS:
         tl.store(entropy_ptr + row, entropy)
         tl.store(correct_ptr + row, correct & valid)
@@ -236,6 +253,7 @@ def gradient_kernel(
     label_ptr,
     norm_ptr,
     grad_nll_ptr,
+    classes_ptr,
     inner,
     stride_outer,
     stride_inner,
@@ -254,10 +272,14 @@ def gradient_kernel(
     SCALED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     Z_LOSS: tl.constexpr,
+    PART: tl.constexpr,
     ADJACENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradient of Σ grad_nll·nll by logits [outer, inner, V], which may be `out`: a program a block."""
+    """Gradient of Σ grad_nll·nll by logits [outer, inner, V], which may be `out`: a program a block.
+
+    With PART `norm` is that of the whole vocabulary, and its size is at `classes`.
+    """
     blocks = tl.cdiv(vocab, BLOCK)
     row = tl.program_id(0) // blocks
     start = (tl.program_id(0) - row * blocks) * BLOCK
@@ -269,13 +291,19 @@ def gradient_kernel(
     if label == ignore_index:
         tl.store(out_ptr + out_offsets, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=inside)
         return
-    weight = tl.where((label >= 0) & (label < vocab), tl.load(grad_nll_ptr + row), float("nan"))
+    weight = tl.load(grad_nll_ptr + row)
+    classes = vocab
+    if PART:
+        classes = tl.load(classes_ptr)
+    else:
+        weight = tl.where((label >= 0) & (label < vocab), weight, float("nan"))
     top, log_sum = tl.load(norm_ptr + 2 * row), tl.load(norm_ptr + 2 * row + 1)
     x = tl.load(_row(x_ptr, row, inner, stride_outer, stride_inner) + offsets, mask=inside, other=0)
     z, slope = _z_and_slope(x, softcap, logit_scale, WIDE, CAPPED, SCALED)
     g = _gradient(
-        z, slope, columns, label, top, log_sum, weight, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS
-    )
+        z, slope, columns, label, top, log_sum, weight, classes, label_smoothing, z_loss,
+        WIDE, SMOOTHED, Z_LOSS,
+    )  # fmt: skip
     tl.store(out_ptr + out_offsets, g.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -317,10 +345,11 @@ def unit_gradient_kernel(
         return
     weight = tl.where((label >= 0) & (label < vocab), tl.full((), 1, WIDE), float("nan"))
     label = tl.where((label >= 0) & (label < vocab), label, 0)
-    top, log_sum, at_label, total_z, _, _ = _statistics(
+    top, total, at_label, total_z, _, _ = _statistics(
         x_ptr, label, vocab, pitch, 1, softcap, logit_scale,
         WIDE, CAPPED, SCALED, SMOOTHED, False, True, 3, BLOCK,
     )  # fmt: skip
+    log_sum = tl.log(total)
     nll = _loss(top, log_sum, at_label, total_z, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
     tl.store(nll_ptr + row, nll * weight)
     tl.debug_barrier()  # the logit of the label has been read by all before one overwrites it

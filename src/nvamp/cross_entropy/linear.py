@@ -3,7 +3,7 @@
 All of it is matrix products of PyTorch's own; what is done to the rows of a chunk is the backend's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -199,23 +199,48 @@ def token_nll(
     backend: Backend, head: Head, metrics: bool, accum_dtype: torch.dtype | None, opt: Options
 ) -> tuple[Tensor, ...]:
     """(nll, norm) or, with `metrics`, (nll, norm, entropy, correct), [N, ...] each."""
+    return _of_each_chunk(
+        lambda logits, labels: backend.token_nll(logits, labels, metrics, opt), head, accum_dtype, opt
+    )
+
+
+def part_statistics(
+    backend: Backend, head: Head, accum_dtype: torch.dtype | None, opt: Options
+) -> tuple[Tensor, ...]:
+    """Those of the backend, where the weight is that of a part of the vocabulary; [N, ...] each."""
+    return _of_each_chunk(
+        lambda logits, labels: backend.part_statistics(logits, labels, opt), head, accum_dtype, opt
+    )
+
+
+def _of_each_chunk(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    head: Head,
+    accum_dtype: torch.dtype | None,
+    opt: Options,
+) -> tuple[Tensor, ...]:
+    """What a function makes of the logits [rows, V] and labels [rows] of each chunk, [N, ...] each."""
     rows = _Rows.of(head, opt, compact=devices.can_wait(head.hidden))
-    chunks = [backend.token_nll(x, rows.labels[at], metrics, opt) for x, _, at in rows.chunks(accum_dtype)]
+    chunks = [function(x, rows.labels[at]) for x, _, at in rows.chunks(accum_dtype)]
     if not chunks:
-        chunks = [backend.token_nll(head.weight.new_empty(0, len(head.weight)), rows.labels, metrics, opt)]
-    return tuple(rows.scatter(torch.cat(parts)) for parts in zip(*chunks, strict=True))
+        chunks = [function(head.weight.new_empty(0, len(head.weight)), rows.labels)]
+    return tuple(rows.scatter(torch.cat(results)) for results in zip(*chunks, strict=True))
 
 
 def token_nll_backward(
     backend: Backend,
     grad_nll: Tensor,
     norm: Tensor,
+    classes: Tensor | None,
     head: Head,
     needs: Needs,
     accum_dtype: torch.dtype | None,
     opt: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of Σ grad_nll·nll by hidden, weight and bias, in their dtypes."""
+    """Gradients of Σ grad_nll·nll by hidden, weight and bias, in their dtypes.
+
+    With `classes` the weight is that of a part of a vocabulary of that size, and `norm` of all of it.
+    """
     rows = _Rows.of(head, opt, compact=devices.can_wait(head.hidden))
     norm, grad_nll = rows.gather(norm), rows.gather(grad_nll)
     sum_dtype = _sum_dtype(head, len(rows.labels), accum_dtype)
@@ -223,7 +248,9 @@ def token_nll_backward(
 
     def take_chunks() -> None:  # a function, so that the chunk is gone before the gradient is rounded
         for x, h, at in rows.chunks(accum_dtype):
-            backend.token_nll_backward(grad_nll[at], x, rows.labels[at], norm[at], opt, out=x)
+            backend.token_nll_backward(
+                grad_nll[at], x, rows.labels[at], norm[at], opt, out=x, classes=classes
+            )
             grads.add(x, h, at)
 
     take_chunks()

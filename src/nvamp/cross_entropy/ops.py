@@ -6,10 +6,16 @@ nvamp::linear_token_nll      losses from hidden states; the backward recomputes 
 nvamp::linear_nll_sum_max    sum and maximum of the losses from hidden states, in three products: the
                              gradient of the sum is made while each chunk of logits is there, and the
                              backward scales it and adds the rank-one gradient of the largest loss
+
+The first two have twins for a vocabulary in parts, one on each rank. Between what they do, the parts are put
+together: `nvamp.cross_entropy.parts`.
+
+nvamp::part_statistics, nvamp::linear_part_statistics    what the losses follow from, of one part
+nvamp::part_nll, nvamp::linear_part_nll                  the losses, and their gradients by that part
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -84,27 +90,32 @@ def _(logits: Tensor, labels: Tensor, metrics: bool, inplace_backward: bool, *ar
 @torch.library.custom_op(
     "nvamp::token_nll_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_nll, Tensor logits, Tensor labels, Tensor norm, {_OPTIONS}) -> Tensor",
+    schema="(Tensor grad_nll, Tensor logits, Tensor labels, Tensor norm, Tensor? classes, "
+    f"{_OPTIONS}) -> Tensor",
 )
-def token_nll_backward(grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, *args: Any) -> Tensor:
+def token_nll_backward(
+    grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, classes: Tensor | None, *args: Any
+) -> Tensor:
     backend, opt = _backend(args)
     grad = in_huge_pages(logits.new_empty(logits.shape))
-    backend.token_nll_backward(grad_nll, logits, labels, norm, opt, out=grad)
+    if logits.shape[-1]:
+        backend.token_nll_backward(grad_nll, logits, labels, norm, opt, out=grad, classes=classes)
     return grad
 
 
 @token_nll_backward.register_fake
-def _(grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, *args: Any) -> Tensor:
+def _(grad_nll: Tensor, logits: Tensor, *args: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
 def _token_nll_backward_(
-    grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, *args: Any
+    grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, classes: Tensor | None, *args: Any
 ) -> Tensor:
     """The gradient in the memory of the logits, so that whoever still needs them gets PyTorch's error."""
     backend, opt = _backend(args)
     grad = logits.detach()
-    backend.token_nll_backward(grad_nll, grad, labels, norm, opt, out=grad)
+    if logits.shape[-1]:
+        backend.token_nll_backward(grad_nll, grad, labels, norm, opt, out=grad, classes=classes)
     torch.autograd.graph.increment_version(grad)
     return grad
 
@@ -117,10 +128,22 @@ def _token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None
 
 def _token_nll_autograd(ctx: Any, grad_nll: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     logits, labels, norm = ctx.saved_tensors
-    in_place = ctx.inplace and not _is_of_leaf(logits) and _may_use_up(logits) and _no_overlap(logits)
-    backward = _token_nll_backward_ if in_place else torch.ops.nvamp.token_nll_backward
-    grad = backward(grad_nll, logits, labels, norm, *ctx.args)
+    grad = _logits_gradient(grad_nll, logits, labels, norm, None, ctx.inplace, ctx.args)
     return grad, None, None, None, *(None for _ in ctx.args)
+
+
+def _logits_gradient(
+    grad_nll: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    classes: Tensor | None,
+    inplace: bool,
+    args: list[Any],
+) -> Tensor:
+    in_place = inplace and not _is_of_leaf(logits) and _may_use_up(logits) and _no_overlap(logits)
+    backward = _token_nll_backward_ if in_place else torch.ops.nvamp.token_nll_backward
+    return cast(Tensor, backward(grad_nll, logits, labels, norm, classes, *args))
 
 
 def _may_use_up(saved: Tensor) -> bool:
@@ -175,17 +198,19 @@ def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, metrics: bool, 
 @torch.library.custom_op(
     "nvamp::linear_token_nll_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_nll, Tensor norm, {_HEAD}, {_NEEDS}, ScalarType? accum_dtype, {_OPTIONS}) "
-    f"-> ({_GRADIENTS})",
+    schema=f"(Tensor grad_nll, Tensor norm, Tensor? classes, {_HEAD}, {_NEEDS}, ScalarType? accum_dtype, "
+    f"{_OPTIONS}) -> ({_GRADIENTS})",
 )
-def linear_token_nll_backward(grad_nll: Tensor, norm: Tensor, *args: Any) -> Tensors:
+def linear_token_nll_backward(grad_nll: Tensor, norm: Tensor, classes: Tensor | None, *args: Any) -> Tensors:
     head, needs, (backend, opt) = Head(*args[:4]), Needs(*args[4:7]), _backend(args[8:])
+    if not len(head.weight):
+        return tuple(torch.zeros_like(x) for x in _fake_gradients(head, needs, head.weight.dtype))
     with _as_is(head.hidden):
-        return linear.token_nll_backward(backend, grad_nll, norm, head, needs, args[7], opt)
+        return linear.token_nll_backward(backend, grad_nll, norm, classes, head, needs, args[7], opt)
 
 
 @linear_token_nll_backward.register_fake
-def _(grad_nll: Tensor, norm: Tensor, *args: Any) -> Tensors:
+def _(grad_nll: Tensor, norm: Tensor, classes: Tensor | None, *args: Any) -> Tensors:
     head = Head(*args[:4])
     return _fake_gradients(head, Needs(*args[4:7]), head.weight.dtype)
 
@@ -193,7 +218,7 @@ def _(grad_nll: Tensor, norm: Tensor, *args: Any) -> Tensors:
 def _linear_token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.args = inputs[5:]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[1], *inputs[:4])
+    ctx.save_for_backward(output[1], None, *inputs[:4])
 
 
 def _linear_token_nll_autograd(ctx: Any, grad_nll: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -327,3 +352,111 @@ def _linear_nll_sum_max_autograd(
 
 
 linear_nll_sum_max.register_autograd(_linear_nll_sum_max_autograd, setup_context=_linear_nll_sum_max_setup)
+
+
+# A vocabulary in parts --------------------------------------------------------------------------------
+
+_STATISTICS = "(Tensor norm, Tensor at_label, Tensor sum_z)"
+_WHOLE = "Tensor norm, Tensor nll, Tensor classes"  # of the whole vocabulary
+
+
+def _of_no_class(x: Tensor, labels: Tensor) -> Tensors:
+    """The statistics of an empty part."""
+    zeros = x.new_zeros(labels.shape, dtype=accumulate_dtype(x.dtype))
+    return torch.stack((zeros - torch.inf, zeros), -1), zeros, zeros.clone()
+
+
+def _fake_statistics(x: Tensor, labels: Tensor) -> Tensors:
+    nll, norm, *_ = _fake_tokens(x, labels, False)
+    return norm, nll, torch.empty_like(nll)
+
+
+@torch.library.custom_op(
+    "nvamp::part_statistics",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor labels, {_OPTIONS}) -> {_STATISTICS}",
+)
+def part_statistics(logits: Tensor, labels: Tensor, *args: Any) -> Tensors:
+    backend, opt = _backend(args)
+    if not logits.shape[-1]:
+        return _of_no_class(logits, labels)
+    return backend.part_statistics(logits, labels, opt)
+
+
+@part_statistics.register_fake
+def _(logits: Tensor, labels: Tensor, *args: Any) -> Tensors:
+    return _fake_statistics(logits, labels)
+
+
+@torch.library.custom_op(
+    "nvamp::part_nll",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor labels, {_WHOLE}, bool inplace_backward, {_OPTIONS}) -> Tensor",
+)
+def part_nll(logits: Tensor, labels: Tensor, norm: Tensor, nll: Tensor, *args: Any) -> Tensor:
+    return nll.clone()
+
+
+@part_nll.register_fake
+def _(logits: Tensor, labels: Tensor, norm: Tensor, nll: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(nll)
+
+
+def _part_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, labels, norm, _, classes, ctx.inplace, *ctx.args = inputs
+    ctx.save_for_backward(logits, labels, norm, classes)
+
+
+def _part_nll_autograd(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+    logits, labels, norm, classes = ctx.saved_tensors
+    grad = _logits_gradient(grad_nll, logits, labels, norm, classes, ctx.inplace, ctx.args)
+    return grad, None, None, None, None, None, *(None for _ in ctx.args)
+
+
+part_nll.register_autograd(_part_nll_autograd, setup_context=_part_nll_setup)
+
+
+@torch.library.custom_op(
+    "nvamp::linear_part_statistics",
+    mutates_args=(),
+    schema=f"({_HEAD}, ScalarType? accum_dtype, {_OPTIONS}) -> {_STATISTICS}",
+)
+def linear_part_statistics(*args: Any) -> Tensors:
+    head, (backend, opt) = Head(*args[:4]), _backend(args[5:])
+    if not len(head.weight):
+        return _of_no_class(head.hidden, head.labels)
+    with _as_is(head.hidden):
+        return linear.part_statistics(backend, head, args[4], opt)
+
+
+@linear_part_statistics.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, *args: Any) -> Tensors:
+    return _fake_statistics(hidden, labels)
+
+
+@torch.library.custom_op(
+    "nvamp::linear_part_nll",
+    mutates_args=(),
+    schema=f"({_HEAD}, {_WHOLE}, ScalarType? accum_dtype, {_OPTIONS}) -> Tensor",
+)
+def linear_part_nll(*args: Any) -> Tensor:
+    return cast(Tensor, args[5].clone())
+
+
+@linear_part_nll.register_fake
+def _(*args: Any) -> Tensor:
+    return torch.empty_like(args[5])
+
+
+def _linear_part_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.args = inputs[7:]
+    ctx.save_for_backward(inputs[4], inputs[6], *inputs[:4])
+
+
+def _linear_part_nll_autograd(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+    needs = Needs(*ctx.needs_input_grad[:3])
+    grads = torch.ops.nvamp.linear_token_nll_backward(grad_nll, *ctx.saved_tensors, *needs, *ctx.args)
+    return *_present(grads, needs), None, None, None, None, *(None for _ in ctx.args)
+
+
+linear_part_nll.register_autograd(_linear_part_nll_autograd, setup_context=_linear_part_nll_setup)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvamp.cross_entropy.checks import check_label_range
-from nvamp.cross_entropy.options import Options, accumulate_dtype
+from nvamp.cross_entropy.options import Head, Options, accumulate_dtype
 
 
 def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
@@ -16,10 +16,7 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
     valid, vocab = labels != opt.ignore_index, logits.shape[-1]
     if not torch.compiler.is_compiling():
         check_label_range(labels, vocab, opt.ignore_index)
-    x = logits.to(accumulate_dtype(logits.dtype))
-    z = opt.logit_scale * torch.where(valid[..., None], x, 0)  # ignored rows may hold anything
-    if opt.softcap is not None:
-        z = opt.softcap * torch.tanh(z / opt.softcap)
+    z = _z(logits, valid, opt)
     nll = F.cross_entropy(
         z.flatten(0, -2),
         labels.flatten().long(),
@@ -34,3 +31,25 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
     p = z.detach().softmax(-1)
     entropy = torch.where(valid, torch.special.entr(p).sum(-1), 0)
     return nll, entropy, valid & (z.argmax(-1) == labels)
+
+
+def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of `Backend.part_statistics`, differentiable; a label of another part is below 0."""
+    z = _z(logits, labels != opt.ignore_index, opt)
+    padded = F.pad(z, (0, 1), value=-torch.inf)  # never empty
+    top = padded.detach().amax(-1)
+    below = padded - torch.where(top == -torch.inf, 0, top)[..., None]
+    at_label = padded.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return torch.stack((top, below.exp().sum(-1)), -1), torch.where(labels < 0, 0, at_label), z.sum(-1)
+
+
+def logits_of(head: Head, ignore_index: int) -> Tensor:
+    """All of them; of a row without a label, which may hold anything, those of a hidden state of zeros."""
+    labelled = (head.labels != ignore_index)[:, None]
+    return F.linear(torch.where(labelled, head.hidden, 0), head.weight, head.bias)
+
+
+def _z(logits: Tensor, valid: Tensor, opt: Options) -> Tensor:
+    x = logits.to(accumulate_dtype(logits.dtype))
+    z = opt.logit_scale * torch.where(valid[..., None], x, 0)  # ignored rows may hold anything
+    return z if opt.softcap is None else opt.softcap * torch.tanh(z / opt.softcap)

@@ -116,11 +116,24 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
+    nll, norm, entropy, correct = _pass_over(logits, labels, opt, METRICS=metrics)
+    return (nll, norm, entropy, correct) if metrics else (nll, norm)
+
+
+def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, ...]:
+    at_label, norm, sum_z, _ = _pass_over(logits, labels, opt, PART=True)
+    return norm, at_label, sum_z if opt.label_smoothing else torch.zeros_like(at_label)
+
+
+def _pass_over(
+    logits: Tensor, labels: Tensor, opt: Options, METRICS: bool = False, PART: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """nll, norm, entropy and correct of `nll_kernel`; the last two mean nothing where not asked for."""
     wide, vocab = accumulate_dtype(logits.dtype), logits.shape[-1]
     nll = torch.empty(labels.shape, dtype=wide, device=labels.device)
     norm = nll.new_empty(*labels.shape, 2)
-    entropy = torch.empty_like(nll) if metrics else nll
-    correct = torch.empty_like(nll, dtype=torch.bool) if metrics else nll
+    entropy = torch.empty_like(nll) if METRICS or PART else nll
+    correct = torch.empty_like(nll, dtype=torch.bool) if METRICS else nll
     flat = [t.contiguous().flatten(0, labels.dim() - 1) for t in (labels, nll, norm, entropy, correct)]
     for x, rows in _planes(logits):
         launch(
@@ -132,15 +145,22 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
             x.shape[1],
             *_strides(x),
             vocab,
-            METRICS=metrics,
+            METRICS=METRICS,
+            PART=PART,
             ADJACENT=x.stride(-1) == 1,
             **options_of(opt, wide),
         )
-    return (nll, norm, entropy, correct) if metrics else (nll, norm)
+    return nll, norm, entropy, correct
 
 
 def token_nll_backward(
-    grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, opt: Options, out: Tensor
+    grad_nll: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    opt: Options,
+    out: Tensor,
+    classes: Tensor | None = None,
 ) -> None:
     vocab = logits.shape[-1]
     sizes = streaming(vocab, logits.dtype, opt.softcap is not None)
@@ -154,10 +174,12 @@ def token_nll_backward(
             x,
             grad,
             *(t[rows] for t in flat),
+            labels if classes is None else classes,
             x.shape[1],
             *_strides(x),
             *_strides(grad),
             vocab,
+            PART=classes is not None,
             ADJACENT=x.stride(-1) == grad.stride(-1) == 1,
             **options_of(opt, norm.dtype),
         )

@@ -1,12 +1,14 @@
-"""NVAMP, or any other criterion, as the loss of the Hugging Face `Trainer`."""
+"""NVAMP, or any other criterion, as the loss of a Hugging Face model or of the `Trainer`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
 
-# (logits [B, S, V], labels [B, S], num_items_in_batch=...) -> scalar; it shifts the labels itself.
-Criterion = Callable[..., Tensor]
+from nvamp.integrations.model_loss import Criterion, ModelLoss, share
+from nvamp.integrations.patching import patch, unpatch
+
+__all__ = ["Criterion", "LossFunction", "compute_loss_func", "logits_of", "loss_function", "patch", "unpatch"]
 
 
 class LossFunction(Protocol):
@@ -18,23 +20,10 @@ class LossFunction(Protocol):
 
 
 def compute_loss_func(criterion: Criterion) -> LossFunction:
-    """`criterion` as the `compute_loss_func` of a `Trainer`.
+    """`criterion` as the `compute_loss_func` of a `Trainer`, which then leaves the model's own loss out.
 
-    The `Trainer` takes the labels out of the batch before it calls the model, so the model computes no loss
-    of its own, and passes the number of scored tokens of the whole optimizer step as `num_items_in_batch`:
-    losses of accumulated micro-batches add up.
-
-    On several ranks the `Trainer` counts those tokens over all of them. It multiplies the loss of each rank
-    by the number of ranks, because DDP and FSDP take the mean of the gradients, and logs the mean of the
-    products: the losses of ranks add up as well. A criterion with a `process_group` gives every rank the loss
-    of all of them, and the sum would count it once per rank. So its loss is divided by the size of the group
-    here; the logged loss and the gradient are then those of the whole batch. In evaluation it is the same.
-
-    With `average_tokens_across_devices=False` the number of tokens is the rank's own, and the `Trainer`
-    multiplies by nothing. The division is right there too: the gradient is the mean of those of the ranks,
-    each by its own number, which is what that option asks for. But the logged loss is that of the whole batch
-    only where all ranks have equally many tokens. Where no number is given nothing is divided: the value is
-    that of the criterion, and the mean of the gradients that of the whole batch.
+    Where the `Trainer` gives the number of tokens of the optimizer step, the loss of a criterion with a
+    `process_group` is divided by the size of the group; docs/transformers.md says why.
 
     Args:
         criterion: called as `criterion(logits [B, S, V], labels [B, S], num_items_in_batch=...)`, gives a
@@ -53,19 +42,25 @@ def compute_loss_func(criterion: Criterion) -> LossFunction:
         if labels is None:
             raise ValueError("labels are missing: the batches of the Trainer need a column named 'labels'")
         value = criterion(logits_of(outputs), labels, num_items_in_batch=num_items_in_batch)
-        return value if num_items_in_batch is None else value / _group_size(criterion)
+        return share(value, num_items_in_batch, criterion)
 
     return loss
 
 
-def _group_size(criterion: Criterion) -> int:
-    """How many ranks get the same loss from the criterion."""
-    group = getattr(criterion, "process_group", None)
-    if group is None:
-        return 1
-    from nvamp.distributed import ranks_of  # only here: PyTorch can be built without it
+def loss_function(criterion: Criterion) -> ModelLoss:
+    """`criterion` as `model.loss_function`: the model computes its logits, and this loss of them.
 
-    return ranks_of(group).size
+    It is called as transformers' `ForCausalLMLoss` is, and with `num_items_in_batch` follows the convention
+    of `compute_loss_func`.
+
+    Args:
+        criterion: as for `compute_loss_func`. Batches with `shift_labels`, shifted before they were split
+            over ranks, need an `NVAMPLoss`.
+
+    Example:
+        model.loss_function = loss_function(NVAMPLoss())
+    """
+    return ModelLoss(criterion)
 
 
 def logits_of(outputs: Any) -> Tensor:

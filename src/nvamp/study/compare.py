@@ -4,8 +4,9 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from math import inf
@@ -20,8 +21,10 @@ from numpy.typing import NDArray
 import nvamp
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus, build_corpus, frequency_classes, read_documents
+from nvamp.study.inspect import inspect_text, write_page
 from nvamp.study.losses import Loss, parse_losses
 from nvamp.study.metrics import METRICS, VERDICT_KEYS, difference, estimate, held_out_metrics, verdict
+from nvamp.study.ranks import POLL, Peers
 from nvamp.study.training import Progress, Recipe, Run, load_tokenizer, max_positions, quiet, train
 
 SEQUENCE = 64  # tokens of a block for the built-in model
@@ -32,6 +35,7 @@ BINS = 60  # of the distribution of token losses
 TAIL_POINTS = 120  # of the survival function
 
 Json = dict[str, Any]
+Pair = tuple[Loss, int]  # a loss and a seed: what a run is of
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,13 @@ class Display(Protocol):
         """The text is ready; of `runs` runs, `kept` are finished already."""
 
     def run(self, loss: str, seed: int) -> Progress:
-        """A run begins."""
+        """A run of this process begins."""
 
     def finished(self, record: Json) -> None:
-        """A run is finished and kept."""
+        """A run is finished and kept, of this process or of another rank."""
+
+    def waiting(self) -> None:
+        """The runs of this process are finished, those of other ranks are not."""
 
 
 class Store:
@@ -107,15 +114,28 @@ class Store:
                 self._clear()
             self.out.mkdir(parents=True, exist_ok=True)
             kept = json.loads(settings.read_text()) if settings.exists() else conditions
-            _check_conditions(self.out, kept, conditions)
-            for part in ("runs", "models"):
+            if changed := _changed(kept, conditions, "now"):
+                raise StudyError(
+                    f"{self.out} holds runs made with {changed}: "
+                    "choose another --out, or start anew with --overwrite"
+                )
+            for part in ("runs", "models", "inspect"):
                 (self.out / part).mkdir(exist_ok=True)
             write_json(settings, conditions)
         except (OSError, json.JSONDecodeError) as error:
             raise StudyError(f"--out {self.out}: {error}") from error
 
+    def join(self, conditions: Json, rank: int) -> None:
+        """Look at what the first rank has claimed: a `StudyError` where it is not what this rank would."""
+        try:
+            claimed = json.loads((self.out / "settings.json").read_text())
+        except OSError as error:
+            raise StudyError(f"--out {self.out}: not the directory of the first rank: {error}") from error
+        if changed := _changed(claimed, conditions, f"on rank {rank}"):
+            raise StudyError(f"the ranks differ: {changed}")
+
     def _clear(self) -> None:
-        for name in ("runs", "models"):
+        for name in ("runs", "models", "inspect"):
             shutil.rmtree(self.out / name, ignore_errors=True)
         for name in ("settings.json", "results.json", "report.html"):
             (self.out / name).unlink(missing_ok=True)
@@ -129,14 +149,26 @@ class Store:
         """The held-out token losses of a finished run, [tokens]."""
         return np.asarray(np.load(self._nll(loss, seed)))
 
-    def save(self, loss: Loss, seed: int, record: Json, run: Run, tokenizer: Any) -> None:
-        """Keep a finished run. The record comes last: where it is, all of the run is."""
+    def save(self, loss: Loss, seed: int, record: Json, run: Run, corpus: Corpus) -> None:
+        """Keep a finished run. The record comes last: where it is, all of the run is.
+
+        Of the first seed, unless it diverged, a page of held-out text as the model reads it is part of it.
+        """
         with _replacing(self.out / "models" / f"{loss.slug}-seed{seed}") as directory:
             run.model.save_pretrained(directory)
-            tokenizer.save_pretrained(directory)
+            corpus.tokenizer.save_pretrained(directory)
         with _replacing(self._nll(loss, seed)) as path, path.open("wb") as file:
             np.save(file, run.nll)
+        if seed == 0 and not run.diverged:
+            with suppress(StudyError):  # a text that makes no page, of one token say, is no failed run
+                found = inspect_text(run.model, corpus.tokenizer, corpus.excerpt)
+                with _replacing(self.page(loss)) as path:
+                    write_page(found, f"{loss.name}, seed 0", "Held-out text", path)
         write_json(self._record(loss, seed), record)
+
+    def page(self, loss: Loss) -> Path:
+        """Where the page of held-out text under the loss's first model is, if there is one."""
+        return self.out / "inspect" / f"{loss.slug}-seed0.html"
 
     def _record(self, loss: Loss, seed: int) -> Path:
         return self.out / "runs" / f"{loss.slug}-seed{seed}.json"
@@ -145,26 +177,38 @@ class Store:
         return self._record(loss, seed).with_suffix(".npy")
 
 
-def compare(settings: Settings, out: Path, command: str, display: Display, overwrite: bool = False) -> Json:
-    """Train what is not trained yet and gather the results; they are written to `out` too."""
+def compare(
+    settings: Settings,
+    out: Path,
+    command: str,
+    display: Display,
+    overwrite: bool = False,
+    peers: Peers = Peers(),  # noqa: B008  # it is immutable
+) -> Json | None:
+    """Train what is not trained yet and gather the results; they are written to `out` too.
+
+    Several ranks share what is to train. The first one gathers, the others return `None`.
+    """
     quiet()
-    _check_processes()
     settings.check()
     losses = parse_losses(list(settings.losses))
     recipe = settings.recipe()
     corpus = prepare(settings)
     store = Store(out)
-    store.claim(conditions(recipe, corpus), overwrite)
     # Seed by seed, so that an interrupted study has every loss from its first seeds.
     pairs = [(loss, seed) for seed in range(settings.seeds) for loss in losses]
-    missing = [pair for pair in pairs if store.load(*pair) is None]
+
+    def claim() -> list[int]:
+        store.claim(conditions(recipe, corpus), overwrite)
+        return [index for index, pair in enumerate(pairs) if store.load(*pair) is None]
+
+    missing = [pairs[index] for index in peers.of_first(claim)]
+    if peers.rank > 0:
+        store.join(conditions(recipe, corpus), peers.rank)
     display.prepared(corpus, len(pairs), len(pairs) - len(missing))
-    classes = frequency_classes(corpus.train, len(corpus.tokenizer))
-    for loss, seed in missing:
-        run = train(loss, seed, recipe, corpus, display.run(loss.name, seed))
-        record = describe(loss, seed, run, classes)
-        store.save(loss, seed, record, run, corpus.tokenizer)
-        display.finished(record)
+    _train_missing(missing, recipe, corpus, store, display, peers)
+    if peers.rank > 0:
+        return None
     results: Json = finite(
         {
             "command": command,
@@ -179,12 +223,32 @@ def compare(settings: Settings, out: Path, command: str, display: Display, overw
     return results
 
 
-def _check_processes() -> None:
-    """A `StudyError` in one of several: all would write to one directory, and the batch would grow."""
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise StudyError(
-            f"a study runs in one process, and WORLD_SIZE is {processes}: start it without torchrun"
-        )
+def _train_missing(
+    missing: Sequence[Pair], recipe: Recipe, corpus: Corpus, store: Store, display: Display, peers: Peers
+) -> None:
+    """Train this rank's share of the missing runs. The first rank waits for the others'."""
+    classes = frequency_classes(corpus.train, len(corpus.tokenizer))
+    awaited = missing
+    for loss, seed in missing[peers.rank :: peers.world]:
+        run = train(loss, seed, recipe, corpus, display.run(loss.name, seed))
+        store.save(loss, seed, describe(loss, seed, run, classes), run, corpus)
+        awaited = _show_finished(awaited, store, display)
+    if peers.rank == 0 and awaited:
+        display.waiting()
+        while awaited := _show_finished(awaited, store, display):
+            time.sleep(POLL)
+
+
+def _show_finished(awaited: Sequence[Pair], store: Store, display: Display) -> list[Pair]:
+    """Show which of the awaited runs are finished; those that are not."""
+    left = []
+    for pair in awaited:
+        record = store.load(*pair)
+        if record is None:
+            left.append(pair)
+        else:
+            display.finished(record)
+    return left
 
 
 def prepare(settings: Settings) -> Corpus:
@@ -216,13 +280,11 @@ def conditions(recipe: Recipe, corpus: Corpus) -> Json:
     }
 
 
-def _check_conditions(out: Path, kept: Json, asked: Json) -> None:
-    changed = [name for name in asked if kept.get(name) != asked[name]]
-    if changed:
-        what = ", ".join(f"{name} {kept.get(name)} (now {asked[name]})" for name in changed)
-        raise StudyError(
-            f"{out} holds runs made with {what}: choose another --out, or start anew with --overwrite"
-        )
+def _changed(kept: Json, asked: Json, when: str) -> str:
+    """What of the conditions is not as it was, in words; empty where all is."""
+    return ", ".join(
+        f"{name} {kept.get(name)} ({when} {asked[name]})" for name in asked if kept.get(name) != asked[name]
+    )
 
 
 def versions() -> Json:
@@ -290,6 +352,11 @@ def gather(losses: Sequence[Loss], seeds: int, store: Store) -> Json:
         "losses": [
             _summary(loss.name, records[loss.name], baseline, tokens[loss.name], grid) for loss in losses
         ],
+        "pages": {
+            loss.name: store.page(loss).relative_to(store.out).as_posix()
+            for loss in losses
+            if store.page(loss).exists()
+        },
         "runs": [record for loss in losses for record in records[loss.name]],
     }
 

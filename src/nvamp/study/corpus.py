@@ -22,6 +22,7 @@ MAX_CHARACTERS = 20_000_000  # read no more than this: minutes of training see a
 HELD_OUT_SHARE = 0.1
 HELD_OUT_TOKENS = 32_768  # evaluate on no more than this: keeps evaluation cheap
 MIN_DOCUMENTS = 10  # with fewer, each document is split by position
+EXCERPT = 12_000  # characters of held-out text to read token by token, some thousand tokens
 CLASSES = ("frequent", "mid", "rare")
 # Of the training tokens, by falling frequency of their type: the first half is frequent, the last tenth rare.
 CLASS_BOUNDS = (0.5, 0.9)
@@ -50,12 +51,14 @@ class Corpus:
         train: [blocks, sequence] int64.
         held_out: [blocks, sequence] int64, from documents (or ends of documents) that are not in `train`.
         source: what the text is, for the report.
+        excerpt: the beginning of the longest held-out document; of the next ones too, where it is short.
     """
 
     tokenizer: Any
     train: Tensor
     held_out: Tensor
     source: str
+    excerpt: str
 
     def fingerprint(self) -> str:
         """The same for the same blocks."""
@@ -80,7 +83,8 @@ def build_corpus(documents: Sequence[str], source: str, sequence: int, tokenizer
     held_out_blocks = pack(tokenize(held_out, tokenizer), sequence)
     if not len(blocks) or not len(held_out_blocks):
         raise StudyError(f"the text is too short: not one held-out block of {sequence} tokens in {source}")
-    return Corpus(tokenizer, blocks, spread(held_out_blocks, HELD_OUT_TOKENS // sequence), source)
+    excerpt = "\n\n".join(sorted(held_out, key=len, reverse=True))[:EXCERPT]
+    return Corpus(tokenizer, blocks, spread(held_out_blocks, HELD_OUT_TOKENS // sequence), source, excerpt)
 
 
 def read_documents(text: Sequence[str], dataset: Sequence[str]) -> tuple[list[str], str]:

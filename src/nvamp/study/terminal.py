@@ -1,5 +1,7 @@
 """A study on the terminal: its progress and its results."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -72,8 +74,28 @@ class Terminal:
         outcome = "diverged" if mean is None else f"held-out cross-entropy {mean:.3f} nats"
         self._print(f"{record['loss']}, seed {record['seed']}: {outcome} ({record['seconds']:.0f} s)")
 
+    def waiting(self) -> None:
+        """See `nvamp.study.compare.Display`."""
+        self._progress.update(self._task, description="waiting for the other ranks", loss="")
+
     def _print(self, line: str) -> None:
         self._progress.console.print(line, style="dim", highlight=False, markup=False)
+
+
+@contextmanager
+def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that `(done, of)` moves."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
 def show_results(console: Console, results: dict[str, Any]) -> None:

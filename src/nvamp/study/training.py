@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any, cast
@@ -275,7 +276,7 @@ def held_out_nll(model: Any, blocks: Tensor) -> tuple[NDArray[np.float32], NDArr
 def build_model(name: str | None, corpus: Corpus) -> Any:
     """A pretrained model in float32; without a name a fresh Llama of about two million parameters."""
     if name is not None:
-        return _load(AutoModelForCausalLM, name, dtype=torch.float32)
+        return load_model(name)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(corpus.tokenizer),
@@ -291,6 +292,11 @@ def build_model(name: str | None, corpus: Corpus) -> Any:
     )
 
 
+def load_model(name: str) -> Any:
+    """A pretrained model in float32."""
+    return _load(AutoModelForCausalLM, name, dtype=torch.float32)
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a pretrained model."""
     return _load(AutoTokenizer, name)
@@ -298,14 +304,22 @@ def load_tokenizer(name: str) -> Any:
 
 def max_positions(name: str) -> int | None:
     """The longest sequence a pretrained model takes, where its configuration says."""
-    config = _load(transformers.AutoConfig, name).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    return positions(_load(transformers.AutoConfig, name))
+
+
+def positions(config: Any) -> int | None:
+    """The longest sequence that a model of this configuration takes, where it says."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _load(kind: Any, name: str, **kwargs: Any) -> Any:
     quiet()
+    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1  # no id of a hub is
+    if is_path and not Path(name).is_dir():
+        raise StudyError(f"--model {name}: no such directory")
     try:
-        return kind.from_pretrained(name, **kwargs)
+        # Code that comes with a model is not run; where this is left open, the user is asked on the terminal.
+        return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
     except Exception as error:  # what a hub or a model's files raise is any library's any error
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise StudyError(f"--model {name}: {reason}") from error

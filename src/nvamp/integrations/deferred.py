@@ -1,0 +1,120 @@
+"""What stands in for the logits of a patched model: how they would be made, and no more."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class DeferredLogits:
+    """The logits of an output layer, not computed: `scale·x`, or `cap·tanh(scale·x)`, x = layer(hidden).
+
+    It takes what models do to their logits before the loss, scaling, soft-capping and casting, and becomes
+    the loss's `logit_scale` and `softcap`. Anything else raises a `NotImplementedError` that names it.
+
+    Attributes:
+        hidden: [..., D], the input of the layer.
+        layer: a `torch.nn.Linear`. Its weight is read when the loss is computed, as it is then.
+        model: name of the model's class, for errors.
+    """
+
+    def __init__(
+        self, hidden: Tensor, layer: nn.Linear, model: str, scale: float = 1.0, cap: float | None = None
+    ) -> None:
+        self.hidden = hidden
+        self.layer = layer
+        self.model = model
+        self._scale = scale
+        self._cap = cap
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The options of a loss of x that make it one of these logits."""
+        if self._cap is not None:
+            return {"softcap": self._cap, "logit_scale": self._scale * self._cap}
+        return {} if self._scale == 1 else {"logit_scale": self._scale}
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.layer.out_features))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    def to(self, *args: Any, **kwargs: Any) -> "DeferredLogits":
+        """These: the loss is computed in float32 at least, where the hidden states are."""
+        return self
+
+    def contiguous(self) -> "DeferredLogits":
+        return self
+
+    def tanh(self) -> "DeferredLogits":
+        if self._cap is not None:
+            raise self._refusal("tanh after tanh")
+        return DeferredLogits(self.hidden, self.layer, self.model, self._scale, 1.0)
+
+    def __mul__(self, factor: Any) -> "DeferredLogits":
+        return self._scaled("*", factor, 1.0)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> "DeferredLogits":
+        return self._scaled("/", divisor, -1.0)
+
+    def _scaled(self, operation: str, number: Any, power: float) -> "DeferredLogits":
+        # A tensor may be a parameter, or wait on a device; a soft-cap below zero is none.
+        if not isinstance(number, int | float) or (self._cap is not None and number <= 0):
+            what = type(number).__name__ if isinstance(number, Tensor) else repr(number)
+            raise self._refusal(f"{operation} {what}")
+        scale, cap = self._scale, self._cap
+        if cap is None:
+            scale *= number**power
+        else:
+            cap *= number**power
+        return DeferredLogits(self.hidden, self.layer, self.model, scale, cap)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> "DeferredLogits":
+        own = next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls))
+        if func in (torch.tanh, nn.functional.tanh) and len(args) == 1:
+            return own.tanh()
+        raise own._refusal(getattr(func, "__name__", str(func)))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # a question, not an operation
+            raise AttributeError(name)
+        raise self._refusal(name)
+
+    def float(self) -> "DeferredLogits":
+        return self
+
+    def _refusal(self, operation: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{self.model} needs its logits for {operation!r}, and a patched model has none in training: "
+            "unpatch it, and take the path of logits, compute_loss_func(NVAMPLoss()) or "
+            "loss_function(NVAMPLoss())"
+        )
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    def refuse(self: DeferredLogits, *args: object) -> Any:
+        raise self._refusal(name)
+
+    return refuse
+
+
+# Python looks these up in the class.
+for _name in ("add", "radd", "sub", "rsub", "neg", "pow", "matmul", "rtruediv", "getitem", "setitem", "iter"):
+    setattr(DeferredLogits, f"__{_name}__", _refused(_name))

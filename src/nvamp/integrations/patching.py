@@ -1,0 +1,246 @@
+"""The linear path for a transformers model: its own forward, whose output layer computes no logits."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, wraps
+from inspect import signature
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from nvamp import LinearNVAMPLoss
+from nvamp.functional import linear_nvamp_loss, nvamp_loss
+from nvamp.integrations.deferred import DeferredLogits
+from nvamp.integrations.model_loss import ModelLoss, options_of
+
+
+def patch(model: Any, criterion: LinearNVAMPLoss) -> None:
+    """Makes a causal language model compute `criterion` from its hidden states, without logits, in training.
+
+    In training and with labels the model runs its own forward, but its output layer computes nothing: the
+    loss takes hidden states and weight. `logits` of the output is then None. In evaluation, or without
+    labels, the model is what it was; a loss in evaluation is that of `NVAMPLoss` with the same options.
+
+    A second patch replaces the criterion; `unpatch` takes all of it back.
+
+    Args:
+        model: a `PreTrainedModel` with a `torch.nn.Linear` as output layer, whose loss is transformers'
+            `ForCausalLMLoss`, or a `PeftModel` of one. Not yet prepared by Accelerate.
+        criterion: without `softcap` and `logit_scale` where the model has its own, which are taken over.
+
+    Raises:
+        TypeError: a model, output layer or criterion that this is not for.
+
+    A model that needs its logits for something else raises a `NotImplementedError` in training: see
+    docs/architectures.md.
+
+    Example:
+        patch(model, LinearNVAMPLoss())
+        Trainer(model, args, train_dataset=data).train()
+    """
+    if not isinstance(criterion, LinearNVAMPLoss):
+        raise TypeError(f"criterion must be a LinearNVAMPLoss, got {type(criterion).__name__}")
+    model = _base_model(model)
+    before = model.__dict__.get("_loss_function")
+    if isinstance(before, _LinearModelLoss):
+        before = before.before
+    else:
+        _check_model(model, before)
+    for layer in _output_layers(model):
+        _change(layer, _patched_layer)
+    _change(model, _patched_model)
+    model.loss_function = _LinearModelLoss(criterion, before)
+
+
+def unpatch(model: Any) -> None:
+    """Makes a patched model what it was before; any other is left as it is."""
+    model = _base_model(model)
+    patched = [module for module in model.modules() if isinstance(module, _Patched)]
+    for module in patched:
+        if "_nvamp_unpatched" not in vars(type(module)):
+            raise TypeError(f"{type(module).__name__} is sharded: unpatch a model before that")
+    for module in patched:
+        module.__class__ = module._nvamp_unpatched
+    loss = vars(model).get("_loss_function")
+    if isinstance(loss, _LinearModelLoss):
+        del model._loss_function
+        if loss.before is not None:
+            model.loss_function = loss.before
+
+
+class _LinearModelLoss(ModelLoss):
+    """The loss of a patched model, of deferred logits in training and of logits elsewhere."""
+
+    criterion: LinearNVAMPLoss
+
+    def __init__(self, criterion: LinearNVAMPLoss, before: Any) -> None:
+        super().__init__(criterion)
+        self.before = before  # the `loss_function` that the model had been given
+
+    def value(self, logits: Any, labels: Tensor, shifted: bool, **items: Any) -> Any:
+        options = options_of(self.criterion, shifted)
+        if isinstance(logits, DeferredLogits):
+            options |= self._own_options(logits)
+            layer = logits.layer
+            return linear_nvamp_loss(logits.hidden, layer.weight, labels, layer.bias, **options, **items)
+        if any(call.loss is self for call in _state.calls):
+            raise NotImplementedError(
+                "the logits in the loss are not of the output layer that was patched: where that has been "
+                "replaced, patch again; where the model has several, unpatch it, and set model.loss_function "
+                "= loss_function(NVAMPLoss(...))"
+            )
+        return nvamp_loss(logits, labels, **options, **items)
+
+    def _own_options(self, logits: DeferredLogits) -> dict[str, float]:
+        own, c = logits.options, self.criterion
+        if own and (c.softcap is not None or c.logit_scale != 1):
+            raise ValueError(
+                f"{logits.model} caps or scales its logits itself, {own}: the criterion must have neither "
+                f"softcap nor logit_scale, got softcap={c.softcap}, logit_scale={c.logit_scale}"
+            )
+        return own
+
+
+class _Call(NamedTuple):
+    """A forward of a patched model that is to compute no logits."""
+
+    model: str
+    loss: _LinearModelLoss
+    layers: list[nn.Module]
+
+
+class _State(threading.local):
+    """The calls under way in this thread. Not a ContextVar: `torch.compile` cannot trace one."""
+
+    calls: tuple[_Call, ...] = ()
+
+
+_state = _State()
+
+
+@contextmanager
+def _under_way(call: _Call) -> Iterator[None]:
+    before = _state.calls
+    _state.calls = (*before, call)
+    try:
+        yield
+    finally:
+        _state.calls = before
+
+
+class _Patched:
+    """A patched module is of a class of its own, with the name of the one that it was of.
+
+    So copies, replicas and pickles of it are patched as well, and the module itself has not changed.
+    """
+
+    _nvamp_unpatched: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new_patched, (self._nvamp_unpatched,), *reduced[2:]
+
+
+def _change(module: Any, patched: Any) -> None:
+    if not isinstance(module, _Patched):
+        module.__class__ = patched(type(module))
+
+
+def _new_patched(base: Any) -> Any:
+    cls = _patched_layer(base) if issubclass(base, nn.Linear) else _patched_model(base)
+    return cls.__new__(cls)
+
+
+def _subclass(base: Any, forward: Any) -> Any:
+    wraps(base.forward)(forward)
+    # Not `__wrapped__`: Accelerate, when it takes its own wrappers off, would go on to the unpatched forward.
+    del forward.__wrapped__
+    forward.__signature__ = signature(base.forward)
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (_Patched, base), {**names, "forward": forward, "_nvamp_unpatched": base})
+
+
+@cache
+def _patched_layer(base: Any) -> Any:
+    """The class `base` of an output layer, which in a call under way defers its logits."""
+
+    def forward(self: Any, hidden: Tensor) -> Any:
+        for call in _state.calls:
+            if any(layer is self for layer in call.layers):
+                return DeferredLogits(hidden, self, call.model)
+        return base.forward(self, hidden)
+
+    return _subclass(base, forward)
+
+
+@cache
+def _patched_model(base: Any) -> Any:
+    """The class `base` of a model, which in training and with labels computes no logits."""
+    position = list(signature(base.forward).parameters).index("labels") - 1
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = args[position] if len(args) > position else kwargs.get("labels")
+        loss = self.__dict__.get("_loss_function")
+        if labels is None or not self.training or not isinstance(loss, _LinearModelLoss):
+            return base.forward(self, *args, **kwargs)
+        with _under_way(_Call(base.__name__, loss, _output_layers(self))):
+            outputs = base.forward(self, *args, **kwargs)
+        return _without_logits(outputs, base.__name__)
+
+    return _subclass(base, forward)
+
+
+def _without_logits(outputs: Any, model: str) -> Any:
+    """The outputs without logits, as those of a model that has none: None is not in a tuple or a dict."""
+    mapping = isinstance(outputs, Mapping)
+    if outputs.get("loss") is None if mapping else isinstance(outputs[0], DeferredLogits):
+        raise NotImplementedError(f"{model} computed no loss of its logits, and a patched model needs one")
+    if mapping:
+        return type(outputs)(**{k: v for k, v in outputs.items() if not isinstance(v, DeferredLogits)})
+    return tuple(value for value in outputs if not isinstance(value, DeferredLogits))
+
+
+def _base_model(model: Any) -> Any:
+    """The transformers model: that of a `PeftModel` is within."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "loss_function"):
+        raise TypeError(f"model must be a transformers model or a PeftModel, got {type(model).__name__}")
+    return model
+
+
+def _check_model(model: Any, own_loss: Any) -> None:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    name = type(model).__name__
+    if "labels" not in signature(model.forward).parameters:
+        raise TypeError(f"{name} computes no loss: its forward takes no labels")
+    if own_loss is None and model.loss_function is not ForCausalLMLoss:
+        raise TypeError(f"{name} has the loss {model.loss_function.__name__}, which is not a causal model's")
+    if "forward" in model.__dict__:
+        raise TypeError(
+            f"the forward of this {name} has been replaced, as Accelerate does for mixed precision or for "
+            "several devices: patch the model before"
+        )
+
+
+def _output_layers(model: Any) -> list[Any]:
+    """The modules that may make the logits: several where PEFT trains a copy of the output layer."""
+    layer = model.get_output_embeddings()
+    layers = [layer]
+    if hasattr(layer, "modules_to_save"):
+        layers = [layer.original_module, *layer.modules_to_save.values()]
+    for layer in layers:
+        if not isinstance(layer, _Patched) and not _is_plain(layer):
+            kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+            raise TypeError(
+                f"the output layer of {type(model).__name__} must be a plain torch.nn.Linear, got {kind}: "
+                "take the path of logits, compute_loss_func(NVAMPLoss()) or loss_function(NVAMPLoss())"
+            )
+    return layers
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether it does what a `torch.nn.Linear` does: not if quantized, adapted, or wrapped by Accelerate."""
+    return getattr(type(layer), "forward", None) is nn.Linear.forward and "forward" not in vars(layer)

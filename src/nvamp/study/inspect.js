@@ -1,0 +1,539 @@
+"use strict";
+// The page of `nvamp inspect`. Only rows near the visible ones are in the document; all text of the file and of the
+// tokenizer enters it as text, never as markup.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const text = data.text;
+const nll = numbers(data.nll); // of scored tokens
+const tokens = numbers(data.tokens); // index in data.pieces
+const alternatives = numbers(data.alternatives);
+const alternativeSteps = numbers(data.alternativeSteps);
+const batch = data.statistics;
+const count = tokens.length;
+const first = count - nll.length; // the first scored token
+const ends = new Uint32Array(count);
+numbers(data.lengths).reduce((end, length, i) => (ends[i] = end + length), 0);
+const largest = first + batch.max_index;
+
+const ROW = 23; // pixels, as in the style sheet
+const NEAR = 25; // rows kept above and below the visible ones
+const HEAVIEST = 20; // rows of the table
+const SLIDERS = { alpha: ["α", 2, 0.01], beta: ["β", 1, 0.01], gamma: ["γ", 0.05, 0.0005] };
+
+const state = { view: "token", weight: "token", coefficients: { ...data.defaults }, active: -1, hovered: -1 };
+const rows = { token: [], char: [], from: 0, to: 0, columns: 0 }; // where each row begins, and which are drawn
+let values, domain; // of the view
+
+function numbers({ type, base64 }) {
+  const binary = atob(base64);
+  const bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
+  return new globalThis[type](bytes.buffer);
+}
+
+// The weight ∂L/∂ℓ of scored token i: `weights` of src/nvamp/objective.py with M = N.
+function weight(i, gradient, { alpha, beta, gamma }) {
+  const { num_tokens: n, mean, std, dispersion: d, cross_entropy: c, mean_sign, max_index } = batch;
+  if (gradient === "detached") return (alpha * d) / n;
+  const z = (nll[i] - mean) / std;
+  let w = (alpha * (gradient === "token" ? Math.abs(z) : d) + beta) / n;
+  if (gradient === "full") w += (alpha * c * (Math.sign(nll[i] - mean) - mean_sign - d * z)) / (n * std);
+  return i === max_index ? w + gamma : w;
+}
+
+function valuesOf(view) {
+  if (view === "nll") return nll;
+  if (view === "z") return Float64Array.from(nll, zOf);
+  return Float64Array.from(nll, (_, i) => weight(i, view, state.coefficients));
+}
+
+const zOf = (ell) => (ell - batch.mean) / batch.std;
+const startOf = (i) => (i ? ends[i - 1] : 0);
+
+// Words and numbers
+
+const fixed = (x, digits) => x.toFixed(digits).replace("-", "−");
+const exponential = (x) => x.toExponential(3).replaceAll("-", "−");
+const signed = (x, digits) => (x < 0 ? "" : "+") + fixed(x, digits);
+const many = (x) => x.toLocaleString("en");
+// At most 65,535 steps are kept, e⁻¹⁶.
+const probability = (p) => (p < 1.2e-7 ? "< 1.2e−7" : p < 0.001 ? p.toExponential(2).replace("-", "−") : p.toFixed(4));
+
+// Characters that have no shape of their own, or would change that of others, by name. Newlines, tabs and
+// joiners (of emoji and of Indic letters) stay.
+function visible(s) {
+  return s.replace(/(?![\t\n\u200c\u200d])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (c) =>
+    c === "\r" ? "⟨\\r⟩" : `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+}
+
+// On one line, spaces marked.
+const inline = (s) => visible(s).replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
+
+const pieceOf = (i) => data.pieces[tokens[i]];
+
+// What token i covers; for the parts of a split character, that character.
+function covered(i) {
+  let j = i;
+  while (j > 0 && startOf(j) === ends[j]) j--;
+  return { own: text.slice(startOf(i), ends[i]), shared: text.slice(startOf(j), ends[j]) };
+}
+
+function topOf(i) {
+  const k = alternatives.length / nll.length;
+  const at = (i - first) * k;
+  return Array.from({ length: k }, (_, j) => ({
+    token: alternatives[at + j],
+    p: Math.exp(-alternativeSteps[at + j] * data.step),
+  }));
+}
+
+function describe(i) {
+  if (i < first) return `${inline(pieceOf(i))}: the text begins here, no prediction`;
+  const ell = nll[i - first];
+  const w = weight(i - first, state.weight, state.coefficients);
+  return (
+    `${inline(pieceOf(i))}: probability ${probability(Math.exp(-ell))}, nll ${fixed(ell, 3)}, z ${signed(zOf(ell), 2)}, ` +
+    `weight ${exponential(w)}; likeliest ${topOf(i).map((t) => `${inline(data.pieces[t.token])} ${probability(t.p)}`).join(", ")}`
+  );
+}
+
+// Building
+
+function el(name, properties = {}, ...children) {
+  const node = Object.assign(document.createElement(name), properties);
+  node.append(...children);
+  return node;
+}
+
+function svg(name, attributes, content = "") {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  node.textContent = content;
+  return node;
+}
+
+const byId = (id) => document.getElementById(id);
+
+// Colour: lightness in even steps of OKLCH, blue where one-sided; blue below and orange above where two-sided.
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+function colour(t) {
+  const strength = Math.min(Math.abs(t), 1);
+  const lightness = dark.matches ? 0.22 + 0.6 * strength : 0.985 - 0.535 * strength;
+  const hue = domain.low < 0 && t > 0 ? 50 : 255;
+  return {
+    background: `oklch(${lightness} ${0.15 * strength ** 0.7} ${hue})`,
+    ink: lightness < 0.57 ? "#fff" : "#111",
+  };
+}
+
+// From which value to which the scale goes. Weights have outliers (the largest loss carries all of gamma): beyond the
+// 99.5% quantile the scale is full; and at least to twice the median, so that equal weights are of middling colour.
+function domainOf(view) {
+  if (view === "z") return { low: -3, high: 3 };
+  const sorted = Float64Array.from(values, Math.abs).sort();
+  const quantile = (q) => sorted[Math.floor(q * (sorted.length - 1))];
+  const high = Math.max(quantile(0.995), view === "nll" ? 0 : 2 * quantile(0.5)) || 1;
+  return { low: values.some((x) => x < 0) ? -high : 0, high };
+}
+
+function drawScale() {
+  const { low, high } = domain;
+  const unit = { nll: "nats", z: "" }[state.view] ?? "× 1/N";
+  const show = (x) => (x < 0 ? "≤ " : x > 0 ? "≥ " : "") + (unit === "× 1/N" ? fixed(x * nll.length, 2) : fixed(x, 1));
+  const stops = Array.from({ length: 17 }, (_, i) => colour((low + ((high - low) * i) / 16) / high).background);
+  const bar = el("span", { className: "bar" });
+  bar.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
+  byId("scale").replaceChildren(
+    el("span", { className: "number" }, show(low)), bar, el("span", { className: "number" }, `${show(high)} ${unit}`));
+}
+
+// Layout: the text in rows of a monospaced font, so that the place of every row is known without drawing it.
+
+const WIDE = /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6\u{1f300}-\u{1faff}\u{20000}-\u{3fffd}]/u;
+
+function widthOf(character, column) {
+  if (character === "\t") return 4 - (column % 4);
+  if (/[\p{M}\u200c\u200d]/u.test(character)) return 0;
+  return WIDE.test(character) ? 2 : visible(character).length;
+}
+
+// The width of s from a column on, and how many code units of it fit before the limit.
+function measure(s, column, limit) {
+  if (/^[ -~]*$/.test(s)) return { width: s.length, fits: Math.max(limit - column, 0) };
+  let width = 0;
+  let fits = 0;
+  for (const character of s) {
+    width += widthOf(character, column + width);
+    if (column + width <= limit) fits += character.length;
+  }
+  return { width, fits };
+}
+
+function layout(columns) {
+  Object.assign(rows, { token: [0], char: [0], columns });
+  let t = 0; // the token to place
+  let at = 0; // its first character not placed yet
+  let column = 0;
+  let word = -1; // where the row's last word begins, if not with the row
+  const newRow = () => {
+    if (t < count) { rows.token.push(t); rows.char.push(at); }
+    column = 0;
+    word = -1;
+  };
+  while (t < count) {
+    const piece = text.slice(at, ends[t]);
+    const newline = piece.indexOf("\n");
+    const line = newline < 0 ? piece : piece.slice(0, newline);
+    const { width, fits } = startOf(t) === ends[t] ? { width: 1, fits: 1 } : measure(line, column, columns);
+    if (column + width > columns && column > 0) {
+      if (word >= 0) { t = word; at = startOf(t); }
+      newRow();
+    } else if (width > columns) {
+      at += Math.max(fits, 1);
+      newRow();
+    } else {
+      column += width;
+      at += line.length + (newline < 0 ? 0 : 1);
+      if (at >= ends[t]) t++;
+      if (newline >= 0) newRow();
+    }
+    if (t < count && column > 0 && at === startOf(t) && /\s/.test(text[at])) word = t;
+  }
+  byId("canvas").style.height = `${rows.token.length * ROW}px`;
+}
+
+// The row where token i begins.
+function rowOf(i) {
+  let low = 0;
+  let high = rows.token.length - 1;
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (rows.token[middle] < i || (rows.token[middle] === i && rows.char[middle] <= startOf(i))) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+// Drawing
+
+const view = byId("text");
+
+function drawRow(r) {
+  const row = el("div", { className: "row" });
+  row.setAttribute("role", "none");
+  const end = r + 1 < rows.token.length ? rows.char[r + 1] : text.length;
+  const last = r + 1 < rows.token.length ? rows.token[r + 1] : count;
+  for (let i = rows.token[r]; i < count && (i < last || (i === last && startOf(i) < end)); i++) {
+    const from = Math.max(startOf(i), rows.char[r]);
+    const piece = text.slice(from, Math.min(ends[i], end));
+    const span = el("span", {}, visible(piece.replace("\n", "")));
+    if (from === startOf(i)) span.id = `t${i}`;
+    span.dataset.i = i;
+    span.setAttribute("role", "option");
+    span.classList.toggle("newline", piece.endsWith("\n"));
+    span.classList.toggle("part", startOf(i) === ends[i]);
+    span.classList.toggle("largest", i === largest);
+    span.classList.toggle("unscored", i < first);
+    row.append(span);
+  }
+  return row;
+}
+
+function paint() {
+  for (const span of byId("rows").querySelectorAll("span")) {
+    const i = Number(span.dataset.i);
+    if (i >= first) {
+      const { background, ink } = colour(values[i - first] / domain.high);
+      span.style.backgroundColor = background;
+      span.style.color = ink;
+    }
+    const active = i === state.active;
+    span.classList.toggle("active", active);
+    span.setAttribute("aria-selected", active);
+    if (active) span.setAttribute("aria-label", describe(i));
+    else span.removeAttribute("aria-label");
+  }
+}
+
+function draw(force = false) {
+  const top = Math.floor(view.scrollTop / ROW);
+  const bottom = Math.ceil((view.scrollTop + view.clientHeight) / ROW);
+  if (!force && rows.from <= Math.max(top, 0) && Math.min(bottom, rows.token.length) <= rows.to) return;
+  rows.from = Math.max(top - NEAR, 0);
+  rows.to = Math.min(bottom + NEAR, rows.token.length);
+  const drawn = byId("rows");
+  drawn.style.top = `${rows.from * ROW}px`;
+  drawn.replaceChildren(...Array.from({ length: rows.to - rows.from }, (_, r) => drawRow(rows.from + r)));
+  paint();
+}
+
+function fit() {
+  const probe = byId("probe");
+  probe.textContent = "0".repeat(20);
+  const style = getComputedStyle(view);
+  const width = view.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+  const columns = Math.max(Math.floor(width / (probe.getBoundingClientRect().width / 20)) - 1, 10); // one for ↵
+  if (columns === rows.columns) return draw(true);
+  const top = rows.token[Math.floor(view.scrollTop / ROW)] ?? 0;
+  layout(columns);
+  view.scrollTop = top ? rowOf(top) * ROW : 0;
+  draw(true);
+}
+
+// The card
+
+function tableOf(lines, className) {
+  return el("table", {}, el("tbody", {}, ...lines.map(({ cells, mark }) =>
+    el("tr", { className: mark ? "this" : "" }, ...cells.map((cell, j) =>
+      el("td", { className: j ? "number" : className }, cell))))));
+}
+
+function cardOf(i) {
+  const { own, shared } = covered(i);
+  const piece = pieceOf(i);
+  const title = el("span", { className: "token title" }, inline(piece));
+  const place = `token ${many(i + 1)} of ${many(count)}`;
+  const note = own === piece ? place : own ? `covers “${inline(own)}”, ${place}` : `part of “${inline(shared)}”, ${place}`;
+  const parts = [title, el("small", {}, note)];
+  if (i < first) return [...parts, el("p", {}, "The text begins here: nothing predicts this token.")];
+  const ell = nll[i - first];
+  const facts = { probability: probability(Math.exp(-ell)), nll: `${fixed(ell, 3)} nats`, z: signed(zOf(ell), 2) };
+  parts.push(el("dl", { className: "number" }, ...Object.entries(facts).flatMap(([name, value]) => [
+    el("dt", {}, name), el("dd", {}, value)])));
+  parts.push(el("h3", {}, "weight w, and w·N"), tableOf(data.gradients.map((gradient) => {
+    const w = weight(i - first, gradient, state.coefficients);
+    return { cells: [gradient, exponential(w), fixed(w * nll.length, 3)], mark: gradient === state.view };
+  }), ""));
+  parts.push(el("h3", {}, "likeliest here"), tableOf(topOf(i).map(({ token, p }) => {
+    return { cells: [inline(data.pieces[token]), probability(p)], mark: token === tokens[i] };
+  }), "token"));
+  return parts;
+}
+
+function showCard() {
+  const i = state.hovered >= 0 ? state.hovered : document.activeElement === view ? state.active : -1;
+  const card = byId("card");
+  const span = i < 0 ? null : byId(`t${i}`) ?? byId("rows").querySelector(`[data-i="${i}"]`);
+  const at = span?.getBoundingClientRect();
+  const frame = view.getBoundingClientRect();
+  card.hidden = !span || at.bottom < frame.top || at.top > frame.bottom;
+  mark(i);
+  if (card.hidden) return;
+  card.replaceChildren(...cardOf(i));
+  const below = at.bottom + 8 + card.offsetHeight <= innerHeight;
+  card.style.top = `${Math.max(below ? at.bottom + 8 : at.top - 8 - card.offsetHeight, 4)}px`;
+  card.style.left = `${Math.max(Math.min(at.left, innerWidth - card.offsetWidth - 8), 4)}px`;
+}
+
+function activate(i, centre = false) {
+  state.active = Math.min(Math.max(i, 0), count - 1);
+  state.hovered = -1;
+  const top = rowOf(state.active) * ROW;
+  const room = view.clientHeight - 2 * ROW;
+  if (centre) view.scrollTop = top - room / 2;
+  else if (top < view.scrollTop) view.scrollTop = top;
+  else if (top > view.scrollTop + room) view.scrollTop = top - room;
+  draw();
+  paint();
+  view.setAttribute("aria-activedescendant", `t${state.active}`);
+  showCard();
+}
+
+function isVisible(i) {
+  const top = rowOf(i) * ROW - view.scrollTop;
+  return i >= 0 && top >= 0 && top <= view.clientHeight - ROW;
+}
+
+function goTo(i) {
+  view.focus({ preventScroll: true });
+  view.scrollIntoView({ block: "nearest" });
+  activate(i, true);
+}
+
+// The token of another row that lies below or above the active one.
+function inRow(r) {
+  const target = Math.min(Math.max(r, 0), rows.token.length - 1);
+  const here = byId(`t${state.active}`)?.getBoundingClientRect().left ?? 0;
+  view.scrollTop = Math.min(view.scrollTop, target * ROW);
+  view.scrollTop = Math.max(view.scrollTop, (target + 2) * ROW - view.clientHeight);
+  draw();
+  const spans = [...byId("rows").children[target - rows.from].children];
+  const nearest = spans.findLast((span) => span.getBoundingClientRect().left <= here + 1) ?? spans[0];
+  return Number(nearest?.dataset.i ?? rows.token[target]);
+}
+
+const KEYS = {
+  ArrowLeft: () => state.active - 1,
+  ArrowRight: () => state.active + 1,
+  ArrowUp: () => inRow(rowOf(state.active) - 1),
+  ArrowDown: () => inRow(rowOf(state.active) + 1),
+  PageUp: () => inRow(rowOf(state.active) - Math.floor(view.clientHeight / ROW) + 1),
+  PageDown: () => inRow(rowOf(state.active) + Math.floor(view.clientHeight / ROW) - 1),
+  Home: () => 0,
+  End: () => count - 1,
+};
+
+// The histogram
+
+const PLOT = { left: 8, right: 352, top: 28, bottom: 148 };
+const extent = batch.max || 1;
+const xOf = (ell) => PLOT.left + ((PLOT.right - PLOT.left) * Math.max(ell, 0)) / extent;
+
+function drawHistogram() {
+  const bins = new Float64Array(60);
+  for (const ell of nll) bins[Math.min(Math.floor((60 * Math.max(ell, 0)) / extent), 59)]++;
+  const most = Math.max(...bins);
+  const plot = byId("histogram");
+  const { top, bottom } = PLOT;
+  const rule = (x, attributes) => svg("line", { x1: x, x2: x, y1: top - 6, y2: bottom, stroke: "var(--ink)", ...attributes });
+  const label = (x, y, content, anchor = "middle") => svg("text", { x, y, "text-anchor": anchor }, content);
+  for (const k of [3, 2, 1]) {
+    const [from, to] = [xOf(batch.mean - k * batch.std), Math.min(xOf(batch.mean + k * batch.std), PLOT.right)];
+    plot.append(svg("rect", { x: from, width: to - from, y: top - 6, height: bottom - top + 6, fill: "var(--band)", opacity: 0.13 }));
+    if (batch.mean + k * batch.std < batch.max) plot.append(svg("text", { x: to - 2, y: top + 4, "text-anchor": "end", class: "tick" }, `+${k}σ`));
+  }
+  const width = (PLOT.right - PLOT.left) / 60;
+  bins.forEach((size, i) => {
+    const height = ((bottom - top) * size) / most;
+    plot.append(svg("rect", { x: PLOT.left + i * width, width: width - 0.6, y: bottom - height, height, fill: "var(--bar)" }));
+  });
+  plot.append(rule(xOf(batch.mean), { "stroke-width": 1.5 }), rule(PLOT.right, { "stroke-dasharray": "3 2" }));
+  plot.append(label(Math.min(Math.max(xOf(batch.mean), 32), 328), 9, `mean ${fixed(batch.mean, 2)}`));
+  plot.append(label(356, 19, `max ${fixed(batch.max, 2)}`, "end"));
+  plot.append(svg("line", { x1: PLOT.left, x2: PLOT.right, y1: bottom, y2: bottom, stroke: "var(--rule)" }));
+  const step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50].find((s) => extent / s <= 9) ?? 100;
+  for (let x = 0; x <= extent; x += step) plot.append(svg("text", { x: xOf(x), y: bottom + 13, "text-anchor": "middle", class: "tick" }, `${+x.toFixed(1)}`));
+  plot.append(svg("path", { id: "mark", fill: "var(--focus)", visibility: "hidden" }));
+  plot.setAttribute("aria-label",
+    `Histogram of the nll of ${many(nll.length)} tokens: mean ${fixed(batch.mean, 3)}, sigma ${fixed(batch.std, 3)}, largest ${fixed(batch.max, 3)} nats`);
+}
+
+// Where token i is in the histogram.
+function mark(i) {
+  const shown = i >= first;
+  byId("mark").setAttribute("visibility", shown ? "visible" : "hidden");
+  if (shown) byId("mark").setAttribute("d", `M${xOf(nll[i - first])} ${PLOT.bottom - 9}l5 9h-10z`);
+}
+
+// The table
+
+// The scored tokens of the largest values, largest first, of equal ones those of larger nll.
+function heaviest(x) {
+  const found = [];
+  const before = (a, b) => x[a] - x[b] || nll[a] - nll[b];
+  for (let i = 0; i < x.length; i++) {
+    if (found.length === HEAVIEST && before(i, found[HEAVIEST - 1]) <= 0) continue;
+    let at = found.length;
+    while (at > 0 && before(i, found[at - 1]) > 0) at--;
+    found.splice(at, 0, i);
+    found.length = Math.min(found.length, HEAVIEST);
+  }
+  return found;
+}
+
+function drawTable() {
+  byId("heaviest-title").textContent = { nll: "Largest nll", z: "Largest z" }[state.view] ?? `Most weight (${state.view})`;
+  byId("weight-title").textContent = `w·N (${state.weight})`;
+  byId("heaviest").tBodies[0].replaceChildren(...heaviest(values).map((k) => {
+    const i = k + first;
+    const { own, shared } = covered(i);
+    const button = el("button", { type: "button", title: `Go to token ${many(i + 1)}` }, inline(own || shared));
+    const row = el("tr", { onclick: () => goTo(i) }, el("td", {}, button),
+      ...[fixed(nll[k], 3), signed(zOf(nll[k]), 2), fixed(weight(k, state.weight, state.coefficients) * nll.length, 3)].map((cell) => el("td", {}, cell)));
+    row.dataset.i = i;
+    return row;
+  }));
+}
+
+// Putting it together
+
+function update() {
+  if (data.gradients.includes(state.view)) state.weight = state.view;
+  values = valuesOf(state.view);
+  domain = domainOf(state.view);
+  const { alpha, beta, gamma } = state.coefficients;
+  const value = (alpha * batch.dispersion + beta) * batch.cross_entropy + gamma * batch.max;
+  byId("value").textContent = `L = ${fixed(value, 4)} nats`;
+  drawScale();
+  drawTable();
+  paint();
+  showCard();
+}
+
+function setCoefficient(name, value) {
+  if (!Number.isFinite(value)) return;
+  state.coefficients[name] = value;
+  update();
+}
+
+function buildControls() {
+  const segments = byId("views").querySelector(".segments");
+  for (const key of ["nll", "z", ...data.gradients]) {
+    const input = el("input", { type: "radio", name: "view", value: key, checked: key === state.view });
+    if (data.gradients.includes(key)) input.ariaLabel = `weight, ${key}`;
+    if (key === data.gradients[0]) segments.append(el("span", { className: "soft" }, "weight:"));
+    input.onchange = () => { state.view = key; update(); };
+    segments.append(el("label", {}, input, key));
+  }
+  for (const [name, [letter, max, step]] of Object.entries(SLIDERS)) {
+    const value = state.coefficients[name];
+    const slider = el("input", { type: "range", id: name, min: 0, max, step, value });
+    const number = el("input", { type: "number", step: "any", value, ariaLabel: `${name}, as a number` });
+    slider.oninput = () => {
+      number.value = slider.value;
+      setCoefficient(name, Number(slider.value));
+    };
+    number.oninput = () => {
+      if (number.value === "") return; // being typed
+      slider.value = number.value;
+      setCoefficient(name, Number(number.value));
+    };
+    byId("coefficients").querySelector(".sliders").append(
+      el("label", { htmlFor: name }, `${letter} ${name}`), slider, number);
+  }
+  byId("reset").onclick = () => {
+    for (const [name, value] of Object.entries(data.defaults)) {
+      byId(name).value = value;
+      byId(name).nextElementSibling.value = value;
+      state.coefficients[name] = value;
+    }
+    update();
+  };
+}
+
+function listen() {
+  const tokenAt = (event) => Number(event.target.closest?.("[data-i]")?.dataset.i ?? -1);
+  const hover = (i) => { if (i !== state.hovered) { state.hovered = i; showCard(); } };
+  view.onmousemove = (event) => hover(tokenAt(event));
+  view.onmouseleave = () => hover(-1);
+  view.onclick = (event) => { if (tokenAt(event) >= 0) activate(tokenAt(event)); };
+  let waiting = false;
+  view.onscroll = () => {
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => { waiting = false; draw(); showCard(); });
+  };
+  view.onfocus = () => activate(isVisible(state.active) ? state.active : rows.token[Math.ceil(view.scrollTop / ROW)]);
+  view.onblur = showCard;
+  view.onkeydown = (event) => {
+    if (event.key === "Escape") byId("card").hidden = true;
+    if (!(event.key in KEYS) || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    activate(KEYS[event.key]());
+  };
+  new ResizeObserver(() => { fit(); showCard(); }).observe(view);
+  dark.onchange = () => { drawScale(); paint(); };
+}
+
+buildControls();
+drawHistogram();
+values = valuesOf(state.view);
+domain = domainOf(state.view);
+fit();
+update();
+listen();
+
+// For tests, and for whoever opens the console.
+globalThis.nvamp = { nll, weight, goTo, state, rows };

@@ -1,0 +1,313 @@
+"""A text under a model, token by token: the loss of each, the weight NVAMP gives it, and a page of them."""
+
+import base64
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jinja2 import Environment, StrictUndefined
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from nvamp import objective
+from nvamp.functional import Settings
+from nvamp.integrations.transformers import logits_of
+from nvamp.objective import GRADIENTS, Statistics
+from nvamp.study import StudyError
+from nvamp.study.training import load_model, load_tokenizer, positions
+
+WINDOW = 1024  # positions at most, where the model takes more or does not say
+ALTERNATIVES = 5  # the likeliest tokens kept at each position
+MAX_TOKENS = 1_000_000  # a page of them takes tens of megabytes
+LOGITS = 2**23  # numbers at most that the windows of one batch have; at least one window is taken
+
+# The likelihoods of alternatives are kept as −ln p in steps of this many nats, up to 65,535 of them: p to one
+# part in 8,000, down to 1e-7.
+STEP = 1 / 4096
+
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+
+# (windows done, windows there are)
+Progress = Callable[[int, int], None]
+
+
+class Tokens(NamedTuple):
+    """A text and its tokens.
+
+    Attributes:
+        text: what the tokens cover.
+        ids: [tokens] int64.
+        ends: [tokens] int64, the character of the text at which each ends; it begins where the one before
+            ends. Of tokens that share a character, the first has it and the others are empty.
+    """
+
+    text: str
+    ids: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
+class Scores(NamedTuple):
+    """What a model makes of the last tokens of a text: all of them, or all but the first.
+
+    Attributes:
+        nll: [scored] float32, their losses in nats.
+        alternatives: [scored, ALTERNATIVES] int64, the likeliest tokens in its place, likeliest first.
+        alternative_nll: [scored, ALTERNATIVES] float32, the losses these would have had.
+    """
+
+    nll: NDArray[np.float32]
+    alternatives: NDArray[np.int64]
+    alternative_nll: NDArray[np.float32]
+
+
+class Inspection(NamedTuple):
+    """A text under a model.
+
+    Attributes:
+        pieces: the text of each token type among tokens and alternatives.
+        window: positions the model saw at once.
+        statistics: over all scored tokens as one batch, float64.
+    """
+
+    tokens: Tokens
+    scores: Scores
+    pieces: dict[int, str]
+    window: int
+    statistics: Statistics
+
+
+def inspect_file(name: str, path: Path, out: Path, progress: Progress) -> Inspection:
+    """Write the page of the text in `path` under the model `name` (a directory or hub id) to `out`.
+
+    Raises:
+        StudyError: a text, a model or an output that is none.
+    """
+    text = read_text(path)
+    model, tokenizer = load_model(name), load_tokenizer(name)
+    if torch.cuda.is_available():
+        model.cuda()
+    try:
+        found = inspect_text(model, tokenizer, text, progress)
+    except StudyError as error:
+        raise StudyError(f"--text {path}: {error}") from error
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_page(found, Path(name).name or name, path.name, out)
+    except OSError as error:
+        raise StudyError(f"--out {out}: {error.strerror}") from error
+    return found
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, to the character: line ends stay what they are."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise StudyError(f"--text {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise StudyError(f"--text {path}: not UTF-8, see byte {error.start}") from error
+    if not text:
+        raise StudyError(f"--text {path}: empty")
+    return text
+
+
+def inspect_text(
+    model: Any, tokenizer: Any, text: str, progress: Progress = lambda done, of: None
+) -> Inspection:
+    """Score every token of `text` on the device of `model`.
+
+    Raises:
+        StudyError: a text of too few or too many tokens, a tokenizer of another model, losses not finite.
+    """
+    tokens = tokenize(tokenizer, text)
+    start = _start(tokenizer)
+    scored = len(tokens.ids) - (not start)
+    if scored < 1:
+        raise StudyError(f"{len(tokens.ids)} tokens, expected at least 2: the first is not predicted")
+    if scored > MAX_TOKENS:
+        raise StudyError(f"{len(tokens.ids):,} tokens, a page holds {MAX_TOKENS:,}")
+    vocabulary = model.config.get_text_config().vocab_size
+    if (largest := int(tokens.ids.max())) >= vocabulary:
+        raise StudyError(f"the tokenizer gives token {largest}, the model has {vocabulary}")
+    window = min(positions(model.config) or WINDOW, WINDOW)
+    scores = score(model, start, tokens.ids, window, progress)
+    if not np.isfinite(scores.nll).all():
+        raise StudyError("the model gives losses that are not finite")
+    used = np.unique(np.concatenate((tokens.ids, scores.alternatives.ravel())))
+    nll = torch.from_numpy(scores.nll).double()
+    statistics = objective.statistics(nll, torch.ones_like(nll, dtype=torch.bool))
+    return Inspection(tokens, scores, spell(tokenizer, used.tolist()), window, statistics)
+
+
+def tokenize(tokenizer: Any, text: str) -> Tokens:
+    """The tokens of `text`, without any that the tokenizer would put around it.
+
+    A tokenizer that does not tell where its tokens are, a slow one, gives the text as it spells it.
+    """
+    if tokenizer.is_fast:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, ends = found["input_ids"], [end for _, end in found["offset_mapping"]]
+        ends = list(accumulate(ends, max))
+        ends[-1:] = [len(text)] if ends else []  # what no token covers goes with one
+    else:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        spelled = spell(tokenizer, ids)
+        text = "".join(spelled[index] for index in ids)
+        ends = list(accumulate(len(spelled[index]) for index in ids))
+    return Tokens(text, np.array(ids, np.int64), np.array(ends, np.int64))
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer puts before every text, where it puts one (as Llama's and Gemma's do)."""
+    around: list[int] = tokenizer("")["input_ids"]
+    return around[:1] if around and around[0] == tokenizer.bos_token_id else []
+
+
+def spell(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
+    """What each token stands for: its text after other text; of a part of a character the bytes, as \\xf0."""
+    before = tokenizer.encode("a", add_special_tokens=False)  # alone, a token may lose its leading space
+    cut = len(tokenizer.decode(before))
+    spelled: dict[int, str] = {}
+    for index in ids:
+        if index not in spelled:
+            text = tokenizer.decode([*before, index], clean_up_tokenization_spaces=False)[cut:]
+            spelled[index] = text if text and "\ufffd" not in text else _raw(tokenizer, index)
+    return spelled
+
+
+def _raw(tokenizer: Any, index: int) -> str:
+    piece = tokenizer.convert_ids_to_tokens(index)
+    if piece is None:  # the model's vocabulary is padded beyond the tokenizer's
+        return f"[{index}]"
+    if all(character in _BYTES for character in piece):
+        return "".join(f"\\x{_BYTES[character]:02x}" for character in piece)
+    return str(piece)
+
+
+class Window(NamedTuple):
+    """The tokens [begin, end) that a model sees at once, of which it scores those from `scored` on."""
+
+    begin: int
+    scored: int
+    end: int
+
+
+def windows(tokens: int, size: int, first: int) -> Iterator[Window]:
+    """Windows that each go half their size beyond the one before, and score what that did not.
+
+    So every token but those of the first window has the half of a window before it, or more. All have the
+    same length: the last one begins earlier instead of being shorter.
+
+    Args:
+        tokens: how many there are.
+        size: tokens of a window.
+        first: the first token to be scored.
+    """
+    end, scored = min(size, tokens), first
+    while True:
+        yield Window(max(end - size, 0), scored, end)
+        if end == tokens:
+            return
+        end, scored = min(end + max(size // 2, 1), tokens), end
+
+
+@torch.no_grad()
+def score(model: Any, start: list[int], ids: NDArray[np.int64], size: int, progress: Progress) -> Scores:
+    """Score the tokens `ids`.
+
+    Args:
+        start: none, or the one token that every window begins with; without it the first of `ids` is not
+            scored.
+        ids: [tokens].
+        size: tokens of a window, that of `start` included.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    text, before = torch.from_numpy(ids), torch.tensor(start, dtype=torch.int64)
+    spans = list(windows(len(text), size - len(start), 1 - len(start)))
+    length = len(start) + spans[0].end
+    batch = max(1, LOGITS // (length * model.config.get_text_config().vocab_size))
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for done in range(0, len(spans), batch):
+        some = spans[done : done + batch]
+        inputs = torch.stack([torch.cat((before, text[span.begin : span.end])) for span in some])
+        logits = logits_of(model(input_ids=inputs.to(device), use_cache=False))
+        # A token's logits are those of the position before it.
+        predicted = [
+            row[len(start) + span.scored - span.begin - 1 : -1]
+            for row, span in zip(logits, some, strict=True)
+        ]
+        labels = torch.cat([text[span.scored : span.end] for span in some]).to(device)
+        parts.append(_scores_of(torch.cat(predicted).float(), labels))
+        progress(min(done + batch, len(spans)), len(spans))
+    nll, alternatives, alternative_nll = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    return Scores(nll, alternatives, alternative_nll)
+
+
+def _scores_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of `Scores` from logits [tokens, vocabulary] float32 and labels [tokens], on the CPU."""
+    log_p = logits.log_softmax(-1)
+    top = log_p.topk(min(ALTERNATIVES, logits.shape[-1]))
+    return -log_p.gather(-1, labels[:, None])[:, 0].cpu(), top.indices.cpu(), -top.values.cpu()
+
+
+def write_page(found: Inspection, model: str, name: str, path: Path) -> None:
+    """Write the page of a text called `name` under a model called `model` to `path`."""
+    here = Path(__file__)
+    script = here.with_suffix(".js").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
+    page = environment.from_string(here.with_suffix(".html").read_text(encoding="utf-8")).render(
+        model=model,
+        name=name,
+        found=found,
+        statistics={key: float(x) for key, x in found.statistics._asdict().items()},
+        data=page_data(found),
+        script=script,
+        # The page allows this script and nothing else: no text of it could run, whatever it holds.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    path.write_bytes(page.encode("utf-8"))
+
+
+def page_data(found: Inspection) -> dict[str, Any]:
+    """What the script of the page reads, fit for JSON."""
+    tokens, scores = found.tokens, found.scores
+    used = np.array(list(found.pieces), np.int64)  # ascending, as they came
+    steps = np.clip(np.rint(scores.alternative_nll / STEP), 0, 2**16 - 1)
+    return {
+        "text": tokens.text,
+        "lengths": typed_array(np.diff(_utf16(tokens.text)[tokens.ends], prepend=0)),
+        "pieces": list(found.pieces.values()),
+        "tokens": typed_array(np.searchsorted(used, tokens.ids)),
+        "nll": typed_array(scores.nll),
+        "alternatives": typed_array(np.searchsorted(used, scores.alternatives)),
+        "alternativeSteps": typed_array(steps.astype(np.uint16)),
+        "step": STEP,
+        "statistics": {key: float(x) for key, x in found.statistics._asdict().items()},
+        "gradients": GRADIENTS,
+        "defaults": Settings().coefficients,
+    }
+
+
+def _utf16(text: str) -> NDArray[np.int64]:
+    """[characters + 1] where each character, and the end, is when counted as JavaScript counts."""
+    characters = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    return np.concatenate(([0], np.cumsum(1 + (characters > 0xFFFF))))
+
+
+def typed_array(numbers: NDArray[Any]) -> dict[str, str]:
+    """A typed array of JavaScript: float32, or integers from 0 on in as few bytes as hold them."""
+    if numbers.dtype == np.float32:
+        kind, dtype = "Float32Array", "<f4"
+    else:
+        size = next(size for size in (1, 2, 4) if numbers.max() < 256**size)
+        kind, dtype = f"Uint{8 * size}Array", f"<u{size}"
+    return {"type": kind, "base64": base64.b64encode(numbers.astype(dtype).tobytes()).decode()}

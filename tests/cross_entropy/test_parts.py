@@ -1,0 +1,253 @@
+"""A vocabulary in parts against the whole: ranks that are threads of this process, one running at a time."""
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nvamp.cross_entropy import parts
+from nvamp.cross_entropy.options import Head, Options
+from nvamp.distributed import map_gradient
+from nvamp.functional import token_nll
+from nvamp.objective import Ranks
+from tests import oracle
+from tests.cross_entropy.problems import HALF, IGNORED, OPTIONS, Problem, gradients, make_problem
+
+T = TypeVar("T")
+SIZES = [1, 30, 0, 9]
+TIGHT = {"rtol": 1e-10, "atol": 1e-12}
+with_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+with_backend = pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
+
+
+def on_ranks(world: int, function: Callable[[Ranks], T]) -> list[T]:
+    """What function(ranks) gives on each of them. They take turns: Triton's interpreter is for one thread."""
+    turn, barrier = threading.Lock(), threading.Barrier(world, timeout=60)
+    slots: list[Any] = [None] * world
+    results: list[Any] = [None] * world
+
+    def exchange(rank: int, x: Tensor) -> Tensor:
+        slots[rank] = x.detach().clone()
+        turn.release()
+        barrier.wait()
+        everything = torch.stack(slots)
+        barrier.wait()
+        turn.acquire()
+        return everything
+
+    def run(rank: int) -> None:
+        with turn:
+            try:
+                results[rank] = function(
+                    Ranks(
+                        rank,
+                        world,
+                        gather=lambda x: exchange(rank, x),
+                        total=lambda x: exchange(rank, x).sum(0),
+                        maximum=lambda x: exchange(rank, x).amax(0),
+                    )
+                )
+            except Exception as error:
+                results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    errors = [result for result in results if isinstance(result, Exception)]
+    if errors and not isinstance(errors[0], ValueError):
+        raise errors[0]
+    return results
+
+
+def options_of(options: dict[str, Any]) -> Options:
+    return Options(IGNORED, **options)
+
+
+def logits_path(
+    p: Problem, sizes: list[int], backend: str, options: dict[str, Any]
+) -> list[tuple[Tensor, Tensor]]:
+    """Losses, and the gradient of Σ token_weights·nll by the part's logits, on every rank."""
+    shards = p.logits.split(sizes, -1)
+
+    def rank(ranks: Ranks) -> tuple[Tensor, Tensor]:
+        x = shards[ranks.rank].detach().clone().requires_grad_()
+        nll = parts.token_nll(x, p.labels, False, backend, options_of(options), ranks)
+        (grad,) = torch.autograd.grad((p.token_weights * nll).sum(), x)
+        return nll.detach(), grad
+
+    return on_ranks(len(sizes), rank)
+
+
+def check_logits(backend: str, options: dict[str, Any]) -> None:
+    p = make_problem(n=11, v=sum(SIZES))
+    _, (expected,) = gradients(lambda x: (p.token_weights * p.exact(x, **options)).sum(), p.logits)
+    results = logits_path(p, SIZES, backend, options)
+    for nll, _ in results:
+        torch.testing.assert_close(nll, p.exact(p.logits, **options), **TIGHT)
+    torch.testing.assert_close(torch.cat([grad for _, grad in results], -1), expected, **TIGHT)
+
+
+def check_linear(backend: str, options: dict[str, Any]) -> None:
+    p = make_problem(n=11, v=sum(SIZES))
+
+    def whole(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return (p.token_weights * p.exact(torch.nn.functional.linear(h, w, b), **options)).sum()
+
+    _, expected = gradients(whole, p.hidden, p.weight, p.bias)
+    weights, biases = p.weight.split(SIZES), p.bias.split(SIZES)
+
+    def rank(ranks: Ranks) -> list[Tensor]:
+        def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            head = Head(map_gradient(h, ranks.total), w, b, p.labels)
+            nll = parts.linear_token_nll(head, None, backend, options_of(options), ranks)
+            torch.testing.assert_close(nll, p.exact(p.logits, **options), **TIGHT)
+            return (p.token_weights * nll).sum()
+
+        return gradients(loss, p.hidden, weights[ranks.rank], biases[ranks.rank])[1]
+
+    results = on_ranks(len(SIZES), rank)
+    for hidden, _, _ in results:
+        torch.testing.assert_close(hidden, expected[0], **TIGHT)
+    for i in (1, 2):
+        torch.testing.assert_close(torch.cat([grads[i] for grads in results]), expected[i], **TIGHT)
+
+
+@with_options
+@with_backend
+@pytest.mark.parametrize("check", [check_logits, check_linear])
+def test_options(check: Callable[..., None], backend: str, options: dict[str, Any]) -> None:
+    check(backend, options)
+
+
+@with_backend
+@pytest.mark.parametrize("check", [check_logits, check_linear])
+@pytest.mark.usefixtures("setting")
+def test_blocks_chunks_and_devices(check: Callable[..., None], backend: str) -> None:
+    check(backend, OPTIONS["all"])
+
+
+@with_options
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+@pytest.mark.parametrize(("backend", "factor"), [("chunked", 1.1), ("triton", 1.25)])
+@pytest.mark.usefixtures("rounding_to_nearest")
+def test_error_is_that_of_eager_on_the_whole(
+    backend: str, factor: float, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    p = make_problem(n=40, v=301, dtype=dtype)
+    p.hidden *= 8
+    exact = p.exact(p.logits, **options)
+    _, (true_grad,) = gradients(
+        lambda x: (p.token_weights.double() * p.exact(x, **options)).sum(), p.logits.double()
+    )
+
+    def eager(x: Tensor) -> Tensor:
+        return token_nll(x, p.labels, backend="reference", **options)
+
+    _, (grad,) = gradients(lambda x: (p.token_weights * eager(x)).sum(), p.logits)
+    results = logits_path(p, [100, 1, 200], backend, options)
+    got = torch.cat([grad for _, grad in results], -1)
+    rounding = torch.finfo(torch.float32).eps
+    limit = max(factor * oracle.relative_error(grad, true_grad), rounding)
+    assert oracle.relative_error(got, true_grad) <= limit
+    limit = max(factor * oracle.relative_error(eager(p.logits), exact), rounding)
+    assert all(oracle.relative_error(nll, exact) <= limit for nll, _ in results)
+
+
+@with_backend
+@pytest.mark.usefixtures("device_kind")
+def test_masked_classes_and_extreme_logits(backend: str) -> None:
+    p = make_problem(n=6, v=8, ignored=0)
+    p.labels[:] = torch.tensor([0, 7, 3, 4, 0, 1])
+    logits = torch.randn(6, 8, dtype=torch.float64)
+    logits[0, 4:] = -torch.inf  # a part without any mass
+    logits[1, :4] = -torch.inf
+    logits[2, 5] = torch.nan
+    logits[3, 0] = torch.inf
+    logits[4] = -torch.inf
+    logits[5, 6] = 1e4
+
+    def rank(ranks: Ranks) -> tuple[Tensor, Tensor]:
+        x = logits.split(4, -1)[ranks.rank].clone().requires_grad_()
+        nll = parts.token_nll(x, p.labels, False, backend, Options(), ranks)
+        (grad,) = torch.autograd.grad(nll.sum(), x)
+        return nll.detach(), grad
+
+    _, (grad,) = gradients(lambda x: token_nll(x, p.labels, backend="chunked").sum(), logits)
+    results = on_ranks(2, rank)
+    whole = token_nll(logits, p.labels, backend="chunked")
+    assert whole.isnan().tolist() == [False, False, True, True, True, False]
+    for nll, _ in results:
+        torch.testing.assert_close(nll, whole, equal_nan=True, **TIGHT)
+    got = torch.cat([g for _, g in results], -1)
+    finite = torch.tensor([0, 1, 5])
+    torch.testing.assert_close(got[finite], grad[finite], **TIGHT)
+    assert got[2:5].isnan().any(-1).all()
+
+
+@with_backend
+@pytest.mark.parametrize("ignore_index", [-100, 0, 5])
+def test_ignored_rows_may_hold_anything(backend: str, ignore_index: int) -> None:
+    p = make_problem(n=8, v=10)
+    labels = torch.tensor([1, ignore_index, 9, 3, ignore_index, 6, 2, 8])
+    logits = p.logits.detach().clone()
+    logits[1], logits[4] = torch.nan, torch.inf
+    opt = Options(ignore_index, label_smoothing=0.1)
+
+    def rank(ranks: Ranks) -> tuple[Tensor, Tensor]:
+        x = logits.split([7, 3], -1)[ranks.rank].clone().requires_grad_()
+        nll = parts.token_nll(x, labels, False, backend, opt, ranks)
+        (grad,) = torch.autograd.grad(nll.sum(), x)
+        return nll.detach(), grad
+
+    results = on_ranks(2, rank)
+    valid = labels != ignore_index
+    expected = oracle.token_losses(logits[valid], labels[valid], label_smoothing=0.1)
+    for nll, grad in results:
+        torch.testing.assert_close(nll[valid], expected, **TIGHT)
+        assert not nll[~valid].any()
+        assert not grad[~valid].any()
+        assert grad[valid].any(-1).all()
+
+
+@with_backend
+@pytest.mark.usefixtures("device_kind")
+def test_labels_out_of_range(backend: str, device_kind: str) -> None:
+    """An error on all ranks where a look costs nothing, NaN elsewhere."""
+    p = make_problem(n=5, v=9, ignored=0)
+    p.labels[2] = 9
+    if device_kind == "CPU":
+        errors: list[Any] = on_ranks(
+            2,
+            lambda ranks: parts.token_nll(
+                p.logits.split([4, 5], -1)[ranks.rank], p.labels, False, backend, Options(), ranks
+            ),
+        )
+        assert all("labels must be in [0, 9) for a vocabulary of 9" in str(e) for e in errors)
+        assert all(isinstance(e, ValueError) for e in errors)
+        return
+    for nll, grad in logits_path(p, [4, 5], backend, {}):
+        assert nll.isnan().tolist() == [False, False, True, False, False]
+        if backend != "reference":
+            assert grad.isnan().any(-1).tolist() == [False, False, True, False, False]
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_any_parts_are_the_whole(backend: str, data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any))
+    n = data.draw(st.integers(0, 7))
+    p = make_problem(n=n, d=3, v=sum(sizes), seed=data.draw(st.integers(0, 99)))
+    options = data.draw(st.sampled_from(list(OPTIONS.values())))
+    _, (expected,) = gradients(lambda x: (p.token_weights * p.exact(x, **options)).sum(), p.logits)
+    results = logits_path(p, sizes, backend, options)
+    for nll, _ in results:
+        torch.testing.assert_close(nll, p.exact(p.logits, **options), **TIGHT)
+    torch.testing.assert_close(torch.cat([grad for _, grad in results], -1), expected, **TIGHT)

@@ -1,0 +1,56 @@
+"""`patch` on the causal language models of transformers, and the page that lists them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.integrations.architectures import (
+    LANGUAGE,
+    PAGE,
+    REFUSED,
+    VISION,
+    Architecture,
+    refusal_row,
+    row,
+)
+from tests.study.conftest import one_thread
+
+__all__ = ["one_thread"]
+
+TEXT = Path(__file__, "../../../docs/architectures.md").resolve().read_text()
+LINES = TEXT.splitlines()
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    yield
+    transformers.utils.logging.set_verbosity(verbosity)
+
+
+@pytest.mark.parametrize("architecture", [*LANGUAGE, *VISION], ids=lambda a: a.name)
+def test_loss_and_gradients_are_those_of_the_logits(architecture: Architecture) -> None:
+    assert row(architecture) in LINES
+
+
+@pytest.mark.parametrize("architecture", REFUSED, ids=lambda a: a.name)
+def test_the_refused(architecture: Architecture) -> None:
+    assert refusal_row(architecture) in LINES
+
+
+def test_the_page_is_of_these() -> None:
+    rows = [line for line in LINES if line.startswith("| `")]
+    assert [line.split("`")[1] for line in rows] == [a.name for a in (*LANGUAGE, *VISION, *REFUSED)]
+    language, seeing = len(LANGUAGE), len(LANGUAGE) + len(VISION)
+    assert (
+        PAGE.format(
+            version=transformers.__version__,
+            language="\n".join(rows[:language]),
+            vision="\n".join(rows[language:seeing]),
+            refused="\n".join(rows[seeing:]),
+        )
+        == TEXT
+    )

@@ -1,0 +1,540 @@
+"""`patch`, `unpatch` and `loss_function`, each against the model as transformers has it."""
+
+import copy
+import inspect
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from nvamp import LinearNVAMPLoss, NVAMPLoss
+from nvamp.integrations.transformers import loss_function, patch, unpatch
+from nvamp.objective import GRADIENTS, Gradient
+from nvamp.study.training import LabelledBlocks, Recipe, quiet, training_arguments
+from tests.integrations.architectures import Architecture, build
+from tests.study.conftest import one_thread
+
+__all__ = ["one_thread"]
+
+V, SEQ = 61, 12
+SIZES: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OPTIONS: dict[str, Any] = {"alpha": 0.7, "beta": 0.3, "gamma": 0.2, "label_smoothing": 0.1, "z_loss": 1e-3}
+ENTROPY: dict[str, Any] = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0}
+
+
+def llama(dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype).train()
+
+
+@pytest.fixture
+def model() -> Any:
+    return llama()
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, V, (3, SEQ), generator=g)
+    labels = tokens.clone()
+    labels[0, 4:7] = -100
+    return {"input_ids": tokens, "labels": labels}
+
+
+def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
+    weights = [p for p in model.parameters() if p.requires_grad]
+    return list(torch.autograd.grad(loss, weights, materialize_grads=True))
+
+
+def of_logits(model: Any, batch: dict[str, Tensor], criterion: NVAMPLoss, **items: Any) -> list[Tensor]:
+    """Loss and gradients by the model's own logits."""
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    loss = criterion(model(**inputs).logits, batch["labels"], **items)
+    return [loss.detach(), *gradients(loss, model)]
+
+
+def of_model(model: Any, batch: dict[str, Tensor], called: Any = None, **items: Any) -> list[Tensor]:
+    """Loss and gradients as a patched model gives them: without logits."""
+    outputs = (model if called is None else called)(**batch, **items)
+    assert outputs.logits is None
+    assert "logits" not in outputs
+    return [outputs.loss.detach(), *gradients(outputs.loss, model)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], rtol: float = 1e-9) -> None:
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * 1e-2)
+
+
+# The loss ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_every_gradient_and_option(gradient: Gradient, model: Any, batch: dict[str, Tensor]) -> None:
+    options = {**OPTIONS, "gradient": gradient, "softcap": 20.0, "logit_scale": 0.5}
+    expected = of_logits(model, batch, NVAMPLoss(**options), num_items_in_batch=50)
+    patch(model, LinearNVAMPLoss(**options))
+    assert_same(of_model(model, batch, num_items_in_batch=torch.tensor(50)), expected)
+
+
+def test_options_of_the_criterion_are_those_at_the_time(model: Any, batch: dict[str, Tensor]) -> None:
+    criterion = LinearNVAMPLoss(**OPTIONS)
+    expected = of_logits(model, batch, NVAMPLoss(**{**OPTIONS, "gamma": 3.0}))
+    patch(model, criterion)
+    criterion.gamma = 3.0
+    assert_same(of_model(model, batch), expected)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_shifted_labels(labels: bool, model: Any, batch: dict[str, Tensor]) -> None:
+    """As they come where a sequence is split over ranks: the labels beside them are not looked at."""
+    shifted = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    expected = of_logits(model, {**batch, "labels": shifted}, NVAMPLoss(**OPTIONS, shift=False))
+    wrong = torch.zeros_like(shifted)
+    logits = model(batch["input_ids"]).logits
+    loss = loss_function(NVAMPLoss(**OPTIONS))(
+        logits, wrong if labels else None, vocab_size=V, shift_labels=shifted
+    )
+    assert_same([loss.detach(), *gradients(loss, model)], expected)
+    patch(model, LinearNVAMPLoss(**OPTIONS))
+    assert_same(of_model(model, {**batch, "labels": wrong, "shift_labels": shifted}), expected)
+
+
+def test_labels_that_the_criterion_does_not_shift(model: Any, batch: dict[str, Tensor]) -> None:
+    expected = of_logits(model, batch, NVAMPLoss(shift=False))
+    patch(model, LinearNVAMPLoss(shift=False))
+    assert_same(of_model(model, batch), expected)
+
+
+def test_packed_sequences_are_the_sequences(model: Any) -> None:
+    """Sequences in one row, told apart by their positions, the first label of each -100."""
+    model.set_attn_implementation("eager")
+    parts = [torch.randint(3, V, (1, n)) for n in (5, 7, 4)]
+    rows = nn.utils.rnn.pad_sequence([p[0] for p in parts], batch_first=True, padding_value=0)
+    labels = nn.utils.rnn.pad_sequence([p[0] for p in parts], batch_first=True, padding_value=-100)
+    expected = of_logits(
+        model, {"input_ids": rows, "attention_mask": (labels >= 0).long(), "labels": labels}, NVAMPLoss()
+    )
+    tokens = torch.cat(parts, dim=1)
+    positions = torch.cat([torch.arange(p.shape[1]) for p in parts])[None]
+    packed: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+    patch(model, LinearNVAMPLoss())
+    packed["labels"] = tokens.masked_fill(positions == 0, -100)
+    assert_same(of_model(model, packed), expected, rtol=1e-6)  # the angles of positions are of float32
+
+
+def test_a_model_with_a_cap_takes_no_other(batch: dict[str, Tensor]) -> None:
+    model = Gemma2ForCausalLM(Gemma2Config(**SIZES)).train()
+    for option in ({"softcap": 10.0}, {"logit_scale": 0.5}):
+        patch(model, LinearNVAMPLoss(**option))
+        with pytest.raises(ValueError, match=r"Gemma2ForCausalLM caps or scales .*got softcap=.*logit_sc"):
+            model(**batch)
+
+
+def test_with_an_image() -> None:
+    """The gradient reaches what sees it."""
+    image = 98
+    model = build(Architecture("LlavaForConditionalGeneration", {"image_token_index": image}))
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, image, (2, SEQ), generator=g)
+    tokens[:, 2:6] = image  # a picture of 2 by 2 patches
+    pixels = torch.randn(2, 3, 16, 16, generator=g).double()
+    labels = tokens.masked_fill(tokens == image, -100)
+    seen = {"input_ids": tokens, "pixel_values": pixels, "labels": labels}
+    expected = of_logits(model, seen, NVAMPLoss())
+    patch(model, LinearNVAMPLoss())
+    assert_same(of_model(model, seen), expected)
+    loss = model(**seen).loss
+    (by_pixels,) = torch.autograd.grad(loss, model.model.vision_tower.embeddings.patch_embedding.weight)
+    assert by_pixels.abs().sum() > 0
+
+
+def test_under_autocast(batch: dict[str, Tensor]) -> None:
+    model = llama(torch.float32)
+    exact = of_logits(model, batch, NVAMPLoss())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = of_logits(model, batch, NVAMPLoss())
+        patch(model, LinearNVAMPLoss())
+        linear = of_model(model, batch)
+
+    def off(found: list[Tensor]) -> float:
+        pairs = zip(found, exact, strict=True)
+        return max(float((f - e).norm() / e.norm()) for f, e in pairs)
+
+    assert 0 < off(linear) <= 1.5 * off(logits)
+
+
+# What stays as it was ----------------------------------------------------------------------------------
+
+
+def test_generation_is_untouched(model: Any, batch: dict[str, Tensor]) -> None:
+    prompt = batch["input_ids"][:, :4]
+
+    def generate() -> Tensor:
+        generated: Tensor = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False
+        )
+        return generated
+
+    expected, logits = generate(), model(prompt).logits
+    patch(model, LinearNVAMPLoss())
+    for training in (True, False):
+        model.train(training)
+        assert torch.equal(generate(), expected)
+        assert torch.equal(model(prompt).logits, logits)
+        assert torch.equal(model.lm_head(model.model(prompt).last_hidden_state), logits)
+        assert model(prompt).loss is None
+
+
+def test_evaluation_has_logits_and_the_same_loss(model: Any, batch: dict[str, Tensor]) -> None:
+    model.eval()
+    expected = of_logits(model, batch, NVAMPLoss(**OPTIONS), num_items_in_batch=50)
+    logits = model(**batch).logits
+    patch(model, LinearNVAMPLoss(**OPTIONS))
+    outputs = model(**batch, num_items_in_batch=50)
+    assert torch.equal(outputs.logits, logits)
+    assert_same([outputs.loss.detach(), *gradients(outputs.loss, model)], expected)
+
+
+def test_tuples_lack_the_logits(model: Any, batch: dict[str, Tensor]) -> None:
+    arguments = {**batch, "return_dict": False, "output_hidden_states": True, "use_cache": False}
+    _, logits, hidden = model(**arguments)
+    patch(model, LinearNVAMPLoss(**ENTROPY))
+    loss, patched = model(**arguments)
+    torch.testing.assert_close(list(patched), list(hidden))
+    assert_same([loss.detach()], [NVAMPLoss(**ENTROPY)(logits, batch["labels"]).detach()])
+
+
+def test_labels_by_position(model: Any, batch: dict[str, Tensor]) -> None:
+    names = list(inspect.signature(model.forward).parameters)
+    arguments = [batch.get(name) for name in names[: names.index("labels") + 1]]
+    expected = of_logits(model, batch, NVAMPLoss())
+    patch(model, LinearNVAMPLoss())
+    outputs = model(*arguments)
+    assert outputs.logits is None
+    assert_same([outputs.loss.detach(), *gradients(outputs.loss, model)], expected)
+
+
+def test_unpatch_restores(model: Any, batch: dict[str, Tensor]) -> None:
+    def state() -> tuple[Any, ...]:
+        head = model.lm_head
+        return (
+            type(model), set(vars(model)), model.forward, model.loss_function, repr(model),
+            head, type(head), head.forward, set(vars(head)), inspect.signature(model.forward),
+        )  # fmt: skip
+
+    before, logits = state(), model(**batch).logits
+    patch(model, LinearNVAMPLoss())
+    assert inspect.signature(model.forward) == before[-1]
+    assert repr(model) == before[4]
+    assert isinstance(model, LlamaForCausalLM)
+    patch(model, LinearNVAMPLoss(**ENTROPY))  # a second takes the place of the first
+    expected = model(**batch).loss
+    unpatch(model)
+    assert state() == before
+    outputs = model(**batch)
+    assert torch.equal(outputs.logits, logits)
+    torch.testing.assert_close(expected, outputs.loss.double(), rtol=1e-6, atol=0)
+    unpatch(model)
+    assert state() == before
+
+
+def test_a_loss_function_of_the_user_comes_back(model: Any, batch: dict[str, Tensor]) -> None:
+    model.loss_function = own = loss_function(NVAMPLoss(**OPTIONS))
+    loss = model(**batch).loss
+    patch(model, LinearNVAMPLoss(**OPTIONS))
+    assert_same([model(**batch).loss.detach()], [loss.detach()])
+    unpatch(model)
+    assert model.loss_function is own
+    patch(model, LinearNVAMPLoss())
+    model.loss_function = own  # theirs from now on, of logits
+    assert model(**batch).logits is not None
+    unpatch(model)
+    assert model.loss_function is own
+    assert type(model) is LlamaForCausalLM
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_patched_and_their_own(duplicate: Any, model: Any, batch: dict[str, Tensor]) -> None:
+    patch(model, LinearNVAMPLoss(**OPTIONS))
+    expected = of_model(model, batch)
+    other = duplicate(model)
+    assert_same(of_model(other, batch), expected)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    assert_same(of_model(model, batch), expected)
+    unpatch(other)
+    assert other(**batch).logits is not None
+    assert model(**batch).logits is None
+
+
+def test_it_is_saved_as_what_it_is(model: Any, batch: dict[str, Tensor], tmp_path: Path) -> None:
+    patch(model, LinearNVAMPLoss())
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).train()
+    assert type(loaded) is LlamaForCausalLM
+    assert loaded.config.architectures == ["LlamaForCausalLM"]
+    logits = loaded(batch["input_ids"]).logits
+    unpatch(model)
+    assert torch.equal(logits, model(batch["input_ids"]).logits)
+
+
+# What else trains a model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant: bool, model: Any, batch: dict[str, Tensor]) -> None:
+    expected = of_logits(model, batch, NVAMPLoss())
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    patch(model, LinearNVAMPLoss())
+    outputs = model(**batch)
+    outputs.loss.backward()
+    assert_same([outputs.loss.detach(), *(p.grad for p in model.parameters())], expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(("backend", "whole"), [("eager", True), ("aot_eager", True), ("eager", False)])
+def test_compiled(backend: str, whole: bool, batch: dict[str, Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**{**SIZES, "num_hidden_layers": 1})).double().train()
+    expected = of_logits(model, batch, NVAMPLoss(**OPTIONS))
+    patch(model, LinearNVAMPLoss(**OPTIONS))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=whole)
+    if not whole:
+        model.lm_head.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    for _ in range(2):
+        assert_same(of_model(model, batch, called=compiled), expected)
+        assert compiled(batch["input_ids"]).logits is not None
+    torch._dynamo.reset()
+
+
+def test_accelerate_keeps_the_patch(batch: dict[str, Tensor]) -> None:
+    """Mixed precision wraps the forward, and unwrapping looks for what was wrapped."""
+    model = llama(torch.float32)
+    patch(model, LinearNVAMPLoss())
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare_model(model)
+    loss = prepared(**batch)
+    assert loss.logits is None
+    assert loss.loss.dtype == torch.float32
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert model(**batch).logits is None
+    unpatch(model)
+    assert model(**batch).logits is not None
+
+
+def trained(folder: Path, patched: bool) -> tuple[Tensor, list[float], float]:
+    """Weights, logged losses and loss in evaluation of a Trainer, under cross-entropy."""
+    quiet()
+    g = torch.Generator().manual_seed(0)
+    blocks = torch.randint(3, V, (24, SEQ), generator=g)
+    data = LabelledBlocks(blocks, V, 0.2, 0)
+    model = llama(torch.float32)
+    if patched:
+        patch(model, LinearNVAMPLoss(**ENTROPY))
+    arguments = training_arguments(Recipe(3, 4, 1e-2), 0, torch.device("cpu"), str(folder))
+    arguments.gradient_accumulation_steps = 2
+    arguments.logging_strategy, arguments.logging_steps = "steps", 1
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    assert (model(blocks, labels=blocks).logits is None) == patched
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return weights, logged, trainer.evaluate()["eval_loss"]
+
+
+def test_the_trainer_trains_the_same_weights(tmp_path: Path) -> None:
+    weights, logged, evaluated = trained(tmp_path, patched=True)
+    own_weights, own_logged, own_evaluated = trained(tmp_path, patched=False)
+    assert len(logged) == 3
+    assert logged == pytest.approx(own_logged, rel=1e-5)
+    assert evaluated == pytest.approx(own_evaluated, rel=1e-5)
+    start = torch.cat([p.detach().flatten() for p in llama(torch.float32).parameters()])
+    assert (weights - own_weights).norm() <= 1e-4 * (own_weights - start).norm()
+
+
+# PEFT --------------------------------------------------------------------------------------------------
+
+
+def lora(model: Any, **options: Any) -> Any:
+    """A LoRA of the attention, whose product is not zero."""
+    config = peft.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options})
+    adapted = peft.get_peft_model(model, config).double().train()
+    torch.manual_seed(1)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            nn.init.normal_(weight, std=0.3)
+    return adapted
+
+
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+@pytest.mark.parametrize("first", ["patch", "peft"])
+def test_lora(first: str, saved: list[str] | None, batch: dict[str, Tensor]) -> None:
+    expected = of_logits(lora(llama(), modules_to_save=saved), batch, NVAMPLoss())
+    model = llama()
+    if first == "patch":
+        patch(model, LinearNVAMPLoss())
+    adapted = lora(model, modules_to_save=saved)
+    if first == "peft":
+        patch(adapted, LinearNVAMPLoss())
+    assert_same(of_model(adapted, batch), expected)
+    assert ("lm_head" in "".join(n for n, p in adapted.named_parameters() if p.requires_grad)) == bool(saved)
+    unpatch(adapted)
+    outputs = adapted(**batch)
+    assert outputs.logits is not None
+    assert all("_nvamp_unpatched" not in vars(type(module)) for module in adapted.modules())
+
+
+def test_lora_of_the_output_layer_is_refused(batch: dict[str, Tensor]) -> None:
+    adapted = lora(llama(), target_modules=["lm_head"])
+    with pytest.raises(TypeError, match=r"plain torch.nn.Linear, got peft.tuners.lora.layer.Linear"):
+        patch(adapted, LinearNVAMPLoss())
+    model = llama()
+    patch(model, LinearNVAMPLoss())
+    with pytest.raises(TypeError, match=r"plain torch.nn.Linear, got peft.tuners.lora.layer.Linear"):
+        lora(model, target_modules=["lm_head"])(**batch)
+
+
+# What is refused, and what a call leaves alone ---------------------------------------------------------
+
+
+class Quantized(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.round())
+
+
+def test_refused_before_it_begins(model: Any) -> None:
+    before = dict(vars(model))
+    with pytest.raises(TypeError, match="must be a LinearNVAMPLoss, got NVAMPLoss"):
+        patch(model, NVAMPLoss())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a transformers model or a PeftModel, got Linear"):
+        patch(nn.Linear(2, 3), LinearNVAMPLoss())
+    with pytest.raises(TypeError, match=r"LlamaModel .*no loss: its forward takes no labels"):
+        patch(model.model, LinearNVAMPLoss())
+    head, model.lm_head = model.lm_head, Quantized(16, V)
+    with pytest.raises(TypeError, match=r"plain torch.nn.Linear, got .*test_patch.Quantized: take the path"):
+        patch(model, LinearNVAMPLoss())
+    model.lm_head = head
+    assert vars(model) == before
+    assert type(model) is LlamaForCausalLM
+    model.forward = model.forward
+    with pytest.raises(TypeError, match="the forward of this LlamaForCausalLM has been replaced"):
+        patch(model, LinearNVAMPLoss())
+
+
+class WithEntropy(LlamaForCausalLM):
+    """What somebody's own model may do with its logits."""
+
+    def forward(self, labels: Any = None, **kwargs: Any) -> Any:
+        outputs = super().forward(**kwargs)
+        outputs.loss = self.loss_function(outputs.logits, labels, V) + outputs.logits.softmax(-1).sum()
+        return outputs
+
+
+class WithoutLoss(LlamaForCausalLM):
+    def forward(self, labels: Any = None, **kwargs: Any) -> Any:
+        return super().forward(**kwargs)
+
+
+class WithSigmoid(LlamaForCausalLM):
+    def forward(self, labels: Any = None, **kwargs: Any) -> Any:
+        logits = super().forward(**kwargs).logits
+        return (self.loss_function(torch.sigmoid(logits), labels, V),)
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (WithEntropy, "WithEntropy needs its logits for 'softmax', .*take the path of logits"),
+        (WithoutLoss, "WithoutLoss computed no loss of its logits"),
+        (WithSigmoid, "WithSigmoid needs its logits for 'sigmoid'"),
+    ],
+)
+def test_refused_in_training(cls: Any, message: str, batch: dict[str, Tensor]) -> None:
+    model = cls(LlamaConfig(**SIZES)).train()
+    patch(model, LinearNVAMPLoss())
+    with pytest.raises(NotImplementedError, match=message):
+        model(**batch)
+    assert isinstance(model.lm_head(torch.ones(1, 16)), Tensor)  # the call is over
+
+
+def test_a_new_output_layer_has_to_be_patched(model: Any, batch: dict[str, Tensor]) -> None:
+    patch(model, LinearNVAMPLoss())
+    model.resize_token_embeddings(V + 3, mean_resizing=False)
+    with pytest.raises(NotImplementedError, match="replaced, patch again"):
+        model(**batch)
+    expected = of_logits(model, batch, NVAMPLoss())
+    patch(model, LinearNVAMPLoss())
+    assert_same(of_model(model, batch), expected)
+
+
+def test_a_teacher_within_the_model_keeps_its_logits(batch: dict[str, Tensor]) -> None:
+    """A patched model in evaluation, called while another trains; and that one's layer on another thread."""
+    student, teacher = llama(), llama().eval()
+    expected = teacher(batch["input_ids"]).logits
+    for model in (student, teacher):
+        patch(model, LinearNVAMPLoss())
+    seen: list[Any] = []
+
+    def call(*_: Any) -> None:
+        outputs = teacher(**batch)
+        seen.extend((outputs.logits, outputs.loss))
+        other = threading.Thread(target=lambda: seen.append(student.lm_head(torch.ones(1, 16).double())))
+        other.start()
+        other.join()
+
+    student.model.register_forward_hook(call)
+    assert student(**batch).logits is None
+    logits, loss, of_thread = seen
+    assert torch.equal(logits, expected)
+    assert_same([loss.detach()], [NVAMPLoss()(expected, batch["labels"]).detach()])
+    assert isinstance(of_thread, Tensor)
+
+
+# loss_function -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("items", [{}, {"num_items_in_batch": torch.tensor(50)}])
+def test_loss_function_is_called_as_transformers_own(
+    items: dict[str, Tensor], model: Any, batch: dict[str, Tensor]
+) -> None:
+    expected = model(**batch, **items).loss
+    expected_gradients = gradients(expected, model)
+    model.loss_function = loss_function(NVAMPLoss(**ENTROPY))
+    outputs = model(**batch, **items)
+    assert outputs.logits.shape == (3, SEQ, V)
+    found = [outputs.loss.detach(), *gradients(outputs.loss, model)]
+    assert_same(found, [expected.detach().double(), *expected_gradients], rtol=1e-5)
+
+
+def test_errors_of_loss_function(batch: dict[str, Tensor]) -> None:
+    logits, labels = torch.randn(3, SEQ, V), batch["labels"]
+    with pytest.raises(ValueError, match="neither labels nor shift_labels"):
+        loss_function(NVAMPLoss())(logits, None)
+    with pytest.raises(ValueError, match="has ignore_index=-100, the model asks for 7"):
+        loss_function(NVAMPLoss())(logits, labels, ignore_index=7)
+    with pytest.raises(TypeError, match="shift_labels need an NVAMPLoss, got <function ForCausalLMLoss"):
+        loss_function(ForCausalLMLoss)(logits, labels, shift_labels=labels)

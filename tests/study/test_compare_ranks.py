@@ -1,0 +1,211 @@
+"""A study under `torchrun` against the same study in one process: real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from nvamp.study import StudyError
+from nvamp.study.compare import Settings, compare
+from nvamp.study.ranks import Peers, hide, join
+from tests.study.test_compare import Silent, settings, study, without_times
+
+__all__ = ["settings"]
+
+NVAMP = "from nvamp.cli import main; main()"
+# The second rank fails once the first has finished a run.
+SECOND_FAILS = f"""
+import os, pathlib, sys, time
+import nvamp.study.compare
+
+def fail(*arguments):
+    while not list(pathlib.Path(sys.argv[-1]).glob("runs/*.json")):
+        time.sleep(0.1)
+    raise RuntimeError("out of memory")
+
+if os.environ["RANK"] == "1":
+    nvamp.study.compare.train = fail
+{NVAMP}
+"""
+
+
+def torchrun(code: str, arguments: list[str]) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
+    return subprocess.Popen(
+        [*launcher, sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Where the tests run in the background of a shell, they were told to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What it wrote to stdout and stderr."""
+    try:
+        return process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks then
+        raise
+
+
+def arguments(settings: Settings, out: Path) -> list[str]:
+    """The options of `nvamp` for these settings; the directory is the last."""
+    options: list[object] = ["--seeds", settings.seeds, "--steps", settings.steps]
+    options += ["--batch-size", settings.batch_size, "--lr", settings.lr, "--noise", settings.noise]
+    options += ["--model", settings.model, "--text", settings.text[0], "--out", out]
+    losses = [f"--loss={loss}" for loss in settings.losses]
+    return ["compare", *losses, *map(str, options)]
+
+
+def said(err: str) -> list[str]:
+    """What of the errors is not torchrun's report."""
+    return [line for line in err.splitlines() if line.startswith("nvamp: ")]
+
+
+def finished_runs(out: Path) -> list[str]:
+    return sorted(path.stem for path in out.glob("runs/*.json"))
+
+
+def numbers(results: dict[str, Any]) -> dict[str, Any]:
+    return {**without_times(results), "command": None}
+
+
+def test_two_ranks_continue_and_finish_what_one_process_would(settings: Settings, tmp_path: Path) -> None:
+    whole, _ = study(settings, tmp_path / "whole")
+    out = tmp_path / "out"
+    begun, _ = study(Settings(**{**vars(settings), "losses": ("ce",), "seeds": 1}), out)
+    process = torchrun(NVAMP, arguments(settings, out))
+    shown, err = ended(process)
+    assert process.returncode == 0, err
+    assert said(err) == []
+    assert shown.count("1 of 4 runs are finished already and kept") == 1
+    for run in ("dft, seed 0", "ce, seed 1", "dft, seed 1"):
+        assert shown.count(f"{run}: held-out cross-entropy") == 1
+    assert shown.count("Report: ") == 1
+    results, display = study(settings, out)  # of the runs that the ranks left
+    assert display.trained == []
+    assert results["runs"][0] == begun["runs"][0]
+    assert numbers(results) == numbers(whole)
+    assert not list(out.rglob("*.part"))
+
+
+def test_a_failing_rank_ends_all_and_one_process_continues(settings: Settings, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = torchrun(SECOND_FAILS, arguments(settings, out))
+    _, err = ended(process)
+    kept = finished_runs(out)
+    assert process.returncode != 0
+    assert "RuntimeError: out of memory" in err
+    # The first rank's, one or both.
+    assert kept in (["ce-seed0"], ["ce-seed0", "ce-seed1"])
+    assert said(err) == [
+        f"nvamp: interrupted: {len(kept)} finished runs are kept in {out}, the same command continues"
+    ]
+    results, display = study(settings, out)
+    assert display.kept == len(kept)
+    whole, _ = study(settings, tmp_path / "whole")
+    assert numbers(results) == numbers(whole)
+
+
+def test_ctrl_c_keeps_the_finished_runs_of_all_ranks(settings: Settings, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = torchrun(NVAMP, arguments(Settings(**{**vars(settings), "seeds": 200}), out))
+    deadline = time.monotonic() + 120
+    while len(finished_runs(out)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = ended(process)
+    kept = finished_runs(out)
+    assert process.returncode != 0
+    assert 3 <= len(kept) < 400
+    assert {"ce-seed0", "dft-seed0"} <= set(kept)  # one of each rank
+    (line,) = said(err)
+    assert line.startswith("nvamp: interrupted: ")
+    assert line.endswith(f" finished runs are kept in {out}, the same command continues")
+    assert "KeyboardInterrupt" not in err
+
+
+def test_a_mistake_is_told_once(tmp_path: Path) -> None:
+    process = torchrun(NVAMP, ["compare", "--loss", "bogus", "--out", str(tmp_path / "out")])
+    shown, err = ended(process)
+    assert process.returncode != 0
+    assert said(err) == ["nvamp: --loss bogus: unknown loss 'bogus', known are ce, nvamp, focal, dft"]
+    assert shown == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+class Impatient(Silent):
+    def waiting(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_each_rank_trains_its_own_share(settings: Settings, tmp_path: Path) -> None:
+    store = dist.HashStore()
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings, tmp_path, "", Impatient(), peers=Peers(0, 2, store))
+    assert finished_runs(tmp_path) == ["ce-seed0", "ce-seed1"]
+    assert compare(settings, tmp_path, "", Silent(), peers=Peers(1, 2, store)) is None
+    assert finished_runs(tmp_path) == ["ce-seed0", "ce-seed1", "dft-seed0", "dft-seed1"]
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_ranks_that_differ_do_not_train(settings: Settings, tmp_path: Path) -> None:
+    store = dist.HashStore()
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings, tmp_path / "out", "", Impatient(), peers=Peers(0, 2, store))
+    other = Settings(**{**vars(settings), "steps": 5})
+    with pytest.raises(StudyError, match=r"^the ranks differ: --steps 6 \(on rank 1 5\)$"):
+        compare(other, tmp_path / "out", "", Silent(), peers=Peers(1, 2, store))
+    elsewhere = tmp_path / "elsewhere"
+    with pytest.raises(StudyError, match=f"^--out {elsewhere}: not the directory of the first rank"):
+        compare(settings, elsewhere, "", Silent(), peers=Peers(1, 2, store))
+    assert not elsewhere.exists()
+
+
+def test_one_rank_has_the_word() -> None:
+    store = dist.HashStore()
+    assert [Peers(rank, 3, store).first_to_fail() for rank in (2, 0, 1)] == [True, False, False]
+    assert Peers().first_to_fail()
+
+
+@pytest.mark.parametrize(
+    ("local", "visible", "device"),
+    [
+        ("1", None, "1"),
+        ("0", "4,6", "4"),
+        ("1", "4,6", "6"),
+        ("0", "GPU-8932f937,GPU-2f2f2f2f", "GPU-8932f937"),
+        ("2", "4,6", ""),  # more ranks than devices: found out as ranks that differ
+        ("1", "", ""),  # no device wanted
+    ],
+)
+def test_a_rank_sees_its_own_device(local: str, visible: str | None, device: str) -> None:
+    environ = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": "4", "HOME": "/"}
+    if visible is not None:
+        environ["CUDA_VISIBLE_DEVICES"] = visible
+    hide(environ)
+    assert environ == {"HOME": "/", "CUDA_VISIBLE_DEVICES": device}
+
+
+def test_without_ranks_nothing_is_changed() -> None:
+    for environ in ({"HOME": "/"}, {"CUDA_VISIBLE_DEVICES": "4,6"}):
+        before = dict(environ)
+        hide(environ)
+        assert environ == before
+
+
+def test_one_rank_alone_is_a_process_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert join() == Peers()
+    assert "LOCAL_RANK" not in os.environ

@@ -1,0 +1,445 @@
+"""The page of `nvamp inspect` in a browser."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from playwright.sync_api import Browser, Page
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.inspect_page import chromium
+from nvamp import objective
+from nvamp.functional import token_weights
+from nvamp.objective import GRADIENTS
+from nvamp.study.inspect import Inspection, Scores, Tokens, inspect_text, tokenize, write_page
+from tests.study.conftest import words
+
+HOSTILE = (
+    "</script><img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>\n"
+    "<!--<script> &lt; &amp; ${1} `{{ 1 }}` \\u003c 'a' \"b\"\r\n"
+    "\ttab, 😀 é 日本 שלום \u202egnp\u202c \x00\x07\x7f \u2028 \u200d \ufeff e\u0301\n\n\nend"
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+class Opened(NamedTuple):
+    page: Page
+    said: list[str]  # on the console
+    requests: list[str]
+
+
+class Made(NamedTuple):
+    """A page and what is on it."""
+
+    found: Inspection
+    path: Path
+
+
+def opened(browser: Browser, path: Path, **options: Any) -> Opened:
+    page = browser.new_page(**{"viewport": {"width": 1200, "height": 800}, **options})
+    page.set_default_timeout(20_000)
+    said: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    return Opened(page, said, requests)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> Any:
+    """A random Llama that is sure enough of itself for its losses to differ."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def made(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    text = "\n".join(words(seed, 12) for seed in range(60)) + "\n😀 x\n"
+    found = inspect_text(model, tokenizer, text)
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    write_page(found, "model", "text", path)
+    return Made(found, path)
+
+
+@pytest.fixture
+def shown(browser: Browser, made: Made) -> Iterator[Opened]:
+    it = opened(browser, made.path)
+    yield it
+    assert it.said == []
+    assert it.requests == [made.path.as_uri()]
+    it.page.close()
+
+
+def choose(page: Page, view: str) -> None:
+    page.get_by_role("radio", name=view, exact=True).check(force=True)
+
+
+def card(page: Page) -> str:
+    return page.locator("#card").inner_text() if page.locator("#card").is_visible() else ""
+
+
+def number(shown: str) -> float:
+    return float(shown.replace("−", "-"))
+
+
+def weights_on(page: Page, gradient: str) -> torch.Tensor:
+    """Of all tokens, under the coefficients the page has now."""
+    script = "g => Array.from(nvamp.nll, (_, i) => nvamp.weight(i, g, nvamp.state.coefficients))"
+    return torch.tensor(page.evaluate(script, gradient), dtype=torch.float64)
+
+
+def colours(page: Page) -> list[str]:
+    return page.evaluate(
+        "[...document.querySelectorAll('#rows span')].map(s => getComputedStyle(s).backgroundColor)"
+    )
+
+
+def lightness(colour: str) -> float:
+    found = re.match(r"oklch\(([\d.]+)", colour)
+    assert found, colour
+    return float(found[1])
+
+
+def test_the_switch_recolours_the_text(shown: Opened) -> None:
+    views: dict[str, list[str]] = {}
+    for view in ("nll", "z", *(f"weight, {gradient}" for gradient in GRADIENTS)):
+        choose(shown.page, view)
+        views[view] = colours(shown.page)
+    assert len(set(map(tuple, views.values()))) == 6
+    # All tokens weigh the same in these, but the largest loss in "scalar".
+    scored = slice(1, None)
+    assert len(set(views["weight, detached"][scored])) == 1
+    assert len(set(views["weight, scalar"][scored])) == 2
+    assert len(set(views["weight, token"])) > 20
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_more_is_further_from_the_page(browser: Browser, made: Made, scheme: str) -> None:
+    page = opened(browser, made.path, color_scheme=scheme).page
+    choose(page, "nll")
+    drawn = page.evaluate("[...document.querySelectorAll('#rows span')].map(s => Number(s.dataset.i))")
+    pairs = sorted(
+        (made.found.scores.nll[i - 1], lightness(colour))
+        for i, colour in zip(drawn, colours(page), strict=True)
+        if i
+    )
+    steps = np.diff([light for _, light in pairs])
+    assert (steps <= 0).all() if scheme == "light" else (steps >= 0).all()
+    assert abs(pairs[0][1] - pairs[-1][1]) > 0.3
+    page.close()
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_weights_are_those_of_the_library(shown: Opened, made: Made, gradient: Any) -> None:
+    page = shown.page
+    choose(page, f"weight, {gradient}")
+    nll = torch.tensor(page.evaluate("Array.from(nvamp.nll)"), dtype=torch.float64)
+    assert nll.float().tolist() == made.found.scores.nll.tolist()
+    coefficients: dict[str, float] = {}
+    largest = int(nll.argmax())
+    for moves in ({}, {"alpha": 1.5}, {"beta": 0.25, "gamma": 0.04}, {"alpha": 0.0, "beta": 0.0}):
+        for name, value in moves.items():
+            page.get_by_role("slider", name=name).fill(str(value))
+        coefficients |= moves
+        expected = token_weights(nll, **coefficients, gradient=gradient)
+        torch.testing.assert_close(weights_on(page, gradient), expected, rtol=1e-9, atol=1e-18)
+        for i in (largest, 3, 17):
+            page.evaluate("i => nvamp.goTo(i)", i + 1)
+            w, times_n = re.search(rf"^{gradient}\t(\S+)\t(\S+)$", card(page), re.MULTILINE).groups()  # type: ignore[union-attr]
+            assert number(w) == pytest.approx(float(expected[i]), rel=1e-3, abs=1e-12)
+            assert number(times_n) == pytest.approx(float(expected[i]) * len(nll), abs=6e-4)
+        heaviest = page.locator("#heaviest tbody tr").first
+        assert int(heaviest.get_attribute("data-i") or 0) - 1 == int(
+            max(range(len(nll)), key=lambda i: (float(expected[i]), float(nll[i])))
+        )
+        assert number(heaviest.locator("td").last.inner_text()) == pytest.approx(
+            float(expected.max()) * len(nll), abs=6e-4
+        )
+
+
+def test_a_number_may_go_beyond_its_slider(shown: Opened, made: Made) -> None:
+    page = shown.page
+    page.get_by_role("spinbutton", name="gamma").fill("7.5")
+    nll = torch.from_numpy(made.found.scores.nll).double()
+    expected = token_weights(nll, gamma=7.5, gradient="token")
+    torch.testing.assert_close(weights_on(page, "token"), expected, rtol=1e-9, atol=0)
+    value = objective.value(made.found.statistics, alpha=1.0, beta=0.02, gamma=7.5)
+    assert page.locator("#value").inner_text() == f"L = {value:.4f} nats"
+    page.get_by_role("spinbutton", name="gamma").fill("")  # half typed
+    torch.testing.assert_close(weights_on(page, "token"), expected, rtol=1e-9, atol=0)
+    page.get_by_role("button", name="Defaults").click()
+    torch.testing.assert_close(
+        weights_on(page, "token"), token_weights(nll, gradient="token"), rtol=1e-9, atol=0
+    )
+
+
+def test_hovering_tells_what_the_model_says(shown: Opened, made: Made, model: Any, tokenizer: Any) -> None:
+    page = shown.page
+    ids = made.found.tokens.ids.tolist()
+    s = made.found.statistics
+    for i in (1, 5, 20):  # of the first window: their context is all that comes before
+        page.locator(f"#t{i}").hover()
+        said = card(page)
+        with torch.no_grad():
+            p = model(input_ids=torch.tensor([ids[:i]])).logits[0, -1].double().softmax(-1)
+        assert said.startswith(tokenizer.decode([ids[i]]).replace(" ", "␣").replace("\n", "↵") + "\n")
+        assert f"token {i + 1} of {len(ids):,}\n" in said
+        facts = dict(re.findall(r"^(probability|nll|z)\n(\S+)", said, re.MULTILINE))
+        ell = -p[ids[i]].log()
+        assert number(facts["probability"]) == pytest.approx(float(p[ids[i]]), rel=5e-3, abs=6e-5)
+        assert number(facts["nll"]) == pytest.approx(float(ell), abs=6e-4)
+        assert number(facts["z"]) == pytest.approx(float((ell - s.mean) / s.std), abs=6e-3)
+        likeliest = p.topk(5)
+        lines = said[said.index("likeliest here") :].split("\n")[1:6]
+        for line, index, value in zip(
+            lines, likeliest.indices.tolist(), likeliest.values.tolist(), strict=True
+        ):
+            piece, shown_p = line.split("\t")
+            assert piece == as_shown(made.found.pieces[index]).replace(" ", "␣").replace("\n", "↵")
+            assert number(shown_p) == pytest.approx(value, rel=5e-3, abs=6e-5)
+    page.locator("#t0").hover()
+    assert "nothing predicts this token" in card(page)
+    page.get_by_role("heading", level=1).hover()
+    assert card(page) == ""
+
+
+def test_parts_of_a_character_are_told(shown: Opened, made: Made) -> None:
+    at = int(np.flatnonzero(made.found.tokens.ends == made.found.tokens.text.index("😀") + 1)[0])
+    shown.page.evaluate("i => nvamp.goTo(i)", at)
+    assert card(shown.page).startswith("\\xf0\ncovers “😀”")
+    shown.page.keyboard.press("ArrowRight")
+    assert card(shown.page).startswith("\\x9f\npart of “😀”")
+
+
+def active(page: Page) -> int:
+    """The token that the keyboard is at; it has to be in the page, marked, and the card be of it."""
+    name = page.locator("#text").get_attribute("aria-activedescendant") or ""
+    span = page.locator(f"#{name}")
+    assert span.get_attribute("aria-selected") == "true"
+    assert "probability" in (span.get_attribute("aria-label") or "") or name == "t0"
+    index = int(name[1:])
+    assert f"token {index + 1:,} of" in card(page)
+    assert page.locator(".active").first.get_attribute("data-i") == str(index)
+    return index
+
+
+def test_the_keyboard_does_it_all(shown: Opened, made: Made) -> None:
+    page, last = shown.page, len(made.found.tokens.ids) - 1
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.value") == "token"
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("nvamp.state.view") == "detached"
+    page.keyboard.press("Tab")
+    assert active(page) == 0
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert active(page) == 3
+    page.keyboard.press("ArrowLeft")
+    assert active(page) == 2
+    page.keyboard.press("ArrowDown")
+    below = active(page)
+    rows = page.evaluate("nvamp.rows.token")
+    assert rows[1] <= below < rows[2]
+    page.keyboard.press("ArrowUp")
+    assert active(page) == 2
+    page.keyboard.press("End")
+    assert active(page) == last
+    page.keyboard.press("ArrowRight")
+    assert active(page) == last
+    page.keyboard.press("PageUp")
+    assert active(page) < last
+    page.keyboard.press("Home")
+    assert active(page) == 0
+    page.keyboard.press("Escape")
+    assert card(page) == ""
+    outline = page.evaluate("getComputedStyle(document.getElementById('text')).outlineStyle")
+    assert outline == "solid"
+
+    row = page.locator("#heaviest tbody tr").nth(2)
+    row.get_by_role("button").focus()
+    page.keyboard.press("Enter")
+    assert active(page) == int(row.get_attribute("data-i") or -1)
+    page.locator("#heaviest tbody tr").nth(4).click()
+    assert active(page) == int(page.locator("#heaviest tbody tr").nth(4).get_attribute("data-i") or -1)
+
+
+def test_controls_and_figures_have_names(shown: Opened, made: Made) -> None:
+    page, s = shown.page, made.found.statistics
+    for name in ("alpha", "beta", "gamma"):
+        assert page.get_by_role("slider", name=name).count() == 1
+        assert page.get_by_role("spinbutton", name=name).count() == 1
+    plot = page.locator("#histogram")
+    assert f"mean {s.mean:.3f}, sigma {s.std:.3f}, largest {s.max:.3f} nats" in (
+        plot.get_attribute("aria-label") or ""
+    )
+    assert f"mean {s.mean:.2f}" in plot.inner_html()
+    assert f"max {s.max:.2f}" in plot.inner_html()
+    assert "+1σ" in plot.inner_html()
+    header = " ".join(page.locator("header").inner_text().split())
+    assert (
+        f"mean nll {s.mean:.3f} nats, σ {s.std:.3f}, dispersion d {s.dispersion:.3f}, largest {s.max:.2f}"
+        in header
+    )
+
+
+def test_a_click_stays_where_it_is(shown: Opened) -> None:
+    page = shown.page
+    page.evaluate("nvamp.goTo(0)")
+    page.locator("#heaviest button").first.focus()
+    page.evaluate("document.getElementById('text').scrollTop = 1e6")
+    page.wait_for_function("document.getElementById('t' + nvamp.nll.length)")
+    top = page.evaluate("document.getElementById('text').scrollTop")
+    assert top > 0
+    span = page.locator("#rows .row").nth(-4).locator("span").first
+    span.click()
+    assert active(page) == int(span.get_attribute("data-i") or -1)
+    assert page.evaluate("document.getElementById('text').scrollTop") == top
+
+
+def as_shown(text: str) -> str:
+    """What the page makes of characters that have no shape; newlines stand at the end of rows."""
+
+    shapeless = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2028\u2029\ufeff]"
+    return re.sub(shapeless, lambda m: f"⟨U+{ord(m[0]):04X}⟩", text.replace("\r", "⟨\\r⟩"))
+
+
+def test_text_is_shown_and_never_run(browser: Browser, model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    found = inspect_text(model, tokenizer, HOSTILE)
+    pieces = {index: f"</script><b>{piece}" for index, piece in found.pieces.items()}
+    write_page(
+        found._replace(pieces=pieces), "<img src=x onerror=alert(1)>", "</title><script>1</script>", path
+    )
+    page, said, requests = opened(browser, path)
+    rows = page.locator("#rows .row").evaluate_all(
+        "rows => rows.map(row => row.textContent + (row.querySelector('.newline') ? '\\n' : ''))"
+    )
+    assert "".join(rows) == as_shown(HOSTILE)
+    assert page.get_by_role("heading", level=1).inner_text() == (
+        "</title><script>1</script> under <img src=x onerror=alert(1)>"
+    )
+    assert page.title() == "nvamp inspect: </title><script>1</script> under <img src=x onerror=alert(1)>"
+    for i in range(len(found.tokens.ids)):
+        page.evaluate("i => nvamp.goTo(i)", i)
+        assert card(page).startswith("</script><b>")
+    assert page.locator("img, b").count() == 0
+    assert page.locator("script").count() == 2
+    assert said == []
+    assert requests == [path.as_uri()]
+    # What is not the page's own script is not run, even where it gets in.
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"document.title=1\">')")
+    page.wait_for_timeout(100)
+    assert page.title() != "1"
+    blocked = [line for line in said if "Content Security Policy" in line]
+    assert said == blocked
+    assert len(blocked) >= 1
+    page.close()
+
+
+def test_a_text_of_two_tokens(browser: Browser, model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    found = inspect_text(model, tokenizer, "loss mean")
+    assert len(found.tokens.ids) == 2
+    # A model that is sure: no loss at all.
+    for nll in (found.scores.nll, np.zeros(1, np.float32)):
+        ell = torch.from_numpy(nll).double()
+        statistics = objective.statistics(ell, torch.ones_like(ell, dtype=torch.bool))
+        write_page(
+            found._replace(scores=found.scores._replace(nll=nll), statistics=statistics), "m", "t", path
+        )
+        page, said, _ = opened(browser, path)
+        for view in ("nll", "z", *(f"weight, {gradient}" for gradient in GRADIENTS)):
+            choose(page, view)
+        page.evaluate("nvamp.goTo(1)")
+        assert active(page) == 1
+        assert "z\n+0.00" in card(page)
+        assert "NaN" not in page.locator("main").inner_html()
+        assert said == []
+        page.close()
+
+
+def long_page(tokenizer: Any, path: Path, tokens: int) -> Inspection:
+    """A page of many tokens, with made-up losses."""
+    rng = np.random.default_rng(0)
+    text = "\n".join(words(seed, 40) for seed in range(tokens // 40))
+    found = tokenize(tokenizer, text)
+    ids, ends = found.ids[:tokens], found.ends[:tokens]
+    nll = rng.gamma(2, 2, len(ids) - 1).astype(np.float32)
+    alternatives = rng.integers(0, len(tokenizer), (len(nll), 5))
+    scores = Scores(nll, alternatives, np.sort(rng.gamma(2, 2, (len(nll), 5))).astype(np.float32))
+    ell = torch.from_numpy(nll).double()
+    statistics = objective.statistics(ell, torch.ones_like(ell, dtype=torch.bool))
+    pieces = {index: tokenizer.decode([index]) for index in range(len(tokenizer))}
+    inspection = Inspection(Tokens(text[: ends[-1]], ids, ends), scores, pieces, 64, statistics)
+    write_page(inspection, "model", "text", path)
+    return inspection
+
+
+def test_a_long_text_is_drawn_in_part(browser: Browser, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    found = long_page(tokenizer, path, 100_000)
+    count = len(found.tokens.ids)
+    assert count == 100_000
+    page, said, requests = opened(browser, path)
+
+    def nodes() -> int:
+        return page.evaluate("document.querySelectorAll('*').length")
+
+    assert nodes() < 4000
+    page.locator("#text").focus()
+    page.keyboard.press("End")
+    last = page.locator(f"#t{count - 1}")
+    assert last.is_visible()
+    assert last.inner_text() == found.tokens.text[found.tokens.ends[-2] :]
+    assert nodes() < 4000
+    height = page.evaluate("document.getElementById('text').scrollHeight")
+    page.evaluate("y => document.getElementById('text').scrollTop = y", height / 2)
+    page.wait_for_function(f"nvamp.rows.from > {0.4 * height / 23}")
+    assert card(page) == ""  # the token it was of is out of sight
+    spans = page.locator("#rows span")
+    drawn = spans.evaluate_all("spans => spans.map(span => Number(span.dataset.i))")
+    assert 0.4 * count < drawn[0] < drawn[-1] < 0.6 * count
+    assert sorted(set(drawn)) == list(range(drawn[0], drawn[-1] + 1))  # none is missing
+    begin, end = found.tokens.ends[drawn[0] - 1], found.tokens.ends[drawn[-1]]
+    assert "".join(spans.all_inner_texts()) in found.tokens.text[begin:end].replace("\n", "")
+    assert nodes() < 4000
+    nll = torch.from_numpy(found.scores.nll).double()
+    for gradient in GRADIENTS:
+        expected = token_weights(nll, gradient=gradient)
+        torch.testing.assert_close(weights_on(page, gradient), expected, rtol=1e-9, atol=1e-15)
+    assert said == []
+    assert requests == [path.as_uri()]
+    page.close()
+
+
+def test_a_narrow_page_needs_no_scrolling_sideways(browser: Browser, made: Made) -> None:
+    page = opened(browser, made.path, viewport={"width": 380, "height": 700}).page
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    assert page.evaluate("(t => t.scrollWidth - t.clientWidth)(document.getElementById('text'))") <= 0
+    page.evaluate("nvamp.goTo(50)")
+    before = active(page)
+    page.set_viewport_size({"width": 900, "height": 700})
+    page.wait_for_function("nvamp.rows.columns > 60")
+    assert page.locator(f"#t{before}").is_visible()
+    page.close()

@@ -1,0 +1,314 @@
+"""A vocabulary or a weight that ranks have in parts, against one process that has it all: real processes, gloo."""
+
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import loss_parallel
+
+from nvamp import LinearNVAMPLoss, NVAMPLoss
+from nvamp.functional import linear_token_nll, token_nll
+from nvamp.objective import GRADIENTS
+from tests.cross_entropy.problems import OPTIONS
+from tests.test_distributed import IGNORED, RELATIVE, WEIGHTS, D, V, assert_same, batch, on_ranks
+
+BACKENDS = ["reference", "chunked", "triton"]
+TOKENS = (2, 7)
+
+
+def head(dtype: torch.dtype, v: int = V) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, weight, bias, labels; the same on all ranks."""
+    hidden, labels = batch(*TOKENS, dtype)
+    g = torch.Generator().manual_seed(3)
+    weight = torch.randn(v, D, generator=g, dtype=torch.float64).to(dtype)
+    bias = torch.randn(v, generator=g, dtype=torch.float64).to(dtype)
+    labels[0, 2:4] = IGNORED
+    return hidden, weight, bias, labels.where(labels < v, 0)
+
+
+def uneven(world: int) -> list[int]:
+    """Sizes of the parts of the vocabulary, one of them empty where there are enough."""
+    return [V - 4, 4] if world == 2 else [5, 0, 13, 1]
+
+
+def as_one_process(criterion: nn.Module, *inputs: Tensor, labels: Tensor) -> tuple[Tensor, Any, list[Tensor]]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    args = (*leaves[:2], labels, *leaves[2:]) if len(leaves) > 1 else (leaves[0], labels)
+    loss, stats = criterion(*args, return_stats=True)
+    return loss.detach(), stats, list(torch.autograd.grad(loss, leaves))
+
+
+# What the ranks do -------------------------------------------------------------------------------------
+
+
+def parts_are_one_process(rank: int, world: int) -> None:
+    groups = [dist.group.WORLD, init_device_mesh("cpu", (world,))]
+    sizes = uneven(world)
+    for dtype, gradient, backend in product(RELATIVE, GRADIENTS, BACKENDS):
+        hidden, weight, bias, labels = head(dtype)
+        options: Any = {"gradient": gradient, "backend": backend, **WEIGHTS, **OPTIONS["all"]}
+        sharded: Any = {**options, "vocab_group": groups[gradient == "full"]}
+        slack = 100.0 if gradient == "full" and dtype == torch.float32 else 1.0  # |ℓ − μ| has a kink
+
+        logits = F.linear(hidden, weight, bias)
+        value, stats, (grad,) = as_one_process(NVAMPLoss(**options), logits, labels=labels)
+        mine = as_one_process(NVAMPLoss(**sharded), logits.split(sizes, -1)[rank], labels=labels)
+        case = ("logits", dtype, gradient, backend)
+        assert_same(mine[0], value, case)
+        assert_same(mine[1].std, stats.std, case, slack)
+        assert mine[1].max_index == stats.max_index
+        assert_same(mine[2][0], grad.split(sizes, -1)[rank], case, slack)
+
+        inputs = hidden, weight, bias
+        value, _, grads = as_one_process(LinearNVAMPLoss(**options), *inputs, labels=labels)
+        inputs = hidden, weight.split(sizes)[rank], bias.split(sizes)[rank]
+        mine = as_one_process(LinearNVAMPLoss(**sharded), *inputs, labels=labels)
+        case = ("linear", dtype, gradient, backend)
+        assert_same(mine[0], value, case)
+        expected = grads[0], grads[1].split(sizes)[rank], grads[2].split(sizes)[rank]
+        for x, y in zip(mine[2], expected, strict=True):
+            assert_same(x, y, case, slack)
+
+
+def the_sum_of_hidden_gradients_can_be_left_to_the_caller(rank: int, world: int) -> None:
+    hidden, weight, _, labels = head(torch.float64)
+    weight = weight.split(uneven(world))[rank]
+    grads = []
+    for reduce in (True, False):
+        h = hidden.clone().requires_grad_()
+        loss = linear_token_nll(
+            h, weight, labels, vocab_group=dist.group.WORLD, reduce_grad_hidden=reduce
+        ).sum()
+        grads.append(torch.autograd.grad(loss, h)[0])
+    assert (grads[0] - grads[1]).norm() > 0.1 * grads[0].norm()
+    dist.all_reduce(grads[1])
+    assert_same(grads[1], grads[0], "hidden")
+
+
+def dtensors_are_one_process(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for dtype, v, gradient in product(RELATIVE, (V, 5), ("scalar", "token")):
+        hidden, weight, bias, labels = head(dtype, v)  # of 5 classes 4 ranks have 2, 2, 1 and 0
+        options: Any = {"gradient": gradient, **WEIGHTS}
+        case = (dtype, v, gradient)
+        logits = F.linear(hidden, weight, bias)
+        value, _, (grad,) = as_one_process(NVAMPLoss(**options), logits, labels=labels)
+        x = distribute_tensor(logits, mesh, [Shard(2)]).requires_grad_()
+        for y in (labels, distribute_tensor(labels, mesh, [Replicate()])):
+            loss = NVAMPLoss(**options)(x, y)
+            assert type(loss) is Tensor
+            assert_same(loss.detach(), value, case)
+            (got,) = torch.autograd.grad(loss, x)
+            assert isinstance(got, DTensor)
+            assert got.placements == (Shard(2),)
+            assert_same(got.full_tensor(), grad, case)
+        inputs = hidden, weight, bias
+        value, _, grads = as_one_process(LinearNVAMPLoss(**options), *inputs, labels=labels)
+        w, b = (distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (weight, bias))
+        h = distribute_tensor(hidden, mesh, [Replicate()]).requires_grad_()
+        loss = LinearNVAMPLoss(**options)(h, w, labels, b)
+        assert_same(loss.detach(), value, case)
+        for x, y in zip(torch.autograd.grad(loss, (h, w, b)), grads, strict=True):
+            assert isinstance(x, DTensor)
+            assert_same(x.full_tensor(), y, case)
+        # Hidden states as plain tensors: that they are the same on all ranks the group says.
+        plain = hidden.clone().requires_grad_()
+        loss = LinearNVAMPLoss(**options, vocab_group=mesh)(plain, w, labels, b)
+        for x, y in zip(torch.autograd.grad(loss, (plain, w, b)), grads, strict=True):
+            assert_same(x.full_tensor() if isinstance(x, DTensor) else x, y, case)
+
+
+def cross_entropy_is_that_of_loss_parallel(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for dtype in RELATIVE:
+        hidden, weight, _, labels = head(dtype, 20)
+        x = distribute_tensor(hidden @ weight.T, mesh, [Shard(2)]).requires_grad_()
+        loss = NVAMPLoss(0.0, 1.0, 0.0, shift=False)(x, labels)
+        (grad,) = torch.autograd.grad(loss, x)
+        with loss_parallel():
+            expected = F.cross_entropy(x.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+            (expected_grad,) = torch.autograd.grad(expected, x)
+        assert isinstance(expected, DTensor)
+        assert_same(loss.detach(), expected.full_tensor().detach(), dtype)
+        assert_same(grad.full_tensor(), expected_grad.full_tensor(), dtype)
+
+
+def data_and_vocabulary(rank: int, world: int) -> None:
+    """Half of the ranks share a vocabulary, each half has other rows of the batch."""
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "vocabulary"))
+    hidden, weight, bias, labels = head(torch.float64)
+    rows = slice(mesh["data"].get_local_rank(), None, world // 2)
+    part = mesh["vocabulary"].get_local_rank()
+    groups: Any = {"process_group": mesh["data"], "vocab_group": mesh["vocabulary"]}
+    for gradient in GRADIENTS:
+        options: Any = {"gradient": gradient, **WEIGHTS}
+        value, _, grads = as_one_process(LinearNVAMPLoss(**options), hidden, weight, bias, labels=labels)
+        inputs = hidden[rows], weight.split([12, 7])[part], bias.split([12, 7])[part]
+        mine = as_one_process(LinearNVAMPLoss(**options, **groups), *inputs, labels=labels[rows])
+        assert_same(mine[0], value, gradient)
+        expected = grads[0][rows], grads[1].split([12, 7])[part], grads[2].split([12, 7])[part]
+        for i, (x, y) in enumerate(zip(mine[2], expected, strict=True)):
+            if i:
+                dist.all_reduce(x, group=mesh["data"].get_group())
+            assert_same(x / (world // 2), y, (gradient, i))
+
+
+def collectives_are_those_documented(rank: int, world: int) -> None:
+    hidden, weight, bias, labels = head(torch.float32)
+    sizes = uneven(world)
+    group: Any = {"vocab_group": dist.group.WORLD}
+    inputs = [hidden, weight.split(sizes)[rank], bias.split(sizes)[rank]]
+    h, w, b = (x.clone().requires_grad_() for x in inputs)
+    x = F.linear(hidden, weight, bias).split(sizes, -1)[rank].clone().requires_grad_()
+    for loss, backward in (
+        (lambda: token_nll(x, labels, **group), 0),
+        (lambda: linear_token_nll(h, w, labels, b, **group), 1),
+        (lambda: linear_token_nll(h, w, labels, b, reduce_grad_hidden=False, **group), 0),
+    ):
+        with CommDebugMode() as forward:
+            nll = loss()
+        with CommDebugMode() as back:
+            nll.sum().backward()
+        assert forward.get_total_counts() == 3
+        assert back.get_total_counts() == backward
+
+
+def compiled_is_eager(rank: int, world: int) -> None:
+    hidden, weight, bias, labels = head(torch.float32)
+    sizes = uneven(world)
+    inputs = [x.split(sizes)[rank] for x in (weight, bias)]
+    logits = F.linear(hidden, weight, bias).split(sizes, -1)[rank]
+    group: Any = {"gradient": "token", "vocab_group": dist.group.WORLD, **WEIGHTS}
+    for criterion, args in (
+        (NVAMPLoss(**group), (logits,)),
+        (LinearNVAMPLoss(**group), (hidden, *inputs)),
+    ):
+        expected = as_one_process(criterion, *args, labels=labels)
+        compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+        got = as_one_process(compiled, *args, labels=labels)
+        torch.testing.assert_close(got[0], expected[0])
+        torch.testing.assert_close(got[2], expected[2])
+
+
+def a_bad_label_is_an_error_on_all_ranks(rank: int, world: int) -> None:
+    hidden, weight, _, labels = head(torch.float32)
+    labels[1, 3] = V
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"labels must be in \[0, {V}\) for a vocabulary of {V}"):
+            NVAMPLoss(vocab_group=dist.group.WORLD)(
+                (hidden @ weight.T).split(uneven(world), -1)[rank], labels
+            )
+
+
+def what_does_not_fit_is_refused(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    hidden, weight, _, labels = head(torch.float32, 20)
+    x = distribute_tensor(hidden @ weight.T, mesh, [Shard(2)])
+    with pytest.raises(ValueError, match="vocab_group is for plain tensors"):
+        token_nll(x, labels, vocab_group=mesh)
+    with pytest.raises(ValueError, match=r"logits must be replicated, or Shard\(2\) over one dimension"):
+        token_nll(x.redistribute(placements=[Shard(1)]), labels)
+    with pytest.raises(ValueError, match="return_metrics=True needs the whole vocabulary"):
+        token_nll(x, labels, return_metrics=True)
+    h, w = (distribute_tensor(t, mesh, [Replicate()]) for t in (hidden, weight))
+    with pytest.raises(TypeError, match="weight must be a DTensor where hidden is one"):
+        linear_token_nll(h, weight, labels)
+    with pytest.raises(ValueError, match="hidden must be replicated, got Shard"):
+        linear_token_nll(h.redistribute(placements=[Shard(0)]), w, labels)
+    with pytest.raises(ValueError, match=r"weight must be replicated, or Shard\(0\)"):
+        linear_token_nll(h, w.redistribute(placements=[Shard(1)]), labels)
+
+
+class Model(nn.Module):
+    """A body, and a head that may be the embedding; the loss is taken inside or outside."""
+
+    def __init__(self, criterion: nn.Module, tied: bool, inside: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(V, D, dtype=dtype)
+        self.body = nn.Linear(D, D, dtype=dtype)
+        self.head = nn.Linear(D, V, bias=not tied, dtype=dtype)
+        if tied:
+            self.head.weight = self.embedding.weight
+        self.criterion, self.inside = criterion, inside
+
+    def forward(self, tokens: Tensor) -> Any:
+        hidden = self.body(self.embedding(tokens)).tanh()
+        return self.loss(hidden, tokens) if self.inside else hidden
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.criterion(hidden, self.head.weight, labels, self.head.bias)
+        return loss
+
+
+def fsdp_is_one_process(rank: int, world: int) -> None:
+    tokens = batch(2 * world, 7, torch.float32)[1]
+    mine = tokens[2 * rank : 2 * rank + 2]
+    for gradient, dtype, tied, inside, apart, compile in (
+        ("scalar", torch.float64, False, True, False, False),
+        ("token", torch.float64, False, False, True, False),
+        ("scalar", torch.float64, False, False, True, False),
+        ("scalar", torch.float32, True, True, False, False),
+        ("token", torch.float64, True, False, False, False),
+        ("scalar", torch.float32, False, True, False, True),
+    ):
+        case = (gradient, dtype, tied, inside, apart, compile)
+        options: Any = {"gradient": gradient, **WEIGHTS}
+        alone = Model(LinearNVAMPLoss(**options), tied, True, dtype)
+        expected = alone(tokens)
+        expected.backward()
+        model = Model(LinearNVAMPLoss(**options, process_group=dist.group.WORLD), tied, inside, dtype)
+        fully_shard(model.body)
+        if apart:
+            fully_shard(model.head)  # its weight is a part whenever its own forward does not run
+        fully_shard(model)
+        assert isinstance(model, FSDPModule)
+        run = torch.compile(model, backend="aot_eager") if compile else model
+        gathers = CommDebugMode()
+        with gathers:
+            loss = run(mine)
+            if not inside:
+                loss = model.loss(loss, mine)
+            loss.backward()
+        assert_same(loss.detach(), expected.detach(), case)
+        for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+            assert isinstance(p.grad, DTensor), (name, case)
+            assert q.grad is not None
+            assert_same(p.grad.full_tensor(), q.grad, (name, *case))
+        if apart:  # once by FSDP for its own forward? no: it never runs. Weight and bias, by the loss
+            counts = {str(op): n for op, n in gathers.get_comm_counts().items()}
+            assert sum(n for op, n in counts.items() if "all_gather_into_tensor" in op) == 2, counts
+
+
+def vocabulary(rank: int, world: int) -> None:
+    parts_are_one_process(rank, world)
+    the_sum_of_hidden_gradients_can_be_left_to_the_caller(rank, world)
+    collectives_are_those_documented(rank, world)
+    a_bad_label_is_an_error_on_all_ranks(rank, world)
+    compiled_is_eager(rank, world)
+    if world == 4:
+        data_and_vocabulary(rank, world)
+
+
+def dtensors(rank: int, world: int) -> None:
+    dtensors_are_one_process(rank, world)
+    cross_entropy_is_that_of_loss_parallel(rank, world)
+    what_does_not_fit_is_refused(rank, world)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    "check", [vocabulary, dtensors, fsdp_is_one_process], ids=lambda check: check.__name__
+)
+def test_ranks(check: Callable[[int, int], None], world: int, tmp_path: Path) -> None:
+    on_ranks(check, world, tmp_path)
