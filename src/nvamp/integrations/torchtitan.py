@@ -21,8 +21,9 @@ class NVAMPLoss(BaseLoss):  # type: ignore[misc]  # torchtitan is untyped here
     `criterion.process_group` makes them those of several ranks, which hold different tokens:
     `trainer.loss_fn.criterion.process_group = trainer.parallel_dims.get_mesh("loss")`.
 
-    Logits sharded over the vocabulary are gathered by torchtitan's own `compute_logprobs`, and their losses
-    are computed by it. The configuration of the compiler is not followed: there is nothing to fuse.
+    Logits that are a DTensor sharded over the vocabulary stay so. Those of `spmd_types`, plain tensors, are
+    gathered by torchtitan's own `compute_logprobs`. The configuration of the compiler is not followed: there
+    is nothing to fuse.
 
     Example:
         Trainer.Config(loss=NVAMPLoss.Config(gradient="token"), ...)
@@ -56,8 +57,8 @@ class NVAMPLoss(BaseLoss):  # type: ignore[misc]  # torchtitan is untyped here
                 number of tokens, as those of torchtitan.
             kwargs: what torchtitan hands to every loss; not used.
         """
-        sharded = isinstance(pred, DTensor) or spmd_mesh_size("tp") > 1
-        nll = -compute_logprobs(pred, labels) if sharded else token_nll(pred, labels)
+        gathers = not isinstance(pred, DTensor) and spmd_mesh_size("tp") > 1
+        nll = -compute_logprobs(pred, labels) if gathers else token_nll(pred, labels)
         items = 1 if global_valid_tokens is None else global_valid_tokens
         loss = self.criterion(nll, labels != IGNORE_INDEX, num_items_in_batch=items)
         group = self.criterion.process_group
