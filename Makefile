@@ -25,8 +25,9 @@ browser:
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; \
 	else echo "the tests need Chromium: install it, or name one in CHROMIUM" >&2; exit 1; fi
 
+# A process a core: the tests are many small ones, which threads would only hold up.
 test: $(INSTALLED) browser
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
