@@ -1,6 +1,7 @@
 """The integration with the `Trainer` on two ranks, against one process: real processes, gloo."""
 
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,7 +174,7 @@ def without_a_number_nothing_is_divided() -> None:
 
 
 def a_sharded_model_has_the_gradient_of_the_whole_batch() -> None:
-    """FSDP2, with the output layer in the root's unit, and patched before or after."""
+    """FSDP2, with the output layer in the root's unit or one of its own, and patched before or after."""
     criterion = LinearNVAMPLoss(process_group=dist.group.WORLD)
     g = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randint(V, (2, SEQ), generator=g)
@@ -181,11 +182,11 @@ def a_sharded_model_has_the_gradient_of_the_whole_batch() -> None:
     NVAMPLoss(process_group=dist.group.WORLD)(alone(tokens).logits, tokens).backward()
     for weight in alone.parameters():
         dist.all_reduce(weight.grad)
-    for first in (True, False):
+    for first, apart in product((True, False), repeat=2):
         model = tiny()
         if first:
             patch(model, criterion)
-        for part in (*model.model.layers, model):
+        for part in (*model.model.layers, *([model.lm_head] if apart else []), model):
             fully_shard(part)
         if not first:
             patch(model, criterion)
