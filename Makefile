@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup compare browser test lint bench clean
+.PHONY: setup compare browser test lint fuzz bench clean
 
 setup: $(INSTALLED)
 
@@ -30,6 +30,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The property tests with ever new examples, for FUZZ_SECONDS; what fails is told by its seed.
+FUZZ_SECONDS ?= 3600
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cpu --out runs/bench

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import linear_nvamp_loss, nvamp_loss, token_nll
 from nvamp.objective import GRADIENTS, Gradient
 from tests import oracle
+from tests.strategies import examples
 
 B, S, D, V = 3, 7, 5, 11
 IGNORED = -100
@@ -82,7 +83,7 @@ def test_value_and_gradient(
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.integers(1, 3), st.integers(2, 9), st.integers(2, 30), st.sampled_from([0.0, 0.02, 1.0]),
     st.sampled_from([0.0, 0.001, 0.5]), st.sampled_from([1e-6, 1e-2]), st.integers(0, 99),
