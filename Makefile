@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup compare browser test lint fuzz bench clean
+.PHONY: setup compare browser test lint api fuzz bench clean
 
 setup: $(INSTALLED)
 
@@ -30,6 +30,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Writes the public API down, after a change of it that is meant.
+api: $(INSTALLED)
+	$(BIN)/python -m tests.api > tests/api.txt.new
+	mv tests/api.txt.new tests/api.txt
 
 # The property tests with ever new examples, for FUZZ_SECONDS; what fails is told by its seed.
 FUZZ_SECONDS ?= 3600

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import nvamp
 from benchmarks.original import original_nvamp
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import linear_nvamp_loss, nvamp_loss, token_nll
@@ -383,9 +382,3 @@ def test_import_needs_torch_alone() -> None:
     )
     program = f"import sys; sys.modules.update(dict.fromkeys({others!r})); import nvamp; nvamp.NVAMPLoss()"
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
-
-
-def test_public_names() -> None:
-    assert {"NVAMPLoss", "LinearNVAMPLoss", "NVAMPStats", "functional"} <= set(nvamp.__all__)
-    names = {"nvamp_loss", "linear_nvamp_loss", "token_nll", "linear_token_nll", "token_weights"}
-    assert names <= set(nvamp.functional.__all__)
