@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup compare browser test lint api fuzz bench clean
+.PHONY: setup compare browser test lint api lowest fuzz bench clean
 
 setup: $(INSTALLED)
 
@@ -35,6 +35,10 @@ lint: $(INSTALLED)
 api: $(INSTALLED)
 	$(BIN)/python -m tests.api > tests/api.txt.new
 	mv tests/api.txt.new tests/api.txt
+
+# Tests with the lowest versions that pyproject.toml allows, as far as they can be had.
+lowest: $(INSTALLED)
+	$(BIN)/python -m tests.lowest
 
 # The property tests with ever new examples, for FUZZ_SECONDS; what fails is told by its seed.
 FUZZ_SECONDS ?= 3600
