@@ -33,6 +33,14 @@ def lowest(requirement: str) -> str:
     return f"{name}=={version}.*"
 
 
+def works(python: str) -> bool:
+    """Whether there is such a program; those of version managers may only say that there could be."""
+    return (
+        shutil.which(python) is not None
+        and subprocess.run([python, "-V"], capture_output=True).returncode == 0
+    )
+
+
 def environment(python: str) -> Path:
     """The Python of a new environment."""
     shutil.rmtree(WHERE, ignore_errors=True)
@@ -56,7 +64,7 @@ def main() -> int:
     builds = [f"{torch}.0+cpu", f"{pinned['torch']}+cpu"]
 
     chosen = None
-    if shutil.which(oldest) is None:
+    if not works(oldest):
         print(f"lowest: {oldest} is not here and was not checked")
     else:
         subprocess.run([oldest, "-c", COMPILE], check=True)
