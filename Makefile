@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup compare browser test lint bench clean
+.PHONY: setup compare browser test lint api lowest fuzz bench clean
 
 setup: $(INSTALLED)
 
@@ -33,6 +33,20 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Writes the public API down, after a change of it that is meant.
+api: $(INSTALLED)
+	$(BIN)/python -m tests.api > tests/api.txt.new
+	mv tests/api.txt.new tests/api.txt
+
+# Tests with the lowest versions that pyproject.toml allows, as far as they can be had.
+lowest: $(INSTALLED)
+	$(BIN)/python -m tests.lowest
+
+# The property tests with ever new examples, for FUZZ_SECONDS; what fails is told by its seed.
+FUZZ_SECONDS ?= 3600
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cpu --out runs/bench

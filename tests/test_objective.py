@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from nvamp import objective
 from nvamp.functional import token_weights
 from nvamp.objective import GRADIENTS, Gradient
 from tests import oracle
+from tests.strategies import examples
 
 WEIGHTS = {"alpha": 1.0, "beta": 0.02, "gamma": 0.001}
 
@@ -28,7 +29,7 @@ def all_valid(ell: Tensor) -> Tensor:
     return torch.ones_like(ell, dtype=torch.bool)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(losses, coefficients, items)
 def test_value_is_the_definition(ell: Tensor, w: dict[str, float], m: int | None) -> None:
     s = objective.statistics(ell, all_valid(ell), m)
@@ -41,7 +42,7 @@ def test_value_is_the_definition(ell: Tensor, w: dict[str, float], m: int | None
     torch.testing.assert_close(objective.value(s, **w), oracle.nvamp(ell, **w, items=m), rtol=1e-6, atol=1e-9)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(losses, coefficients, items, st.sampled_from(GRADIENTS))
 def test_weights_are_the_derivative(
     ell: Tensor, w: dict[str, float], m: int | None, gradient: Gradient
@@ -63,7 +64,7 @@ def test_first_of_equal_maxima_gets_the_penalty(gradient: Gradient) -> None:
     assert (with_penalty - without).tolist() == [0, penalty, 0, 0]
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(losses, coefficients, items)
 def test_token_mode_spends_what_scalar_mode_spends(ell: Tensor, w: dict[str, float], m: int | None) -> None:
     totals = [
@@ -73,7 +74,7 @@ def test_token_mode_spends_what_scalar_mode_spends(ell: Tensor, w: dict[str, flo
     torch.testing.assert_close(*totals, rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(losses, st.data(), st.sampled_from(GRADIENTS))
 def test_invalid_tokens_change_nothing(ell: Tensor, data: st.DataObject, gradient: Gradient) -> None:
     """The weights among other tokens, whatever their losses, are those without them."""
@@ -92,7 +93,7 @@ def test_invalid_tokens_change_nothing(ell: Tensor, data: st.DataObject, gradien
     torch.testing.assert_close(got[mask], token_weights(ell, gradient=gradient), rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(losses, min_size=1, max_size=5), st.sampled_from([0.02, 1.0]), st.sampled_from([0.0, 0.5]))
 def test_cross_entropy_and_max_add_up_over_micro_batches(
     batches: list[Tensor], beta: float, gamma: float

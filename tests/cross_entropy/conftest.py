@@ -24,8 +24,8 @@ def rounding_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=[1, 7, 1000])
-def rows_at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    return _at_a_time(request.param, monkeypatch)
+def rowsat_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    return at_a_time(request.param, monkeypatch)
 
 
 @pytest.fixture(params=["CPU", "accelerator", "recorded"])
@@ -39,7 +39,7 @@ def setting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """A kind of device, and how many rows at a time."""
     kind, rows = request.param.split(", ")
     _take_for(kind, monkeypatch)
-    _at_a_time(int(rows), monkeypatch)
+    at_a_time(int(rows), monkeypatch)
 
 
 def _take_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -50,7 +50,7 @@ def _take_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return kind
 
 
-def _at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> int:
+def at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(chunked, "block_rows", lambda *_: rows)
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: 2 * rows)
     if rows < 1000:  # kernels take blocks of columns

@@ -72,3 +72,17 @@ def gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, lis
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     value = loss(*leaves)
     return value.detach(), list(torch.autograd.grad(value, leaves))
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The values of x [A, B, V] in memory of several layouts."""
+    a, b, v = x.shape
+    wide = x.new_full((a + 1, b + 2, v + 3), torch.nan)
+    wide[1:, 1:-1, 2:-1] = x
+    return {
+        "contiguous": x,
+        "slice": wide[1:, 1:-1, 2:-1],
+        "transposed": x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        "batch second": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "every other": x.repeat_interleave(2, -1)[..., ::2],
+    }

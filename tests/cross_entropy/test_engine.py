@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from nvamp.cross_entropy import devices, linear, linear_nll_sum_max, triton
@@ -19,7 +17,7 @@ from nvamp.functional import (
     token_weights,
 )
 from tests import oracle
-from tests.cross_entropy.problems import DTYPES, IGNORED, OPTIONS, gradients, make_problem
+from tests.cross_entropy.problems import DTYPES, IGNORED, OPTIONS, gradients, layouts, make_problem
 
 BACKENDS = ["reference", "chunked", "triton"]
 with_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -113,32 +111,6 @@ def test_frozen_inputs_get_no_gradient(backend: str, frozen: str, one_pass: bool
     everything = grads({"hidden", "weight", "bias"})
     for name, grad in grads({"hidden", "weight", "bias"} - {frozen}).items():
         torch.testing.assert_close(grad, everything[name], **TIGHT)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    n=st.integers(0, 20),
-    d=st.integers(1, 6),
-    v=st.integers(1, 30),
-    seed=st.integers(0, 99),
-    ignored=st.sampled_from([0, 0.5, 1]),
-    backend=st.sampled_from(BACKENDS[1:]),
-)
-def test_any_size(n: int, d: int, v: int, seed: int, ignored: float, backend: str) -> None:
-    p = make_problem(n, d, v, seed=seed, ignored=ignored)
-    inputs = p.hidden, p.weight, p.bias
-    expected = gradients(
-        lambda h, w, b: (p.token_weights * p.exact(torch.nn.functional.linear(h, w, b))).sum(), *inputs
-    )
-    got = gradients(
-        lambda h, w, b: (p.token_weights * linear_token_nll(h, w, p.labels, b, backend=backend)).sum(),
-        *inputs,
-    )
-    torch.testing.assert_close(got, expected, **TIGHT)
-    total, largest, _ = linear_nll_sum_max(*inputs[:2], p.labels, p.bias, backend=backend)
-    exact = p.exact(torch.nn.functional.linear(*inputs))
-    torch.testing.assert_close(total, exact.sum(), **TIGHT)
-    torch.testing.assert_close(largest, exact.max() if n else exact.sum(), **TIGHT)
 
 
 # Accuracy ----------------------------------------------------------------------------------------------
@@ -255,20 +227,6 @@ def test_half_precision_sums_many_chunks_in_float32(one_pass: bool, monkeypatch:
 
 
 # Inputs as they come -----------------------------------------------------------------------------------
-
-
-def layouts(x: Tensor) -> dict[str, Tensor]:
-    """The values of x [A, B, V] in memory of several layouts."""
-    a, b, v = x.shape
-    wide = x.new_full((a + 1, b + 2, v + 3), torch.nan)
-    wide[1:, 1:-1, 2:-1] = x
-    return {
-        "contiguous": x,
-        "slice": wide[1:, 1:-1, 2:-1],
-        "transposed": x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
-        "batch second": x.transpose(0, 1).contiguous().transpose(0, 1),
-        "every other": x.repeat_interleave(2, -1)[..., ::2],
-    }
 
 
 @with_fused

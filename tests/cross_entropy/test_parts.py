@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from nvamp.functional import token_nll
 from nvamp.objective import Ranks
 from tests import oracle
 from tests.cross_entropy.problems import HALF, IGNORED, OPTIONS, Problem, gradients, make_problem
+from tests.strategies import examples
 
 T = TypeVar("T")
 SIZES = [1, 30, 0, 9]
@@ -239,7 +240,7 @@ def test_labels_out_of_range(backend: str, device_kind: str) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_any_parts_are_the_whole(backend: str, data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any))

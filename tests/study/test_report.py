@@ -129,6 +129,38 @@ def test_the_page_says_it_all(results: dict[str, Any], tmp_path: Path) -> None:
     assert page.text.count("better\n") == 2 * len(METRICS)
 
 
+HOSTILE = "<b onx='1'>\"&lt;"
+
+
+def hostile(x: Any, key: str = "") -> Any:
+    """The results with something to run in every text but those that the report looks up."""
+    if isinstance(x, dict):
+        return {k: hostile(v, k) for k, v in x.items()}
+    if isinstance(x, list):
+        return [hostile(v) for v in x]
+    return x + HOSTILE if isinstance(x, str) and key not in ("created", *METRIC_KEYS) else x
+
+
+METRIC_KEYS = [metric.key for metric in METRICS]
+
+
+def test_no_text_is_markup(results: dict[str, Any], tmp_path: Path) -> None:
+    results["settings"]["model"] = "a/model"
+    results["pages"] = {"ce": "inspect/ce-seed0.html"}
+    page = Page(render(hostile(results), tmp_path))
+    tags = {tag for tag, _ in Page(render(results, tmp_path)).elements}
+    assert {tag for tag, _ in page.elements} == tags
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    for expected in (
+        "ce",
+        "nvamp, in plain words.",
+        "nvamp compare --text '<script>' --seeds 3",
+        "2.13.0",
+        "a/model",
+    ):
+        assert expected + HOSTILE in page.text, expected
+
+
 def test_pages_of_token_losses_are_linked(results: dict[str, Any], tmp_path: Path) -> None:
     assert "Token by token" not in render(results, tmp_path)
     results["pages"] = {"ce": "inspect/ce-seed0.html", "nvamp": "inspect/nvamp-seed0.html"}

@@ -18,6 +18,7 @@ from nvamp.cross_entropy.checks import (
     check_labels,
     check_linear,
     check_logits,
+    check_transforms,
 )
 from nvamp.cross_entropy.options import Head, Needs, Options, TokenOptions, checked
 from nvamp.objective import Ranks
@@ -107,6 +108,7 @@ def token_nll(
     check_labels(labels, logits, "logits")
     opt = checked(Options(ignore_index, **options))
     name = backend_for(logits, backend)
+    check_transforms(name, logits)
     if vocab_group is not None:
         _refuse_metrics(return_metrics)
         return parts.token_nll(logits, labels, inplace_backward, name, opt, _ranks_of(vocab_group))
@@ -191,6 +193,7 @@ def linear_token_nll(
     check_accum_dtype(accum_dtype, head.weight)
     opt = checked(Options(ignore_index, **options))
     name = backend_for(hidden, backend)
+    check_transforms(name, *head[:3])
     if vocab_group is not None:
         _refuse_metrics(return_metrics)
         ranks = _ranks_of(vocab_group)
@@ -253,6 +256,7 @@ def linear_nll_sum_max(
     opt = checked(Options(ignore_index, **options))
     needs = Needs(*(t is not None and t.requires_grad for t in head[:3]))
     name = backend_for(hidden, backend)
+    check_transforms(name, *head[:3])
     total, largest, nll, *_ = ops.linear_nll_sum_max(*head, *needs, True, accum_dtype, name, *opt)
     return total, largest, nll.view(labels.shape)
 

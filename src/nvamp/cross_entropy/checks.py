@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
 
 from nvamp.cross_entropy import devices
 from nvamp.cross_entropy.options import accumulate_dtype
@@ -66,6 +68,28 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: bool =
             raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {x.dtype}")
         if x is not None and x.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {x.device}")
+
+
+def check_transforms(backend: str, *inputs: Tensor | None) -> None:
+    """Raises where derivatives are asked for that the operators of a fused backend do not have.
+
+    Of forward mode PyTorch would say nothing: it drops the tangents, which makes the derivative 0.
+    """
+    if backend == "reference" or torch.compiler.is_compiling():
+        return
+    transforms = {interpreter.key() for interpreter in get_interpreter_stack() or ()}
+    if transforms & {TransformType.Grad, TransformType.Jvp} or any(map(_has_tangent, inputs)):
+        raise NotImplementedError(
+            f"backend {backend!r} has no forward-mode derivatives and none under torch.func (grad, vjp, jvp, "
+            '...): use backend="reference"'
+        )
+
+
+def _has_tangent(x: Tensor | None) -> bool:
+    in_forward_mode = forward_ad._current_level >= 0
+    if not in_forward_mode or x is None:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def check_accum_dtype(accum_dtype: torch.dtype | None, weight: Tensor) -> None:

@@ -68,6 +68,13 @@ def _as_is(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
+def _refuse(*_: Any) -> Any:
+    raise NotImplementedError(
+        "the gradients of the fused backends cannot be differentiated again: use "
+        'backend="reference" for second derivatives'
+    )
+
+
 # nvamp::token_nll --------------------------------------------------------------------------------------
 
 
@@ -106,6 +113,9 @@ def token_nll_backward(
 @token_nll_backward.register_fake
 def _(grad_nll: Tensor, logits: Tensor, *args: Any) -> Tensor:
     return logits.new_empty(logits.shape)
+
+
+token_nll_backward.register_autograd(_refuse)
 
 
 def _token_nll_backward_(
@@ -147,8 +157,11 @@ def _logits_gradient(
 
 
 def _may_use_up(saved: Tensor) -> bool:
-    """Whether a backward may overwrite what it saved: not a compiled one, nor one that keeps the graph."""
-    return type(saved) is Tensor and not _graph_is_kept()
+    """Whether a backward may overwrite what it saved.
+
+    Not a compiled one, nor one that keeps the graph, nor one that is differentiated itself.
+    """
+    return type(saved) is Tensor and not _graph_is_kept() and not torch.is_grad_enabled()
 
 
 def _graph_is_kept() -> bool:
@@ -213,6 +226,9 @@ def linear_token_nll_backward(grad_nll: Tensor, norm: Tensor, classes: Tensor | 
 def _(grad_nll: Tensor, norm: Tensor, classes: Tensor | None, *args: Any) -> Tensors:
     head = Head(*args[:4])
     return _fake_gradients(head, Needs(*args[4:7]), head.weight.dtype)
+
+
+linear_token_nll_backward.register_autograd(_refuse)
 
 
 def _linear_token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -285,6 +301,9 @@ def linear_nll_sum_max_backward(*args: Any) -> Tensors:
 @linear_nll_sum_max_backward.register_fake
 def _(hidden: Tensor, *args: Any) -> Tensors:
     return tuple(torch.empty_like(unit, dtype=hidden.dtype) for unit in args[7:10])
+
+
+linear_nll_sum_max_backward.register_autograd(_refuse)
 
 
 def _scale_unit_gradients(

@@ -10,6 +10,8 @@ from nvamp.integrations.transformers import compute_loss_func
 from nvamp.losses import NVAMPLoss
 from nvamp.objective import Gradient
 
+__all__ = ["NVAMPArgs", "NVAMPPlugin"]
+
 
 class NVAMPArgs(BaseModel):
     """What the plugin adds to Axolotl's configuration: options of `nvamp.NVAMPLoss`."""

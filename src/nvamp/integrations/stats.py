@@ -9,6 +9,8 @@ from torch import Tensor
 from nvamp.functional import NVAMPStats
 from nvamp.losses import LinearNVAMPLoss, NVAMPLoss, TokenNVAMPLoss
 
+__all__ = ["log_stats"]
+
 # Token-weighted means; `nvamp_max` is logged beside them.
 _MEANS = ("cross_entropy", "dispersion", "std", "hardest_share")
 

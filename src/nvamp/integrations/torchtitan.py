@@ -13,6 +13,8 @@ from nvamp.functional import token_nll
 from nvamp.losses import TokenNVAMPLoss
 from nvamp.objective import Gradient
 
+__all__ = ["NVAMPLoss"]
+
 
 class NVAMPLoss(BaseLoss):  # type: ignore[misc]  # torchtitan is untyped here
     """A torchtitan loss: what every rank gets of every micro-batch adds up to the loss of the step.

@@ -8,6 +8,8 @@ from torch import Tensor
 from nvamp.distributed import ranks_of
 from nvamp.losses import TokenNVAMPLoss
 
+__all__ = ["SFTTrainer"]
+
 
 class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped here
     """TRL's `SFTTrainer` with a criterion.

@@ -1,0 +1,72 @@
+"""Draws examples for every property test of the engine and the losses until time is up.
+
+    python -m tests.fuzz [--seconds 3600] [--seed SEED]
+
+In rounds, each with a seed of its own, one more than that of the round before; prints it, and how many examples
+held. Ends at the first failure with exit code 1: `--seed` with the seed of that round finds it again.
+"""
+
+import argparse
+import os
+import random
+import re
+import sys
+import time
+
+EXAMPLES = 5  # times those of `make test`: a round takes a minute or two
+FILES = [
+    "tests/test_properties.py",
+    "tests/test_objective.py",
+    "tests/test_losses.py",
+    "tests/cross_entropy/test_parts.py",
+]
+
+
+class Count:
+    """How many examples the property tests of a pytest run drew that held."""
+
+    total = 0
+
+    def pytest_runtest_teardown(self, item: object) -> None:
+        statistics = getattr(item, "hypothesis_statistics", "")
+        self.total += sum(map(int, re.findall(r"- (\d+) passing, ", statistics)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**9))
+    arguments = parser.parse_args()
+    os.environ["NVAMP_FUZZ"] = str(EXAMPLES)
+    import pytest
+
+    started, seed, count = time.monotonic(), arguments.seed, Count()
+    while True:
+        code = pytest.main(
+            [
+                "-q",
+                "-m",
+                "hypothesis",
+                "--timeout=0",
+                "-p",
+                "no:cacheprovider",
+                f"--hypothesis-seed={seed}",
+                *FILES,
+            ],
+            plugins=[count],
+        )
+        spent = time.monotonic() - started
+        if code:
+            print(f"fuzz: failed after {count.total} examples; again: python -m tests.fuzz --seed {seed}")
+            return 1
+        print(f"fuzz: seed {seed} done, {count.total} examples in {spent:.0f} s", flush=True)
+        if spent > arguments.seconds:
+            print(f"fuzz: seeds {arguments.seed} to {seed}, {count.total} examples, no failure")
+            return 0
+        seed += 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Runs tests with the lowest versions that pyproject.toml allows: `python -m tests.lowest`, or `make lowest`.
+
+Makes an environment of its own in runs/lowest. Of PyTorch, and of PyTorch for the lowest Python, it takes a CPU
+build where pip's index has one; where not, it says in a line what could not be checked, and goes on with the
+PyTorch of constraints.txt. That index may be another one: PIP_EXTRA_INDEX_URL.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import tomllib
+
+WHERE = Path("runs/lowest")
+CORE = [
+    "test_losses.py",
+    "test_objective.py",
+    "test_transforms.py",
+    "test_saving.py",
+    "test_steady_state.py",
+    "cross_entropy",
+]
+ABOVE = ["integrations/test_patch.py", "study", "test_cli.py"]
+TOOLS = ["hypothesis", "pytest", "pytest-timeout", "triton"]
+
+
+def lowest(requirement: str) -> str:
+    """The lowest minor version that `name>=version` allows."""
+    name, version = re.fullmatch(r"([\w-]+)>=([\d.]+).*", requirement).groups()  # type: ignore[union-attr]
+    return f"{name}=={version}.*"
+
+
+def works(python: str) -> bool:
+    """Whether there is such a program; those of version managers may only say that there could be."""
+    return (
+        shutil.which(python) is not None
+        and subprocess.run([python, "-V"], capture_output=True).returncode == 0
+    )
+
+
+def environment(python: str) -> Path:
+    """The Python of a new environment."""
+    shutil.rmtree(WHERE, ignore_errors=True)
+    subprocess.run([python, "-m", "venv", WHERE], check=True)
+    return WHERE / "bin/python"
+
+
+def obtainable(python: Path, requirement: str) -> bool:
+    """Whether pip would install it; pip downloads a wheel's metadata at most."""
+    pip = [python, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", requirement]
+    return subprocess.run(pip, capture_output=True).returncode == 0
+
+
+def main() -> int:
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    pinned = dict(
+        line.split("==") for line in Path("constraints.txt").read_text().splitlines() if "==" in line
+    )
+    oldest = "python" + project["requires-python"].removeprefix(">=")
+    (torch,) = (r.removeprefix("torch>=") for r in project["dependencies"] if r.startswith("torch>="))
+    builds = [f"{torch}.0+cpu", f"{pinned['torch']}+cpu"]
+
+    chosen = None
+    if not works(oldest):
+        print(f"lowest: {oldest} is not here and was not checked")
+    else:
+        subprocess.run([oldest, "-c", COMPILE], check=True)
+        python = environment(oldest)
+        chosen = next((build for build in builds if obtainable(python, f"torch=={build}")), None)
+        if chosen is None:
+            print(f"lowest: no CPU build of torch for {oldest}: only that it reads the source was checked")
+    if chosen is None:
+        python = environment(sys.executable)
+        chosen = next((build for build in builds if obtainable(python, f"torch=={build}")), pinned["torch"])
+    if chosen != builds[0]:
+        print(
+            f"lowest: no CPU build of torch {torch}: not checked; the rest is, with torch {chosen}",
+            flush=True,
+        )
+
+    extras = project["optional-dependencies"]
+    peft = [r for r in extras["dev"] if r.startswith("peft")]
+    versions = [
+        f"torch=={chosen}",
+        *map(lowest, [*extras["study"], *peft]),
+        *(f"{t}=={pinned[t]}" for t in TOOLS),
+    ]
+    print("lowest:", *versions, flush=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *versions, "--editable", "."], check=True)
+    files = [f"tests/{name}" for name in (*(CORE if chosen == builds[0] else []), *ABOVE)]
+    # Of old versions together, one warns of another.
+    tests = ["-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", *files]
+    return subprocess.run(
+        [python, *tests, "--ignore", "tests/study/test_inspect_page.py"],
+        env={**os.environ, "PATH": f"{WHERE.resolve() / 'bin'}:{os.environ['PATH']}"},
+    ).returncode
+
+
+COMPILE = """
+from pathlib import Path
+for path in Path("src").rglob("*.py"):
+    compile(path.read_text(), str(path), "exec")
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())
