@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+TOOLS := .venv/tools  # what only documentation and releases need
 
-.PHONY: setup compare browser test lint bench clean
+.PHONY: setup compare browser test lint docs release-check bench clean
 
 setup: $(INSTALLED)
 
@@ -30,6 +31,17 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(TOOLS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[docs,release]'
+	touch $@
+
+# The site, in runs/site: open index.html there. To search in it: python -m http.server -d runs/site
+docs: $(TOOLS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+release-check: $(TOOLS)
+	$(BIN)/python .ci/release_check.py
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cpu --out runs/bench

@@ -1,0 +1,82 @@
+"""Hooks of `mkdocs build`: the site out of Markdown that is also read where it lies in the repository.
+
+README.md is the landing page, CHANGELOG.md a page. Links to other files of the repository lead to copies of them in
+the site, of Python as a page: no address of a code host is needed.
+"""
+
+import re
+from pathlib import Path
+from posixpath import dirname, normpath, relpath
+from typing import Any
+
+from mkdocs.structure.files import File, Files, InclusionLevel
+
+ROOT = Path(__file__).parents[1]
+FROM_ROOT = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")  # of [text](target#anchor), the target
+
+
+def in_repository(page: str) -> str:
+    """The path of a page of the site in the repository."""
+    return next((path for path, name in FROM_ROOT.items() if name == page), f"docs/{page}")
+
+
+def in_site(path: str) -> str:
+    """The path of a file of the repository in the site."""
+    if path in FROM_ROOT:
+        return FROM_ROOT[path]
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    return f"{path}.md" if path.endswith(".py") else path
+
+
+def targets(path: str, text: str) -> set[str]:
+    """The files of the repository that a file of it links to."""
+    linked = {normpath(f"{dirname(path)}/{match[2]}".lstrip("/")) for match in LINK.finditer(text)}
+    return {target for target in linked if (ROOT / target).is_file()}
+
+
+def on_files(files: Files, *, config: Any) -> Files:
+    for path, page in FROM_ROOT.items():
+        files.append(File.generated(config, page, content=(ROOT / path).read_text(encoding="utf-8")))
+    linked = {
+        target
+        for file in files.documentation_pages()
+        for target in targets(in_repository(file.src_uri), file.content_string)
+    }
+    for path in sorted(linked):
+        if path in FROM_ROOT or path.startswith("docs/"):
+            continue
+        content = (ROOT / path).read_text(encoding="utf-8")
+        if path.endswith(".py"):
+            content = f"# {path}\n\n````python\n{content}````\n"
+        file = File.generated(config, in_site(path), content=content, inclusion=InclusionLevel.NOT_IN_NAV)
+        files.append(file)
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    here = page.file.src_uri
+    if here.endswith(".py.md"):
+        return markdown
+    path = in_repository(here)
+    found = targets(path, markdown)
+
+    def rewritten(match: re.Match[str]) -> str:
+        target = normpath(f"{dirname(path)}/{match[2]}".lstrip("/"))
+        return match[1] + relpath(in_site(target), dirname(here) or ".") if target in found else match[0]
+
+    return LINK.sub(rewritten, markdown)
+
+
+def on_page_content(html: str, *, page: Any, **_: Any) -> str:
+    """In the reference, what docstrings name becomes a link: pages, and other names of the page."""
+    if page.file.src_uri != "api.md":
+        return html
+    html = re.sub(r"\bdocs/([\w-]+)\.md\b", r'<a href="\1.html">docs/\1.md</a>', html)
+
+    def linked(match: re.Match[str]) -> str:
+        name = match[1] if match[1] != "NVAMPLoss" else "nvamp.NVAMPLoss"
+        return f'<a href="#{name}">{match[0]}</a>' if f'id="{name}"' in html else match[0]
+
+    return re.sub(r"<code>((?:nvamp\.)?[\w.]+)</code>", linked, html)
