@@ -1,6 +1,6 @@
-"""What has to hold before a release: the archives build, hold what they should, and work beside PyTorch alone.
+"""What holds before a release: the archives build, hold what they should, and work beside PyTorch alone.
 
-    python .ci/release_check.py     leaves them in runs/dist
+python .ci/release_check.py     leaves them in runs/dist
 """
 
 import os
@@ -47,7 +47,9 @@ def build() -> tuple[Path, Path]:
 def check_contents(wheel: Path, sdist: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    source = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "nvamp").rglob("*") if path.is_file()}
+    source = {
+        str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "nvamp").rglob("*") if path.is_file()
+    }
     source = {name for name in source if "__pycache__" not in name}
     assert {"nvamp/py.typed", "nvamp/study/report.html", "nvamp/study/inspect.js"} <= source
     assert source <= names, f"not in the wheel: {source - names}"
@@ -71,10 +73,13 @@ def check_installed(wheel: Path) -> None:
         # PyTorch, imported where no NumPy is, says so in a warning of its own.
         env = {**ENV, "PYTHONWARNINGS": "error,ignore:Failed to initialize NumPy"}
         subprocess.run([python, "-c", PRELUDE + example[1] + POSTLUDE], check=True, cwd=folder, env=env)
-        said = subprocess.run([python.with_name("nvamp")], capture_output=True, text=True, cwd=folder, env=env)
+        said = subprocess.run(
+            [python.with_name("nvamp")], capture_output=True, text=True, cwd=folder, env=env
+        )
         assert said.returncode == 2, said
         assert said.stdout == "", said.stdout
-        assert said.stderr.count("\n") == 1 and "pip install 'nvamp-loss[study]'" in said.stderr, said.stderr
+        assert said.stderr.count("\n") == 1, said.stderr
+        assert "pip install 'nvamp-loss[study]'" in said.stderr, said.stderr
 
 
 if __name__ == "__main__":

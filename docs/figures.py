@@ -1,6 +1,6 @@
 """The figures of the documentation, from the library's own code and from the results of its benchmarks.
 
-    python -m docs.figures      writes docs/figures/*.svg
+python -m docs.figures      writes docs/figures/*.svg
 """
 
 import json
@@ -43,7 +43,7 @@ def batch(tokens: int = 1000) -> torch.Tensor:
 
 
 def weights() -> Figure:
-    """The weight of a token, beside that of plain cross-entropy, as a function of z: one panel for each mode."""
+    """The weight of a token, over that of plain cross-entropy, as a function of z: a panel for each mode."""
     nll = batch()
     valid = torch.ones_like(nll, dtype=torch.bool)
     s = objective.statistics(nll, valid)
@@ -69,7 +69,9 @@ def speed() -> Figure:
     sections = {section["title"]: section for section in results["sections"]}
     figure = Figure(figsize=(7.2, 6.6), layout="constrained")
     rows = figure.subplots(2, 2, height_ratios=[6, 9])
-    for axes, path in zip(rows, ("logits path, 2048 × 32000", "linear path, 2048 × 576 × 49152"), strict=True):
+    for axes, path in zip(
+        rows, ("logits path, 2048 × 32000", "linear path, 2048 × 576 × 49152"), strict=True
+    ):
         both = [sections[f"{path}, {dtype}"] for dtype in ("float32", "bfloat16")]
         memory = [{k: v / 2**20 for k, v in section["extra_bytes"].items()} for section in both]
         _bars(axes[0], [section["ratios"] for section in both], "{:.2f}", 2.8)
@@ -100,7 +102,9 @@ def svg(name: str) -> str:
     """A figure as SVG; the same text each time."""
     buffer = StringIO()
     with rc_context(STYLE):
-        FIGURES[name]().savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        FIGURES[name]().savefig(
+            buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     text = re.sub(r"\s*<metadata>.*?</metadata>", GREYS, buffer.getvalue(), flags=re.DOTALL)
     return "\n".join(line.rstrip() for line in text.replace(GREY, "currentColor").splitlines()) + "\n"
 

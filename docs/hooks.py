@@ -1,7 +1,7 @@
 """Hooks of `mkdocs build`: the site out of Markdown that is also read where it lies in the repository.
 
-README.md is the landing page, CHANGELOG.md a page. Links to other files of the repository lead to copies of them in
-the site, of Python as a page: no address of a code host is needed.
+README.md is the landing page, CHANGELOG.md a page. Links to other files of the repository lead to copies of
+them in the site, of Python as a page: no address of a code host is needed.
 """
 
 import re

@@ -1,11 +1,24 @@
-"""What griffe, which reads the docstrings for the site, leaves out: comments behind fields document these."""
+"""What griffe, which reads the docstrings for the site, does not know of their manner."""
 
+import re
+from textwrap import dedent
 from typing import Any
 
 import griffe
 
 
-class Comments(griffe.Extension):
+class Manner(griffe.Extension):
+    """An example is code. A comment behind a field documents it."""
+
+    def on_function_instance(self, *, func: griffe.Function, **_: Any) -> None:
+        if func.docstring is not None:
+            func.docstring.value = re.sub(
+                r"^Example:\n((?:    .*\n?|\n)+)",
+                lambda match: f"**Example**\n\n```python\n{dedent(match[1]).rstrip()}\n```\n",
+                func.docstring.value,
+                flags=re.MULTILINE,
+            )
+
     def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
         if cls.docstring is None:
             return
