@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-TOOLS := .venv/tools  # what only documentation and releases need
+TOOLS := .venv/tools
 
 .PHONY: setup compare browser test lint docs release-check bench clean
 
@@ -32,6 +32,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What only documentation and releases need.
 $(TOOLS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[docs,release]'
 	touch $@

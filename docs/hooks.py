@@ -75,8 +75,11 @@ def on_page_content(html: str, *, page: Any, **_: Any) -> str:
         return html
     html = re.sub(r"\bdocs/([\w-]+)\.md\b", r'<a href="\1.html">docs/\1.md</a>', html)
 
-    def linked(match: re.Match[str]) -> str:
-        name = match[1] if match[1] != "NVAMPLoss" else "nvamp.NVAMPLoss"
-        return f'<a href="#{name}">{match[0]}</a>' if f'id="{name}"' in html else match[0]
+    ids = re.findall(r'<h\d id="(nvamp[\w.]*)"', html)
+    places = {name: name for name in ids} | {name.rpartition(".")[2]: name for name in ids}
 
-    return re.sub(r"<code>((?:nvamp\.)?[\w.]+)</code>", linked, html)
+    def linked(match: re.Match[str]) -> str:
+        place = places.get(match[1])
+        return f'<a href="#{place}">{match[0]}</a>' if place else match[0]
+
+    return re.sub(r"<code>([\w.]+)</code>", linked, html)

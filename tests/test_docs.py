@@ -173,6 +173,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
                 found = command.make_context(name, options).params
                 for spec in found.get("loss", ()):
                     parse_loss(spec)
+        case "python" if arguments[0] == "-c":
+            compile(arguments[1], "-c", "exec")
         case "python" if arguments[0] == "-m":
             check_script(arguments[1], arguments[2:], monkeypatch)
         case "python":
