@@ -4,6 +4,7 @@ README.md is the landing page, CHANGELOG.md a page. Links to other files of the 
 them in the site, of Python as a page: no address of a code host is needed.
 """
 
+import logging
 import re
 from pathlib import Path
 from posixpath import dirname, normpath, relpath
@@ -11,6 +12,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files, InclusionLevel
 
+LOG = logging.getLogger("mkdocs.plugins.nvamp")
 ROOT = Path(__file__).parents[1]
 FROM_ROOT = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")  # of [text](target#anchor), the target
@@ -83,3 +85,10 @@ def on_page_content(html: str, *, page: Any, **_: Any) -> str:
         return f'<a href="#{place}">{match[0]}</a>' if place else match[0]
 
     return re.sub(r"<code>([\w.]+)</code>", linked, html)
+
+
+def on_post_page(output: str, *, page: Any, **_: Any) -> str:
+    """A page loads nothing from another host."""
+    for tag in re.findall(r'<(?:script|link|img|iframe)\b[^>]*="(?:https?:)?//[^>]*>', output):
+        LOG.warning("%s loads from elsewhere: %s", page.file.src_uri, tag)
+    return output
