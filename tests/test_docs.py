@@ -54,38 +54,44 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     """Everything that a page may take for granted, on the one rank of a group."""
     monkeypatch.chdir(tmp_path)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch.manual_seed(0)
-    tokens = torch.randint(64, (2, 8))
-    hidden, lm_head = torch.randn(2, 8, 16, requires_grad=True), torch.nn.Linear(16, 64, bias=False)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    try:
+        torch.manual_seed(0)
+        tokens = torch.randint(64, (2, 8))
+        hidden, lm_head = torch.randn(2, 8, 16, requires_grad=True), torch.nn.Linear(16, 64, bias=False)
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=64,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            )
         )
-    )
-    yield {
-        "hidden": hidden,
-        "lm_head": lm_head,
-        "weight_of_this_rank": lm_head.weight,
-        "logits": lm_head(hidden),
-        "logits_of_this_rank": lm_head(hidden),
-        "labels": tokens,
-        "tokens": tokens,
-        "token_weight": torch.rand(2, 8),
-        "M": 14,
-        "n": 16,
-        "model": model,
-        "data": [{"input_ids": row, "labels": row} for row in tokens],
-        "args": transformers.TrainingArguments(
-            "out", max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True
-        ),
-        "Trainer": transformers.Trainer,
-        "TrainingArguments": transformers.TrainingArguments,
-        "mesh": init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor")),
-        "dist": dist,
-        "torch": torch,
-    }
-    gc.collect()
-    dist.destroy_process_group()
+        yield {
+            "hidden": hidden,
+            "lm_head": lm_head,
+            "weight_of_this_rank": lm_head.weight,
+            "logits": lm_head(hidden),
+            "logits_of_this_rank": lm_head(hidden),
+            "labels": tokens,
+            "tokens": tokens,
+            "token_weight": torch.rand(2, 8),
+            "M": 14,
+            "n": 16,
+            "model": model,
+            "data": [{"input_ids": row, "labels": row} for row in tokens],
+            "args": transformers.TrainingArguments(
+                "out", max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True
+            ),
+            "Trainer": transformers.Trainer,
+            "TrainingArguments": transformers.TrainingArguments,
+            "mesh": init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor")),
+            "dist": dist,
+            "torch": torch,
+        }
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
