@@ -49,11 +49,11 @@ def on_files(files: Files, *, config: Any) -> Files:
     for path in sorted(linked):
         if path in FROM_ROOT or path.startswith("docs/"):
             continue
-        content = (ROOT / path).read_text(encoding="utf-8")
+        source: dict[str, str] = {"abs_src_path": str(ROOT / path)}
         if path.endswith(".py"):
-            content = f"# {path}\n\n````python\n{content}````\n"
-        file = File.generated(config, in_site(path), content=content, inclusion=InclusionLevel.NOT_IN_NAV)
-        files.append(file)
+            code = (ROOT / path).read_text(encoding="utf-8")
+            source = {"content": f"# {path}\n\n````python\n{code}````\n"}
+        files.append(File.generated(config, in_site(path), inclusion=InclusionLevel.NOT_IN_NAV, **source))
     return files
 
 
