@@ -1,7 +1,8 @@
 """Hooks of `mkdocs build`: the site out of Markdown that is also read where it lies in the repository.
 
 README.md is the landing page, CHANGELOG.md a page. Links to other files of the repository lead to copies of
-them in the site, of Python as a page: no address of a code host is needed.
+them in the site, of Python as a page, and links to folders to a list of theirs: no address of a code host is
+needed.
 """
 
 import logging
@@ -24,18 +25,22 @@ def in_repository(page: str) -> str:
 
 
 def in_site(path: str) -> str:
-    """The path of a file of the repository in the site."""
+    """The path of a file or folder of the repository in the site."""
     if path in FROM_ROOT:
         return FROM_ROOT[path]
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
-    return f"{path}.md" if path.endswith(".py") else path
+    return f"{path}.md" if path.endswith(".py") or (ROOT / path).is_dir() else path
 
 
 def targets(path: str, text: str) -> set[str]:
-    """The files of the repository that a file of it links to."""
+    """The files and folders of the repository that a file of it links to."""
     linked = {normpath(f"{dirname(path)}/{match[2]}".lstrip("/")) for match in LINK.finditer(text)}
-    return {target for target in linked if (ROOT / target).is_file()}
+    return {target for target in linked if (ROOT / target).exists()}
+
+
+def files_of(folder: str) -> list[str]:
+    return sorted(f"{folder}/{path.name}" for path in (ROOT / folder).iterdir() if path.is_file())
 
 
 def on_files(files: Files, *, config: Any) -> Files:
@@ -46,11 +51,19 @@ def on_files(files: Files, *, config: Any) -> Files:
         for file in files.documentation_pages()
         for target in targets(in_repository(file.src_uri), file.content_string)
     }
+    folders = {path for path in linked if (ROOT / path).is_dir()}
+    linked |= {path for folder in folders for path in files_of(folder)}
     for path in sorted(linked):
         if path in FROM_ROOT or path.startswith("docs/"):
             continue
         source: dict[str, str] = {"abs_src_path": str(ROOT / path)}
-        if path.endswith(".py"):
+        if path in folders:
+            names = [
+                f"- [{file.rpartition('/')[2]}]({relpath(in_site(file), dirname(path))})"
+                for file in files_of(path)
+            ]
+            source = {"content": f"# {path}\n\n" + "\n".join(names)}
+        elif path.endswith(".py"):
             code = (ROOT / path).read_text(encoding="utf-8")
             source = {"content": f"# {path}\n\n````python\n{code}````\n"}
         files.append(File.generated(config, in_site(path), inclusion=InclusionLevel.NOT_IN_NAV, **source))
@@ -59,7 +72,7 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     here = page.file.src_uri
-    if here.endswith(".py.md"):
+    if page.file.generated_by and here not in FROM_ROOT.values():
         return markdown
     path = in_repository(here)
     found = targets(path, markdown)
