@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+TOOLS := .venv/tools
 
-.PHONY: setup compare browser test lint api lowest fuzz bench clean
+.PHONY: setup compare browser test lint docs release-check api lowest fuzz bench clean
 
 setup: $(INSTALLED)
 
@@ -33,6 +34,18 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What only documentation and releases need.
+$(TOOLS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[docs,release]'
+	touch $@
+
+# The site, in runs/site: open index.html there. To search in it: python -m http.server -d runs/site
+docs: $(TOOLS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+release-check: $(TOOLS)
+	$(BIN)/python .ci/release_check.py
 
 # Writes the public API down, after a change of it that is meant.
 api: $(INSTALLED)

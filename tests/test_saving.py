@@ -111,6 +111,6 @@ def test_another_process_computes_the_same(model: Model) -> None:
 
 
 def test_options_are_all_of_them() -> None:
-    """But those that name groups of processes."""
+    """But those that name groups of processes or a function."""
     fields = set(vars(NVAMPLoss())) - set(vars(nn.Module()))
-    assert fields - {"process_group", "vocab_group", "reduce_grad_hidden"} == set(OPTIONS)
+    assert fields - {"process_group", "vocab_group", "reduce_grad_hidden", "on_stats"} == set(OPTIONS)

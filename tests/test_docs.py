@@ -1,0 +1,231 @@
+"""The documentation is true: its code runs, its commands are those that exist, its figures are of this code."""
+
+import argparse
+import ast
+import gc
+import importlib
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+import typer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.run import get_args_parser
+
+from docs import figures
+from nvamp.cli import app
+from nvamp.study.losses import parse_loss
+from tests.study.conftest import one_thread
+
+__all__ = ["one_thread"]
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))
+}
+FENCE = re.compile(r"^```(.*)\n((?s:.*?))^```$", re.MULTILINE)
+
+# What the code of a page takes for granted; of any other page it runs as it stands.
+GIVEN = {
+    "README.md": "logits labels M hidden lm_head model Trainer args data dist",
+    "docs/compare.md": "model Trainer args data",
+    "docs/custom-losses.md": "hidden lm_head labels n token_weight",
+    "docs/distributed.md": "logits labels mesh logits_of_this_rank hidden weight_of_this_rank",
+    "docs/transformers.md": "model Trainer TrainingArguments args data tokens labels torch",
+}
+
+
+def blocks(text: str) -> Iterator[tuple[str, int, str]]:
+    """Language, line and content of the fenced blocks."""
+    for match in FENCE.finditer(text):
+        yield match[1], text[: match.start()].count("\n") + 1, match[2]
+
+
+@pytest.fixture
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Everything that a page may take for granted, on the one rank of a group."""
+    monkeypatch.chdir(tmp_path)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        tokens = torch.randint(64, (2, 8))
+        hidden, lm_head = torch.randn(2, 8, 16, requires_grad=True), torch.nn.Linear(16, 64, bias=False)
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=64,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            )
+        )
+        yield {
+            "hidden": hidden,
+            "lm_head": lm_head,
+            "weight_of_this_rank": lm_head.weight,
+            "logits": lm_head(hidden),
+            "logits_of_this_rank": lm_head(hidden),
+            "labels": tokens,
+            "tokens": tokens,
+            "token_weight": torch.rand(2, 8),
+            "M": 14,
+            "n": 16,
+            "model": model,
+            "data": [{"input_ids": row, "labels": row} for row in tokens],
+            "args": transformers.TrainingArguments(
+                "out", max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True
+            ),
+            "Trainer": transformers.Trainer,
+            "TrainingArguments": transformers.TrainingArguments,
+            "mesh": init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor")),
+            "dist": dist,
+            "torch": torch,
+        }
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
+def test_code_runs(page: str, given: dict[str, Any]) -> None:
+    names = {name: given[name] for name in GIVEN.get(page, "").split()}
+    code = [(line, content) for language, line, content in blocks(PAGES[page]) if language == "python"]
+    for name in names:
+        assert any(re.search(rf"\b{name}\b", content) for _, content in code), f"{name} is not used"
+    for line, content in code:
+        exec(compile("\n" * line + content, str(ROOT / page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_code_is_left_out(page: str) -> None:
+    """Every fence is Python or a shell's, and what is merely indented is no Python: formulas are in Greek."""
+    text = PAGES[page]
+    assert {language for language, _, _ in blocks(text)} <= {"python", "sh"}
+    assert text.count("```") == 2 * len(list(blocks(text)))
+    for block in re.findall(r"(?<=\n\n)(?:    .*\n|\n)+", FENCE.sub("", text)):
+        if block.isascii() and block.strip():
+            with pytest.raises(SyntaxError):
+                ast.parse(dedent(block))
+
+
+# Commands -----------------------------------------------------------------------------------------------
+
+PROGRAMS = ("nvamp", "python", "torchrun", "make", "pip")
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The commands of a page: of `sh` blocks all, of indented blocks and in running text those of our programs."""
+    shell = "\n".join(content for language, _, content in blocks(text) if language == "sh")
+    rest = FENCE.sub("", text)
+    indented = "\n".join(re.findall(r"^    (.*)", rest, re.MULTILINE))
+    spans = "\n".join(span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", rest))
+    for source, all_of_them in ((shell, True), (indented, False), (spans, False)):
+        for line in re.split(r"\n|&&", source.replace("\\\n", " ")):
+            try:
+                words = shlex.split(re.sub(r"\s>\s.*", "", line), comments=True)
+            except ValueError:
+                assert not all_of_them, line
+                continue  # a formula
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words.pop(0)
+            if words:
+                words[0] = words[0].removeprefix(".venv/bin/")
+            if len(words) > 1 and (all_of_them or words[0] in PROGRAMS):
+                yield words
+
+
+class _Parsed(Exception):  # noqa: N818  # not an error: it ends a program that has understood its arguments
+    pass
+
+
+def check_script(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of this repository understands its arguments; it is run no further than that."""
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    if not path.exists():
+        path = path.with_suffix("") / "__main__.py"
+        module = f"{module}.__main__"
+    if "argparse" not in path.read_text():
+        assert not arguments
+        return
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_end(*args: Any, **kwargs: Any) -> None:
+        parse(*args, **kwargs)
+        raise _Parsed
+
+    main = importlib.import_module(module).main
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *arguments])
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+        with pytest.raises(_Parsed):
+            main()
+
+
+def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *arguments = words
+    match program:
+        case "nvamp":
+            name, *options = arguments
+            command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+            if options:
+                found = command.make_context(name, options).params
+                for spec in found.get("loss", ()):
+                    parse_loss(spec)
+        case "python" if arguments[0] == "-c":
+            compile(arguments[1], "-c", "exec")
+        case "python" if arguments[0] == "-m":
+            check_script(arguments[1], arguments[2:], monkeypatch)
+        case "python":
+            check_script(arguments[0].removesuffix(".py").replace("/", "."), arguments[1:], monkeypatch)
+        case "torchrun":
+            found = get_args_parser().parse_args(arguments)
+            script = [found.training_script, *found.training_script_args]
+            check(script if found.no_python else ["python", *script], monkeypatch)
+        case "make":
+            assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        case "pip":
+            project = (ROOT / "pyproject.toml").read_text()
+            install, name = arguments
+            extra = re.fullmatch(r"nvamp-loss(?:\[(\w+)\])?", name)
+            assert install == "install"
+            assert extra
+            assert extra[1] is None or re.search(rf"^{extra[1]} = \[", project, re.MULTILINE)
+        case _:
+            raise AssertionError(f"a command that no test knows: {words}")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_understood(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in commands(PAGES[page]):
+        try:
+            check(words, monkeypatch)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{shlex.join(words)}: {error!r}") from error
+
+
+def test_wrong_commands_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "`nvamp compare --sneeds 3` and\n\n    torchrun examples/ddp.py --step-count 3\n\n`make documents`"
+    text += "\n`nvamp compare\n--loss nvamp:delta=1`, `python -m benchmarks.cpu --report`, `pip install 'nvamp-loss[x]'`\n"
+    wrong = list(commands(text))
+    assert len(wrong) == 6
+    for words in wrong:
+        with pytest.raises((Exception, SystemExit)):
+            check(words, monkeypatch)
+
+
+# Figures ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_figures_are_of_this_code(name: str) -> None:
+    assert figures.svg(name) == (ROOT / "docs" / "figures" / f"{name}.svg").read_text(), (
+        "run python -m docs.figures"
+    )
