@@ -15,11 +15,12 @@ from matplotlib import rc_context
 
 from benchmarks.evidence.drawing import STYLE, save
 from benchmarks.evidence.running import PRESETS
-from benchmarks.evidence.summary import Results, plain, signed, size
+from benchmarks.evidence.summary import Results, mean_only, plain, signed, size
 from nvamp.study.compare import write_json
+from nvamp.study.metrics import estimate, verdict
 
 HERE = Path(__file__).parent
-NAMES = ("tail", "types")
+NAMES = ("tail", "types", "finetuning")
 RECORDED = "cpu"
 DOCS = HERE.parents[1] / "docs" / "evidence"
 
@@ -82,7 +83,8 @@ def _render(template: str, **values: object) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"plain": plain, "signed": signed, "size": size}
+    environment.globals |= {"estimate": estimate, "judge": verdict}
+    environment.filters |= {"plain": plain, "signed": signed, "mean_only": mean_only, "size": size}
     return environment.get_template(template).render(**values)
 
 

@@ -28,6 +28,10 @@ class Results:
         )
         return [value for _, value in runs]
 
+    def diverged(self, loss: str, group: str) -> int:
+        """How many of the runs diverged."""
+        return sum(run["diverged"] for run in self._runs(group) if run["loss"] == loss)
+
     def mean(self, loss: str, key: str, group: str | None = None) -> Estimate | None:
         return estimate(self.values(loss, key, group))
 
@@ -41,6 +45,15 @@ class Results:
         """The paired difference in percent of what the loss `to` has, seed by seed."""
         pairs = zip(self.values(loss, key, group), self.values(to, key, group), strict=True)
         return estimate([None if a is None or not b else 100 * (a / b - 1) for a, b in pairs])
+
+    def cost(self, loss: str, key: str, group: str, usual: str) -> list[float | None]:
+        """By how much a metric is higher in `group` than in the group `usual`, for each seed."""
+        pairs = zip(self.values(loss, key, group), self.values(loss, key, usual), strict=True)
+        return [None if a is None or b is None else a - b for a, b in pairs]
+
+    def extra_cost(self, loss: str, key: str, group: str, usual: str, to: str = "ce") -> Estimate | None:
+        """How much more `group` costs this loss than it costs the loss `to`, paired by seed."""
+        return difference(self.cost(loss, key, group, usual), self.cost(to, key, group, usual))
 
     def verdict(
         self, loss: str, key: str, group: str | None = None, to: str = "ce", to_group: str | None = None
@@ -58,6 +71,11 @@ def plain(value: Estimate | None, decimals: int = 3) -> str:
         return "–"
     half = "" if value.half_width is None else f" ± {value.half_width:.{decimals}f}"
     return f"{value.mean:.{decimals}f}{half}".replace("-", "−")
+
+
+def mean_only(value: Estimate | None, decimals: int = 3) -> str:
+    """`+0.035`: a difference where the interval of few seeds would say nothing."""
+    return "–" if value is None else f"{value.mean:+.{decimals}f}".replace("-", "−")
 
 
 def size(value: Estimate | None, decimals: int = 3) -> str:
