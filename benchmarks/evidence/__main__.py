@@ -7,6 +7,7 @@ results go to benchmarks/evidence/results/NAME.json, figure and page to docs/evi
 
 import argparse
 import json
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from matplotlib import rc_context
 from benchmarks.evidence.drawing import STYLE, save
 from benchmarks.evidence.running import PRESETS
 from benchmarks.evidence.summary import Results, mean_only, plain, signed, size
+from nvamp.study import StudyError
 from nvamp.study.compare import write_json
 from nvamp.study.metrics import estimate, verdict
 
@@ -31,15 +33,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--preset", choices=PRESETS, default=RECORDED)
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--draw", action="store_true", help="from the results on record, without any run")
+    parser.add_argument("--overwrite", action="store_true", help="drop the runs that --out holds")
     args = parser.parse_args(arguments)
     directory = args.out / args.preset
+    if args.overwrite:
+        shutil.rmtree(directory, ignore_errors=True)
     on_record = args.preset == RECORDED
     for name in NAMES if args.name == "all" else (args.name,):
         path = (HERE / "results" if on_record else directory) / f"{name}.json"
         if not args.draw:
-            write_json(
-                path, import_module(f"benchmarks.evidence.{name}").run(PRESETS[args.preset], directory)
-            )
+            experiment = import_module(f"benchmarks.evidence.{name}")
+            try:
+                write_json(path, experiment.run(PRESETS[args.preset], directory))
+            except StudyError as error:
+                parser.error(str(error))
         draw(name, path, DOCS if on_record else directory)
         if on_record:
             (DOCS / f"{name}.md").write_text(page(name, path), encoding="utf-8")
