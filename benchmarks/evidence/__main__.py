@@ -22,7 +22,7 @@ from nvamp.study.compare import write_json
 from nvamp.study.metrics import estimate, verdict
 
 HERE = Path(__file__).parent
-NAMES = ("tail", "types", "finetuning")
+NAMES = ("tail", "types", "stability", "tuning", "finetuning")
 RECORDED = "cpu"
 DOCS = HERE.parents[1] / "docs" / "evidence"
 

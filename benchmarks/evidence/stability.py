@@ -1,4 +1,4 @@
-"""Corrupted labels, learning rates too high, half precision, and the spikes of the gradient's norm."""
+"""Corrupted labels, a learning rate too high, and the spikes of the gradient's norm."""
 
 from pathlib import Path
 
@@ -16,9 +16,7 @@ CHANGES: dict[str, Json] = {
     "plain": {},
     "noise-10": {"noise": 0.1},
     "noise-30": {"noise": 0.3},
-    "lr-2x": {"lr": 2 * LR},
     "lr-4x": {"lr": 4 * LR},
-    "bfloat16": {"bf16": True},
 }
 
 
