@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -38,6 +38,8 @@ class Recipe:
     Attributes:
         noise: share of the training labels replaced by random tokens.
         model: a directory or hub id; the built-in model where it is `None`.
+        bf16: forward and backward under bfloat16 autocast, evaluation too; weights and losses stay float32.
+        scale: the built-in model's width, heads and layers are so many times the usual.
     """
 
     steps: int
@@ -45,6 +47,8 @@ class Recipe:
     lr: float
     noise: float = 0.0
     model: str | None = None
+    bf16: bool = False
+    scale: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,12 @@ class Run:
 
 
 class LabelledBlocks(Dataset[dict[str, Tensor]]):
-    """Blocks [blocks, sequence] as inputs, and as labels with a share replaced by uniformly random tokens."""
+    """Blocks [blocks, sequence] as inputs, and as labels with a share replaced by uniformly random tokens.
 
-    def __init__(self, blocks: Tensor, vocabulary: int, noise: float, seed: int) -> None:
+    `noise` is the probability of that: one for all, or a tensor of one for each token [blocks, sequence].
+    """
+
+    def __init__(self, blocks: Tensor, vocabulary: int, noise: float | Tensor, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         replaced = torch.rand(blocks.shape, generator=generator) < noise
         tokens = torch.randint(vocabulary, blocks.shape, generator=generator)
@@ -197,14 +204,27 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped 
         return median(seconds), median(shares)
 
 
-def train(loss: Loss, seed: int, recipe: Recipe, corpus: Corpus, progress: Progress) -> Run:
-    """Train a fresh model with `loss`; everything else follows from `seed` and `recipe` alone."""
+def train(
+    loss: Loss,
+    seed: int,
+    recipe: Recipe,
+    corpus: Corpus,
+    progress: Progress,
+    noise: Tensor | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Run:
+    """Train a fresh model with `loss`; everything else follows from `seed` and `recipe` alone.
+
+    Args:
+        noise: instead of the recipe's, the probability of each label to be replaced, [blocks, sequence].
+        callbacks: of the `Trainer`, to watch the run.
+    """
     quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transformers.set_seed(seed)
-    model = build_model(recipe.model, corpus)
+    model = build_model(recipe.model, corpus, recipe.scale)
     vocabulary = min(len(corpus.tokenizer), model.config.get_text_config().vocab_size)
-    data = LabelledBlocks(corpus.train, vocabulary, recipe.noise, seed)
+    data = LabelledBlocks(corpus.train, vocabulary, recipe.noise if noise is None else noise, seed)
     clock = Clock(device)
     timed = TimedLoss(compute_loss_func(loss.criterion), clock)
     sequence = corpus.train.shape[1]
@@ -216,7 +236,7 @@ def train(loss: Loss, seed: int, recipe: Recipe, corpus: Corpus, progress: Progr
             training_arguments(recipe, seed, device, scratch),
             train_dataset=data,
             compute_loss_func=timed,
-            callbacks=[watch],
+            callbacks=[watch, *callbacks],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
@@ -237,7 +257,7 @@ def train(loss: Loss, seed: int, recipe: Recipe, corpus: Corpus, progress: Progr
 
 
 def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch: str) -> Any:
-    """`TrainingArguments`: AdamW in float32, cosine schedule after a tenth of warm-up, clipping at 1."""
+    """`TrainingArguments`: AdamW, float32 weights, a tenth of warm-up, then a cosine; clipping at 1."""
     return transformers.TrainingArguments(
         output_dir=scratch,
         max_steps=recipe.steps,
@@ -250,6 +270,7 @@ def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch:
         dataloader_drop_last=True,  # every step the same number of tokens
         dataloader_pin_memory=device.type == "cuda",
         use_cpu=device.type == "cpu",
+        bf16=recipe.bf16,
         logging_strategy="no",
         logging_nan_inf_filter=False,  # it waits for the device at every step
         save_strategy="no",
@@ -273,17 +294,17 @@ def held_out_nll(model: Any, blocks: Tensor) -> tuple[NDArray[np.float32], NDArr
     return torch.cat(losses).numpy(), torch.cat(hits).numpy()
 
 
-def build_model(name: str | None, corpus: Corpus) -> Any:
-    """A pretrained model in float32; without a name a fresh Llama of about two million parameters."""
+def build_model(name: str | None, corpus: Corpus, scale: int = 1) -> Any:
+    """A pretrained model in float32; without a name a fresh Llama, at scale 1 of two million parameters."""
     if name is not None:
         return load_model(name)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(corpus.tokenizer),
-            hidden_size=224,
-            intermediate_size=608,
-            num_hidden_layers=2,
-            num_attention_heads=4,
+            hidden_size=224 * scale,
+            intermediate_size=608 * scale,
+            num_hidden_layers=2 * scale,
+            num_attention_heads=4 * scale,
             max_position_embeddings=corpus.train.shape[1],
             bos_token_id=None,
             eos_token_id=corpus.tokenizer.eos_token_id,
