@@ -103,7 +103,7 @@ def run_all(
                     loss, seed, recipe, corpus, lambda step, value: None, noise and noise(seed), [norms]
                 )
                 record = {**describe(loss, seed, run, classes), "gradient_norms": norms.values}
-                store.save(loss, seed, record, run, corpus.tokenizer)
+                store.save(loss, seed, record, run, corpus)
                 print(f"{directory.name}: {loss.name}, seed {seed}: {run.seconds:.0f} s", flush=True)
             kept = store.load(loss, seed)
             assert kept is not None
