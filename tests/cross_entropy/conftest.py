@@ -24,7 +24,7 @@ def rounding_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=[1, 7, 1000])
-def rowsat_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def rows_at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     return at_a_time(request.param, monkeypatch)
 
 
