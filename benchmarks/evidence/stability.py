@@ -1,4 +1,4 @@
-"""Corrupted labels, a learning rate too high, and the spikes of the gradient's norm."""
+"""Corrupted labels, a learning rate too high, bfloat16, and the spikes of the gradient's norm."""
 
 from pathlib import Path
 
@@ -17,6 +17,7 @@ CHANGES: dict[str, Json] = {
     "noise-10": {"noise": 0.1},
     "noise-30": {"noise": 0.3},
     "lr-4x": {"lr": 4 * LR},
+    "bfloat16": {"bf16": True},
 }
 
 
@@ -43,6 +44,6 @@ def figure(results: Results) -> Figure:
         loss: [results.mean(loss, "gradient_peak", group) for group in groups] for loss in results.losses()
     }
     intervals(right, groups, peaks)
-    right.set_xlabel("largest gradient norm / median")
+    right.set(xlabel="largest gradient norm / median", xscale="log", xlim=(1, None))
     drawn.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return drawn

@@ -107,7 +107,8 @@ def figure(results: Results) -> Figure:
             style = {"color": COLOURS[1], "fmt": "o"} if loss in NVAMP else {"color": COLOURS[0], "fmt": "s"}
             bars = (mean.half_width, tail.half_width) if group == "confirm" else (None, None)
             one.errorbar(mean.mean, tail.mean, xerr=bars[0], yerr=bars[1], markersize=4, **style)
-            one.annotate(loss, (mean.mean, tail.mean), (4, 3), textcoords="offset points", fontsize=6.5)
+            beside = (4, -8) if "gradient" in loss else (4, 3)
+            one.annotate(loss, (mean.mean, tail.mean), beside, textcoords="offset points", fontsize=6.5)
         left, right = one.get_xlim()
         right += 0.3 * (right - left)  # room for names
         bottom = min(one.get_ylim()[0], GAIN - 1)
