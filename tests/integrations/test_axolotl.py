@@ -13,7 +13,7 @@ import transformers
 
 from nvamp import NVAMPLoss
 from nvamp.integrations.transformers import compute_loss_func
-from tests.integrations.test_transformers_ranks import Rows, assert_same, tiny, weights_of
+from tests.integrations.test_transformers_ranks import LOGGED, Rows, assert_same, tiny, weights_of
 
 PLUGIN = "nvamp.integrations.axolotl.NVAMPPlugin"
 
@@ -55,12 +55,7 @@ def trainer(folder: Path, loss: Any = None) -> Any:
         max_steps=3,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
+        **LOGGED,
     )
     made = transformers.Trainer(tiny(), arguments, train_dataset=Rows(unequal=True), compute_loss_func=loss)
     made.remove_callback(transformers.PrinterCallback)

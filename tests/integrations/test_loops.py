@@ -29,6 +29,8 @@ from nvamp.study.training import quiet
 from tests.integrations.test_transformers_ranks import (
     ALL_TERMS,
     CROSS_ENTROPY,
+    DESCENT,
+    LOGGED,
     SEQ,
     WORLD,
     Rows,
@@ -117,13 +119,8 @@ def logged_stats(criterion: NVAMPLoss, batch: int, accumulate: int, folder: Path
         max_steps=STEPS,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulate,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
         ddp_backend="gloo" if dist.is_initialized() else None,
-        dataloader_pin_memory=False,
+        **LOGGED,
     )
     trainer = Trainer(
         tiny(), arguments, train_dataset=Rows(unequal=True), compute_loss_func=compute_loss_func(criterion)
@@ -148,18 +145,9 @@ def with_trl(criterion: TokenNVAMPLoss, batch: int, folder: Path) -> tuple[Tenso
         max_steps=STEPS,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=2,
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
         bf16=False,
         ddp_backend="gloo" if dist.is_initialized() else None,
-        dataloader_pin_memory=False,
+        **DESCENT,
     )
     blocks = torch.randint(V, (64, SEQ), generator=torch.Generator().manual_seed(0)).tolist()
     labels = [

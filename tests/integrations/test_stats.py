@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nvamp import NVAMPLoss
 from nvamp.integrations.stats import log_stats
 from nvamp.integrations.transformers import compute_loss_func, logits_of
-from tests.integrations.test_transformers_ranks import IGNORED, Rows, tiny
+from tests.integrations.test_transformers_ranks import IGNORED, LOGGED, Rows, tiny
 
 STEPS, EVERY, ACCUMULATE = 4, 2, 2
 OPTIONS: Any = {"gamma": 0.1, "gradient": "token"}
@@ -69,12 +69,7 @@ def trainer_with(loss: Any, folder: Path, report_to: str) -> Any:
         per_device_train_batch_size=16,  # about a hundred tokens: their hardest hundredth are one or two
         per_device_eval_batch_size=24,
         gradient_accumulation_steps=ACCUMULATE,
-        logging_steps=EVERY,
-        save_strategy="no",
-        report_to=report_to,
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
+        **{**LOGGED, "logging_steps": EVERY, "report_to": report_to},
     )
     rows = Rows(unequal=True)
     trainer = transformers.Trainer(

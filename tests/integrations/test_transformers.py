@@ -14,7 +14,7 @@ from nvamp.integrations.transformers import compute_loss_func
 from nvamp.study.corpus import Corpus
 from nvamp.study.losses import parse_loss
 from nvamp.study.training import LabelledBlocks, Recipe, build_model, quiet, training_arguments
-from tests.integrations.test_transformers_ranks import IGNORED, SEQ, V, assert_same, tiny, weights_of
+from tests.integrations.test_transformers_ranks import DESCENT, IGNORED, SEQ, V, assert_same, tiny, weights_of
 
 
 @pytest.mark.parametrize(
@@ -89,16 +89,7 @@ def run(collator: Any, accumulate: int, loss: Any, folder: Path) -> tuple[Tensor
         max_steps=4,
         per_device_train_batch_size=8 // accumulate,
         gradient_accumulation_steps=accumulate,
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
+        **DESCENT,
     )
     rows = [{"input_ids": ids} for ids in documents_of(0, 32)]
     trainer = transformers.Trainer(

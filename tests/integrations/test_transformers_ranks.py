@@ -22,6 +22,23 @@ WORLD, STEPS, ROWS, SEQ, V = 2, 4, 64, 12, 31
 IGNORED = -100
 ALL_TERMS = {"alpha": 1.0, "beta": 0.5, "gamma": 0.7}  # large enough that each shows
 CROSS_ENTROPY = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0}
+# Arguments of a Trainer on a CPU that logs every step and leaves nothing else behind ...
+LOGGED: dict[str, Any] = {
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+}
+# ... and of one that takes plain gradient descent, where the gradient's size shows.
+DESCENT = {
+    **LOGGED,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+}
 
 
 class Case(NamedTuple):
@@ -91,18 +108,9 @@ def trained(case: Case, batch: int, accumulate: int, grouped: bool, folder: Path
         per_device_eval_batch_size=batch,
         gradient_accumulation_steps=accumulate,
         average_tokens_across_devices=case.average,
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
         ddp_find_unused_parameters=False,
         ddp_backend="gloo" if dist.is_initialized() else None,
-        dataloader_pin_memory=False,
+        **DESCENT,
     )
     model = tiny()
     start = weights_of(model)

@@ -14,13 +14,18 @@ from nvamp import NVAMPLoss, TokenNVAMPLoss
 from nvamp.integrations.stats import log_stats
 from nvamp.integrations.transformers import compute_loss_func
 from nvamp.integrations.trl import SFTTrainer
-from tests.integrations.test_transformers_ranks import IGNORED, assert_same, weights_of
+from tests.integrations.test_transformers_ranks import (
+    CROSS_ENTROPY,
+    DESCENT,
+    IGNORED,
+    assert_same,
+    weights_of,
+)
 from tests.study.conftest import words
 
 # TRL 1.16 sets the old name of an option of transformers 5.23.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 
-CROSS_ENTROPY: Any = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "padded": {},
     "packed": {"packing": True, "packing_strategy": "wrapped"},
@@ -51,17 +56,8 @@ def trained(
         "max_steps": 3,
         "per_device_train_batch_size": 4,
         "max_length": 16,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "bf16": False,
-        "dataloader_pin_memory": False,
+        **DESCENT,
     }
     arguments = trl.SFTConfig(**(fixed | config))
     trainer = kind(
