@@ -49,21 +49,27 @@ def tokenizer(documents: list[str]) -> Any:
     return train_tokenizer(documents)
 
 
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A local model of a few thousand parameters, with its tokenizer."""
-    quiet()
-    directory = tmp_path_factory.mktemp("model")
+def small_llama(tokenizer: Any, positions: int, **options: Any) -> Any:
+    """A fresh model of a few thousand parameters."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=positions,
         eos_token_id=tokenizer.eos_token_id,
+        **options,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A local model of a few thousand parameters, with its tokenizer."""
+    quiet()
+    directory = tmp_path_factory.mktemp("model")
+    small_llama(tokenizer, positions=16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 

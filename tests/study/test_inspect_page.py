@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from playwright.sync_api import Browser, Page
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.inspect_page import chromium
 from nvamp import objective
 from nvamp.functional import token_weights
 from nvamp.objective import GRADIENTS
 from nvamp.study.inspect import Inspection, Scores, Tokens, inspect_text, tokenize, write_page
-from tests.study.conftest import words
+from tests.study.conftest import small_llama, words
 
 HOSTILE = (
     "</script><img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>\n"
@@ -60,17 +59,7 @@ def opened(browser: Browser, path: Path, **options: Any) -> Opened:
 def model(tokenizer: Any) -> Any:
     """A random Llama that is sure enough of itself for its losses to differ."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config)
+    return small_llama(tokenizer, positions=32, initializer_range=0.5)
 
 
 @pytest.fixture(scope="module")

@@ -60,9 +60,9 @@ def token_nll(
 ) -> Tensor:
     """Losses [...] of labels [...] from the logits [..., classes of this part]."""
     targets = _Targets.of(labels, logits.shape[-1], opt, ranks)
-    local = opt._replace(ignore_index=IGNORED)
     if backend == "reference":
         return _reference_nll(logits, targets, opt, ranks)
+    local = opt._replace(ignore_index=IGNORED)
     norm, at_label, sum_z = ops.part_statistics(logits.detach(), targets.labels, backend, *local)
     nll, norm = _put_together(norm, at_label, sum_z, targets, opt, ranks)
     result: Tensor = ops.part_nll(
@@ -76,10 +76,10 @@ def linear_token_nll(
 ) -> Tensor:
     """Losses [N] from the rows of the weight of this part; by hidden the gradient is that of this part."""
     targets = _Targets.of(head.labels, len(head.weight), opt, ranks)
-    local = opt._replace(ignore_index=IGNORED)
     head = head._replace(labels=targets.labels)
     if backend == "reference":
         return _reference_nll(reference.logits_of(head, IGNORED), targets, opt, ranks)
+    local = opt._replace(ignore_index=IGNORED)
     fixed = (None if t is None else t.detach() for t in head)
     norm, at_label, sum_z = ops.linear_part_statistics(*fixed, accum_dtype, backend, *local)
     nll, norm = _put_together(norm, at_label, sum_z, targets, opt, ranks)
