@@ -1,5 +1,6 @@
 """The two primitives and the one-pass operator, against float64 autograd of the definition."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -89,6 +90,20 @@ def test_one_pass(options: dict[str, Any], backend: str, has_bias: bool, ignored
     torch.testing.assert_close(got_value, value, **TIGHT)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, **TIGHT)
+
+
+@with_backend
+@pytest.mark.usefixtures("setting")
+def test_of_tied_losses_the_first_gets_the_gradient(backend: str) -> None:
+    """Wherever blocks and chunks end: without hidden states all losses are log V to the bit."""
+    p = make_problem()
+    hidden = torch.zeros_like(p.hidden)
+    total, (by_hidden,) = gradients(
+        lambda h: linear_nll_sum_max(h, p.weight, p.labels, backend=backend)[1], hidden
+    )
+    torch.testing.assert_close(total, torch.tensor(math.log(len(p.weight)), dtype=total.dtype), **TIGHT)
+    assert by_hidden.flatten(0, -2).any(-1).nonzero()[0] == p.valid.flatten().nonzero()[0]
+    assert by_hidden.any(-1).sum() == 1
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])

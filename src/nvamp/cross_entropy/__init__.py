@@ -281,5 +281,6 @@ def _head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, p
 def _autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that x has in a matrix product, where autocast may be on."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Not `is_autocast_available`, which PyTorch 2.11 cannot compile.
+    on = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else x.dtype
