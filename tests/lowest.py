@@ -1,10 +1,14 @@
-"""Runs tests with the lowest versions that pyproject.toml allows: `python -m tests.lowest`, or `make lowest`.
+"""Runs tests with the lowest versions that pyproject.toml allows.
+
+    python -m tests.lowest [--any-build]
 
 Makes an environment of its own in runs/lowest. Of PyTorch, and of PyTorch for the lowest Python, it takes a CPU
-build where pip's index has one; where not, it says in a line what could not be checked, and goes on with the
-PyTorch of constraints.txt. That index may be another one: PIP_EXTRA_INDEX_URL.
+build where pip's index has one (it may be another index: PIP_EXTRA_INDEX_URL), or with --any-build the one for
+CUDA, of several gigabytes; where there is none, it says in a line what could not be checked, and goes on with
+the PyTorch of constraints.txt.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -19,9 +23,12 @@ CORE = [
     "test_losses.py",
     "test_objective.py",
     "test_transforms.py",
+    "test_properties.py",
     "test_saving.py",
     "test_steady_state.py",
     "cross_entropy",
+    "test_distributed.py",
+    "test_sharded.py",
 ]
 ABOVE = ["integrations/test_patch.py", "study", "test_cli.py"]
 TOOLS = ["hypothesis", "pytest", "pytest-timeout", "triton"]
@@ -55,13 +62,20 @@ def obtainable(python: Path, requirement: str) -> bool:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--any-build", action="store_true")
+    any_build = parser.parse_args().any_build
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     pinned = dict(
         line.split("==") for line in Path("constraints.txt").read_text().splitlines() if "==" in line
     )
     oldest = "python" + project["requires-python"].removeprefix(">=")
     (torch,) = (r.removeprefix("torch>=") for r in project["dependencies"] if r.startswith("torch>="))
-    builds = [f"{torch}.0+cpu", f"{pinned['torch']}+cpu"]
+    of_lowest = [f"{torch}.0+cpu", *([f"{torch}.0"] if any_build else [])]
+    builds = [*of_lowest, f"{pinned['torch']}+cpu"]
+    kind = "build" if any_build else "CPU build"
 
     chosen = None
     if not works(oldest):
@@ -71,14 +85,13 @@ def main() -> int:
         python = environment(oldest)
         chosen = next((build for build in builds if obtainable(python, f"torch=={build}")), None)
         if chosen is None:
-            print(f"lowest: no CPU build of torch for {oldest}: only that it reads the source was checked")
+            print(f"lowest: no {kind} of torch for {oldest}: only that it reads the source was checked")
     if chosen is None:
         python = environment(sys.executable)
         chosen = next((build for build in builds if obtainable(python, f"torch=={build}")), pinned["torch"])
-    if chosen != builds[0]:
+    if chosen not in of_lowest:
         print(
-            f"lowest: no CPU build of torch {torch}: not checked; the rest is, with torch {chosen}",
-            flush=True,
+            f"lowest: no {kind} of torch {torch}: not checked; the rest is, with torch {chosen}", flush=True
         )
 
     extras = project["optional-dependencies"]
@@ -86,11 +99,11 @@ def main() -> int:
     versions = [
         f"torch=={chosen}",
         *map(lowest, [*extras["study"], *peft]),
-        *(f"{t}=={pinned[t]}" for t in TOOLS),
+        *TOOLS,
     ]
     print("lowest:", *versions, flush=True)
     subprocess.run([python, "-m", "pip", "install", "--quiet", *versions, "--editable", "."], check=True)
-    files = [f"tests/{name}" for name in (*(CORE if chosen == builds[0] else []), *ABOVE)]
+    files = [f"tests/{name}" for name in (*(CORE if chosen in of_lowest else []), *ABOVE)]
     # Of old versions together, one warns of another.
     tests = ["-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", *files]
     return subprocess.run(

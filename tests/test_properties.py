@@ -47,7 +47,9 @@ class Bounds:
         error = 16 * torch.finfo(wide).eps * (1 + largest) + (4 * self.eps * largest if from_hidden else 0)
         slope = 1 + 2 * c.options.get("z_loss", 0.0) * (1 + largest + 5)
         self.losses = 4 * error * slope
-        spread = torch.softmax(scale * exact, -1) + 1 / exact.shape[-1]
+        z, cap = c.options.get("logit_scale", 1.0) * exact, c.options.get("softcap")
+        z = z if cap is None else cap * torch.tanh(z / cap)
+        spread = torch.softmax(z, -1) + 1 / exact.shape[-1]
         spread = spread.scatter_add(
             -1, c.labels.long().clamp(0, exact.shape[-1] - 1)[..., None], torch.ones_like(spread)
         )
