@@ -100,6 +100,8 @@ def ddp_is_one_process(rank: int, world: int) -> None:
             value, stats = ddp(x[mine], labels[mine], num_items_in_batch=items, return_stats=True)
             value.backward()
             assert_same(value.detach(), expected.detach(), case)
+            assert stats.min_weight <= stats.max_weight
+            assert stats.max_weight.isfinite()  # of a rank without tokens too
             for name in ("cross_entropy", "mean", "std", "dispersion", "max", "num_tokens"):
                 assert_same(
                     getattr(stats, name).to(dtype), getattr(expected_stats, name).to(dtype), (*case, name)
@@ -148,7 +150,7 @@ def one_of_equal_maxima_gets_the_penalty(rank: int, world: int) -> None:
     assert not logits.grad[1].any()
 
 
-def a_bad_label_leaves_nobody_waiting(rank: int, world: int) -> None:
+def a_bad_argument_leaves_nobody_waiting(rank: int, world: int) -> None:
     for loss, dtype in product(LOSSES, RELATIVE):
         x, labels = batch(2, 7, dtype)
         if rank == world - 1:
@@ -159,7 +161,17 @@ def a_bad_label_leaves_nobody_waiting(rank: int, world: int) -> None:
                 model(x, labels)
         else:
             assert model(x, labels).isnan()
-        labels.clamp_(max=V - 1)  # and they are still in step
+        labels.clamp_(max=V - 1)
+        if rank == world - 1:
+            with pytest.raises(ValueError, match="labels must have shape"):
+                model(x, labels[:1])
+            with pytest.raises(TypeError, match="labels must be int64 or int32"):
+                model(x, labels.double())
+            with pytest.raises(ValueError, match="num_items_in_batch must be at least 0"):
+                model(x, labels, num_items_in_batch=-1)
+        else:
+            assert all(model(x, labels).isnan() for _ in range(3))
+        # They are still in step.
         assert model(x, labels).isfinite()
 
 
@@ -178,7 +190,7 @@ CHECKS = [
     ddp_is_one_process,
     any_split_is_one_process,
     one_of_equal_maxima_gets_the_penalty,
-    a_bad_label_leaves_nobody_waiting,
+    a_bad_argument_leaves_nobody_waiting,
     compiled_is_eager,
 ]
 

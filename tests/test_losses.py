@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.original import original_nvamp
 from nvamp import LinearNVAMPLoss, NVAMPLoss, NVAMPStats, TokenNVAMPLoss
-from nvamp.functional import linear_nvamp_loss, nvamp_loss, token_nll
+from nvamp.functional import linear_nvamp_loss, nvamp_loss, token_nll, token_weights
 from nvamp.objective import GRADIENTS, Gradient
 from tests import oracle
 from tests.strategies import examples
@@ -207,6 +207,12 @@ def test_losses_computed_elsewhere(
     everyone = nll.detach()[targets != IGNORED]
     torch.testing.assert_close(criterion(everyone, num_items_in_batch=items), expected.detach())
     assert criterion(everyone.bfloat16()).dtype == torch.float32
+    with pytest.raises(TypeError, match="valid must be a tensor or None, got list"):
+        criterion(nll, [True])
+    with pytest.raises(ValueError, match="valid must be on the device of nll, cpu, got meta"):
+        criterion(nll, torch.ones_like(nll, dtype=torch.bool, device="meta"))
+    with pytest.raises(TypeError, match="nll must be a tensor, got list"):
+        token_weights([1.0, 2.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"valid must be bool, shaped like nll \[3, 7\]"):
         criterion(nll, targets)
 
@@ -320,6 +326,16 @@ def test_a_module_like_any_other(module: type[NVAMPLoss]) -> None:
     for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         assert repr(twin) == repr(criterion)
     criterion.load_state_dict({})
+    heard = Heard()
+    criterion.on_stats = heard.append
+    assert copy.deepcopy(criterion).on_stats.__self__ is heard
+
+
+class Heard(list[Any]):
+    """A listener that has more to it than a copy of a criterion wants."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise AssertionError("copied")
 
 
 class Model(nn.Module):
@@ -405,7 +421,9 @@ def test_export(path: str, gradient: Gradient, backend: str, hidden: Tensor, lab
     ("options", "message"),
     [
         ({"gradient": "exact"}, "gradient must be one of scalar, token, detached, full, got 'exact'"),
-        ({"eps": 0}, "eps must be above 0, got 0"),
+        ({"eps": 0}, "eps must be finite and at least 1.2e-38, got 0"),
+        ({"eps": 1e-46}, "eps must be finite and at least 1.2e-38, got 1e-46"),
+        ({"ignore_index": 2**40}, "ignore_index must be in the range of int32, got 1099511627776"),
         ({"softcap": -1}, "softcap must be .* got -1"),
         ({"backend": "cuda"}, "backend must be one of .* got 'cuda'"),
         ({"alpha": float("nan")}, "alpha must be finite, got nan"),
@@ -414,6 +432,18 @@ def test_export(path: str, gradient: Gradient, backend: str, hidden: Tensor, lab
 def test_bad_options_are_refused_when_they_are_given(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NVAMPLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ignore_index": -100.0}, "ignore_index must be an int, got -100.0"),
+        ({"accum_dtype": "float32"}, "accum_dtype must be a torch.dtype or None, got 'float32'"),
+    ],
+)
+def test_options_of_another_type_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        LinearNVAMPLoss(**options)
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,9 @@ def fsdp_is_one_process(rank: int, world: int) -> None:
             assert_same(p.grad.full_tensor(), q.grad, (name, *case))
         if apart:  # once by FSDP for its own forward? no: it never runs. Weight and bias, by the loss
             counts = {str(op): n for op, n in gathers.get_comm_counts().items()}
-            assert sum(n for op, n in counts.items() if "all_gather_into_tensor" in op) == 2, counts
+            # Before 2.13 PyTorch may gather a gradient of uneven parts to add it to none.
+            adding = (0, 2) if torch.__version__ < "2.13" else (0,)
+            assert sum(n for op, n in counts.items() if "all_gather_into_tensor" in op) - 2 in adding, counts
 
 
 def vocabulary(rank: int, world: int) -> None:

@@ -139,3 +139,19 @@ def test_jacobian_by_batched_gradients(backend: str) -> None:
     (batched,) = torch.autograd.grad(nll, h, rows, retain_graph=True, is_grads_batched=True)
     one_by_one = [torch.autograd.grad(nll, h, row, retain_graph=True)[0] for row in rows]
     torch.testing.assert_close(batched, torch.stack(one_by_one))
+
+
+@pytest.mark.parametrize("loss", ["nvamp_loss", "linear_nvamp_loss"])
+@with_fused
+def test_batched_gradients_of_a_loss(loss: str, backend: str) -> None:
+    """Where nothing keeps the graph, the backward of one gradient would work in place."""
+    h = HIDDEN.clone().requires_grad_()
+    options = {"inplace_backward": True} if loss == "nvamp_loss" else {}
+
+    def value() -> Tensor:
+        return LOSSES[loss](h, backend=backend, **options)
+
+    twice = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    (batched,) = torch.autograd.grad(value(), h, twice, is_grads_batched=True)
+    (one,) = torch.autograd.grad(value(), h)
+    torch.testing.assert_close(batched, torch.stack((one, -2 * one)))

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from nvamp.distributed import Group
 
 T = TypeVar("T")
+Items = Tensor | float | None  # num_items_in_batch
+TINY = torch.finfo(torch.float32).tiny  # what is smaller may come to 0
 
 __all__ = [
     "NVAMPOptions",
@@ -109,8 +111,10 @@ class Settings(NamedTuple):
                 raise ValueError(f"{name} must be finite, got {number}")
         if self.gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {self.gradient!r}")
-        if not self.eps > 0:
-            raise ValueError(f"eps must be above 0, got {self.eps}")
+        if not TINY <= self.eps < math.inf:
+            raise ValueError(f"eps must be finite and at least {TINY:.2g}, got {self.eps}")
+        if self.accum_dtype is not None and not isinstance(self.accum_dtype, torch.dtype):
+            raise TypeError(f"accum_dtype must be a torch.dtype or None, got {self.accum_dtype!r}")
         check_backend(self.backend)
         for name in ("process_group", "vocab_group"):
             if (group := getattr(self, name)) is not None:
@@ -181,13 +185,18 @@ def nvamp_loss(
 
         logits, labels, vocab_group = local_logits(logits, labels, c.vocab_group)
         c = c._replace(vocab_group=vocab_group)
-    check_logits(logits, part=c.vocab_group is not None)
-    check_labels(labels, logits, "logits")
-    labels = c.targets(labels)
     engine = {"inplace_backward": c.inplace_backward, "vocab_group": c.vocab_group, **c.engine}
-    ranks, valid = c.ranks, labels != c.ignore_index
-    nll = _taking_part(ranks, logits, lambda: token_nll(logits, labels, **engine))
-    return _of_nll(nll.flatten(), valid.flatten(), num_items_in_batch, return_stats, c, ranks)
+    ranks = c.ranks
+
+    def losses() -> tuple[Tensor, Tensor, Items]:
+        check_logits(logits, part=c.vocab_group is not None)
+        check_labels(labels, logits, "logits")
+        targets = c.targets(labels)
+        valid = targets != c.ignore_index
+        return token_nll(logits, targets, **engine).flatten(), valid.flatten(), _items(num_items_in_batch)
+
+    nll, valid, items = _taking_part(ranks, logits, losses)
+    return _of_nll(nll, valid, items, return_stats, c, ranks)
 
 
 @overload
@@ -224,37 +233,39 @@ def linear_nvamp_loss(
 ) -> Tensor | tuple[Tensor, NVAMPStats]:
     """`nvamp.LinearNVAMPLoss` as a function: its options are keyword arguments here."""
     c = Settings(**options).check()
-    if has_dtensors(hidden, weight, labels):
+    if has_dtensors(hidden, weight, labels, bias):
         from nvamp.dtensors import local_head
 
         hidden, weight, labels, bias, vocab_group = local_head(hidden, weight, labels, bias, c.vocab_group)
         c = c._replace(vocab_group=vocab_group)
-    check_linear(hidden, weight, bias)
-    check_labels(labels, hidden, "hidden")
-    labels = c.targets(labels)
-    valid = (labels != c.ignore_index).flatten()
-    one_pass = (
-        c.vocab_group is None  # its parts would have to meet at every chunk
-        and c.gradient in ("scalar", "detached")
-        and can_one_pass(hidden, weight, bias, c.backend)
-    )
-    ranks, engine = c.ranks, {"accum_dtype": c.accum_dtype, **c.engine}
-    args = (hidden, weight, labels, bias)
-    if one_pass:
-        total, largest, nll = _taking_part(ranks, hidden, lambda: linear_nll_sum_max(*args, **engine))
-    else:
+    ranks = c.ranks
+
+    def losses() -> tuple[Tensor, Tensor, Items, tuple[Tensor, Tensor] | None]:
+        check_linear(hidden, weight, bias)
+        check_labels(labels, hidden, "hidden")
+        args = (hidden, weight, targets := c.targets(labels), bias)
+        engine = {"accum_dtype": c.accum_dtype, **c.engine}
+        valid, items = (targets != c.ignore_index).flatten(), _items(num_items_in_batch)
+        one_pass = (
+            c.vocab_group is None  # its parts would have to meet at every chunk
+            and c.gradient in ("scalar", "detached")
+            and can_one_pass(hidden, weight, bias, c.backend)
+        )
+        if one_pass:
+            total, largest, nll = linear_nll_sum_max(*args, **engine)
+            return nll.flatten(), valid, items, (total, largest)
         engine |= {"vocab_group": c.vocab_group, "reduce_grad_hidden": c.reduce_grad_hidden}
-        nll = _taking_part(ranks, hidden, lambda: linear_token_nll(*args, **engine))
-    nll, ell = nll.flatten(), nll.detach().flatten()
-    s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps, ranks=ranks)
-    if one_pass:
-        shared, at_max = objective.shared_weight(s, **c.coefficients, gradient=c.gradient)
-        surrogate = shared * total if at_max is None else shared * total + at_max * largest
-    else:
-        w = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
-        surrogate = (w * nll).sum()
+        return linear_token_nll(*args, **engine).flatten(), valid, items, None
+
+    nll, valid, items, sum_and_max = _taking_part(ranks, hidden, losses)
+    if sum_and_max is None:
+        return _of_nll(nll, valid, items, return_stats, c, ranks)
+    s = objective.statistics(nll, valid, items, eps=c.eps, ranks=ranks)
+    shared, at_max = objective.shared_weight(s, **c.coefficients, gradient=c.gradient)
+    total, largest = sum_and_max
+    surrogate = shared * total if at_max is None else shared * total + at_max * largest
     loss = _value_with_gradient(objective.value(s, **c.coefficients), of=ranks.size * surrogate)
-    return _with_stats(loss, ell, valid, s, c, return_stats)
+    return _with_stats(loss, nll, valid, s, c, return_stats)
 
 
 def token_nvamp_loss(
@@ -275,8 +286,9 @@ def token_nvamp_loss(
     c = Settings(
         alpha, beta, gamma, eps, gradient=gradient, process_group=process_group, on_stats=on_stats
     ).check()
-    ell, mask = _flat(nll, valid)
-    return _of_nll(ell, mask, num_items_in_batch, return_stats, c, c.ranks)
+    ranks = c.ranks
+    ell, mask, items = _taking_part(ranks, nll, lambda: (*_flat(nll, valid), _items(num_items_in_batch)))
+    return _of_nll(ell, mask, items, return_stats, c, ranks)
 
 
 def token_weights(
@@ -308,18 +320,24 @@ def token_weights(
     The other arguments are those of `nvamp.NVAMPLoss`.
     """
     c = Settings(alpha, beta, gamma, eps, gradient=gradient, process_group=process_group).check()
-    ell, mask = _flat(nll.detach(), valid)
-    s = objective.statistics(ell, mask, _items(num_items_in_batch), eps=eps, ranks=c.ranks)
+    ranks = c.ranks
+    ell, mask, items = _taking_part(ranks, nll, lambda: (*_flat(nll, valid), _items(num_items_in_batch)))
+    ell = ell.detach()
+    s = objective.statistics(ell, mask, items, eps=eps, ranks=ranks)
     return objective.weights(ell, mask, s, **c.coefficients, gradient=gradient).view(nll.shape)
 
 
 def _flat(nll: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """The losses [tokens] in the dtype of their statistics, 0 where they do not count; and where they do."""
     check_floating("nll", nll)
+    if valid is not None and not isinstance(valid, Tensor):
+        raise TypeError(f"valid must be a tensor or None, got {type(valid).__name__}")
     if valid is not None and (valid.dtype != torch.bool or valid.shape != nll.shape):
         raise ValueError(
             f"valid must be bool, shaped like nll {list(nll.shape)}, got {valid.dtype} {list(valid.shape)}"
         )
+    if valid is not None and valid.device != nll.device:
+        raise ValueError(f"valid must be on the device of nll, {nll.device}, got {valid.device}")
     ell = nll.to(accumulate_dtype(nll.dtype)).flatten()
     if valid is None:
         return ell, torch.ones_like(ell, dtype=torch.bool)
@@ -329,14 +347,14 @@ def _flat(nll: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
 def _of_nll(
     nll: Tensor,
     valid: Tensor,
-    num_items_in_batch: Tensor | float | None,
+    items: Items,
     return_stats: bool,
     c: Settings,
     ranks: Ranks,
 ) -> Tensor | tuple[Tensor, NVAMPStats]:
     """The loss of `nll` [tokens], 0 where `valid` [tokens] does not hold."""
     ell = nll.detach()
-    s = objective.statistics(ell, valid, _items(num_items_in_batch), eps=c.eps, ranks=ranks)
+    s = objective.statistics(ell, valid, items, eps=c.eps, ranks=ranks)
     w = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
     loss = _value_with_gradient(objective.value(s, **c.coefficients), of=ranks.size * (w * nll).sum())
     return _with_stats(loss, ell, valid, s, c, return_stats)
@@ -348,19 +366,18 @@ def _value_with_gradient(value: Tensor, of: Tensor) -> Tensor:
 
 
 def _taking_part(ranks: Ranks, x: Tensor, losses: Callable[[], T]) -> T:
-    """The losses of x. A rank that cannot compute its own tells the others before it raises the error."""
-    if ranks is ALONE:
-        return losses()
+    """losses(), those of x. A rank that cannot compute its own tells the others before it raises."""
     try:
         return losses()
-    except ValueError:
-        from nvamp.distributed import abandon
+    except (TypeError, ValueError):
+        if ranks is not ALONE and isinstance(x, Tensor):
+            from nvamp.distributed import abandon
 
-        abandon(ranks, accumulate_dtype(x.dtype), x.device)
+            abandon(ranks, accumulate_dtype(x.dtype), x.device)
         raise
 
 
-def _items(num_items_in_batch: Tensor | float | None) -> Tensor | float | None:
+def _items(num_items_in_batch: Items) -> Items:
     if isinstance(num_items_in_batch, Tensor):
         if num_items_in_batch.numel() != 1:
             raise ValueError(
@@ -386,7 +403,7 @@ def _with_stats(
 
 def _stats(ell: Tensor, valid: Tensor, s: Statistics, c: Settings) -> NVAMPStats:
     weights = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
-    some = s.num_tokens > 0
+    some = valid.any()
 
     def over_valid(extreme: Any, elsewhere: float) -> Tensor:
         padded = pad(torch.where(valid, weights, elsewhere), (0, 1), value=elsewhere)  # never empty

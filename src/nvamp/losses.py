@@ -59,8 +59,8 @@ class _NVAMP(nn.Module):
         Settings(**self._options()).check()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy with the same groups, which are the processes' and cannot be copied."""
-        memo |= {id(group): group for group in (self.process_group, self.vocab_group)}
+        """A copy with the same groups, which are the processes' and cannot be copied, and who is told."""
+        memo |= {id(shared): shared for shared in (self.process_group, self.vocab_group, self.on_stats)}
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(self.__dict__, memo)

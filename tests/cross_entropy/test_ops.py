@@ -194,6 +194,36 @@ def test_who_needs_overwritten_logits_gets_an_error(backend: str) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("how", ["checkpoint", "hooks"])
+@with_backend
+def test_nothing_is_overwritten_where_pytorch_would_not_see_it(backend: str, how: str) -> None:
+    """Of tensors saved through hooks, autograd does not check the version, and their base is unknown."""
+    p = make_problem()
+
+    def run(f: Any, x: Tensor) -> Tensor:
+        if how == "checkpoint":
+            return checkpoint(f, x, use_reentrant=False)  # type: ignore[no-any-return]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            return f(x)  # type: ignore[no-any-return]
+
+    def nll(x: Tensor, inplace: bool) -> Tensor:
+        return token_nll(x, p.labels, inplace_backward=inplace, backend=backend).sum()
+
+    cases: dict[str, Any] = {
+        "an output that its own operation saved": lambda x, inplace: nll((x * 1).exp(), inplace),
+        "an input of something before": lambda x, inplace: (
+            (y := x * 1).logsumexp(-1).square().sum() + nll(y, inplace)
+        ),
+        "a view of a leaf": lambda x, inplace: nll(x.view_as(x), inplace),
+    }
+    for name, f in cases.items():
+        leaf = p.logits.detach().clone().requires_grad_()
+        (got,) = torch.autograd.grad(run(lambda x, f=f: f(x, True), leaf), leaf)
+        (expected,) = torch.autograd.grad(f(leaf, False), leaf)
+        assert torch.equal(leaf, p.logits), name
+        assert torch.equal(got, expected), name
+
+
 def test_the_loss_overwrites_logits() -> None:
     p = make_problem()
     logits = p.hidden.requires_grad_() @ p.weight.T

@@ -83,8 +83,9 @@ def token_nll(
         return_metrics: also return `TokenMetrics`, from the same pass.
         inplace_backward: let the backward write the gradient over the logits, which saves its memory: after
             it they hold their gradient. Where another backward needs them, PyTorch raises its error of a
-            tensor modified in place. No effect on logits that are leaves, views of leaves, or overlap
-            themselves, with `retain_graph=True`, under `torch.compile`, and on `"reference"`.
+            tensor modified in place. No effect on logits that are leaves, views of leaves or DTensors, or
+            overlap themselves, with `retain_graph=True`, where saving tensors is hooked, as under activation
+            checkpointing, under `torch.compile`, and on `"reference"`.
         vocab_group: the ranks that have the logits together, each those of some classes, in their order;
             labels are of the whole vocabulary, and the same on all of them. So are then the losses, and the
             gradient is that by the rank's own logits. It takes three all-reduces of at most three numbers a
@@ -185,7 +186,7 @@ def linear_token_nll(
 
     The other arguments, the result and the errors are those of `token_nll`.
     """
-    if parts.has_dtensors(hidden, weight, labels):
+    if parts.has_dtensors(hidden, weight, labels, bias):
         from nvamp.dtensors import local_head
 
         hidden, weight, labels, bias, vocab_group = local_head(hidden, weight, labels, bias, vocab_group)

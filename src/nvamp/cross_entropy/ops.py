@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 from nvamp.cross_entropy import linear
 from nvamp.cross_entropy.backend import Backend
@@ -131,7 +132,8 @@ def _token_nll_backward_(
 
 
 def _token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    logits, labels, _, ctx.inplace, *ctx.args = inputs
+    logits, labels, _, inplace, *ctx.args = inputs
+    ctx.inplace = inplace and not _saving_is_hooked()
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(logits, labels, output[1])
 
@@ -151,17 +153,28 @@ def _logits_gradient(
     inplace: bool,
     args: list[Any],
 ) -> Tensor:
-    in_place = inplace and not _is_of_leaf(logits) and _may_use_up(logits) and _no_overlap(logits)
+    in_place = inplace and not _is_of_leaf(logits) and _may_use_up(logits, grad_nll) and _no_overlap(logits)
     backward = _token_nll_backward_ if in_place else torch.ops.nvamp.token_nll_backward
     return cast(Tensor, backward(grad_nll, logits, labels, norm, classes, *args))
 
 
-def _may_use_up(saved: Tensor) -> bool:
-    """Whether a backward may overwrite what it saved.
+def _may_use_up(saved: Tensor, grad: Tensor) -> bool:
+    """Whether a backward, of this gradient, may overwrite what it saved.
 
-    Not a compiled one, nor one that keeps the graph, nor one that is differentiated itself.
+    Not a compiled one, nor one that keeps the graph, nor one of a batch of gradients, nor one that is
+    differentiated itself.
     """
-    return type(saved) is Tensor and not _graph_is_kept() and not torch.is_grad_enabled()
+    if type(saved) is not Tensor or is_functorch_wrapped_tensor(grad) or is_legacy_batchedtensor(grad):
+        return False
+    return not _graph_is_kept() and not torch.is_grad_enabled()
+
+
+def _saving_is_hooked() -> bool:
+    """Whether what is saved now goes through hooks, as under checkpointing: it is not protected then.
+
+    Autograd looks for changes only of tensors that it saved itself.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _graph_is_kept() -> bool:
@@ -363,7 +376,7 @@ def _linear_nll_sum_max_autograd(
         assert grad_max is not None
         grad_sum = torch.zeros_like(grad_max)
     args = (grad_sum, grad_max, *units, *ctx.needs, ctx.backend)
-    if ctx.use_up and _may_use_up(units[0]):
+    if ctx.use_up and _may_use_up(units[0], grad_sum):
         grads = _scale_unit_gradients(True, *args)
     else:
         grads = torch.ops.nvamp.linear_nll_sum_max_backward(*inputs, *args)
@@ -422,7 +435,8 @@ def _(logits: Tensor, labels: Tensor, norm: Tensor, nll: Tensor, *args: Any) -> 
 
 
 def _part_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, labels, norm, _, classes, ctx.inplace, *ctx.args = inputs
+    logits, labels, norm, _, classes, inplace, *ctx.args = inputs
+    ctx.inplace = inplace and not _saving_is_hooked()
     ctx.save_for_backward(logits, labels, norm, classes)
 
 

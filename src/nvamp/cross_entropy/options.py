@@ -50,8 +50,12 @@ class Needs(NamedTuple):
 
 
 def checked(options: Options) -> Options:
-    """`options`, or a `ValueError` that names the one out of range."""
-    _, label_smoothing, z_loss, softcap, logit_scale = options
+    """`options`, or an error that names the one that is not one."""
+    ignore_index, label_smoothing, z_loss, softcap, logit_scale = options
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not -(2**31) <= ignore_index < 2**31:
+        raise ValueError(f"ignore_index must be in the range of int32, got {ignore_index}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if not 0 <= z_loss < math.inf:

@@ -24,9 +24,10 @@ from nvamp.objective import Ranks
 IGNORED, ELSEWHERE = -100, -1
 
 
-def has_dtensors(*tensors: Tensor) -> bool:
+def has_dtensors(*tensors: Tensor | None) -> bool:
     """Whether one of them is a `DTensor`, which PyTorch need not have."""
-    if all(type(x) in (Tensor, nn.Parameter) for x in tensors) or not torch.distributed.is_available():
+    plain = all(x is None or type(x) in (Tensor, nn.Parameter) for x in tensors)
+    if plain or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
 
