@@ -333,8 +333,10 @@ Of models that also see, given text alone:
 
 ## Models that it refuses
 
-They raise an error, at the latest in the first step. `view` is how a model begins that computes the cross-entropy
-itself. Causal models among them train on the [path of logits](transformers.md).
+They raise an error, at the latest in the first step. `view` and `getitem` are how a model begins that computes the
+cross-entropy itself: it ignores `model.loss_function`, and if it is causal, it trains with
+[`compute_loss_func`](transformers.md#compute_loss_func-the-trainers-loss). The other causal ones also take
+[`loss_function`](transformers.md#loss_function-the-models-own-loss).
 
 | model | reason |
 |---|---|
