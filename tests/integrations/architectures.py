@@ -316,16 +316,16 @@ of every parameter are compared:
 - NVAMP with its defaults with `NVAMPLoss` of the model's logits, plus the router's auxiliary loss where there is one,
   to the bound in the last column. It is 1e-5 where the model itself computes logits or auxiliary loss in float32.
 
-An error is that of the norm of a tensor, relative to the norm of the tensor, or to a thousandth of the largest one's.
-While a patched model runs, forward and backward, an operator that returns a tensor as large as the logits fails the
-test. Empty cells are none or no. "Scale" is a factor of the logits, "tied" the weight with that of the embedding,
-"auxiliary" a loss of the router in the total.
+An error is the norm of a difference, relative to the norm of the tensor or to a thousandth of the largest norm of all,
+whichever is larger. While a patched model runs, forward and backward, an operator that returns a tensor as large as the
+logits fails the test. An empty cell means none, or no. "Scale" is a factor on the logits; "tied" means that the weight
+is that of the embedding, and "auxiliary" that the router adds a loss of its own.
 
 | model | soft-cap | scale | bias | tied | auxiliary | agrees to |
 |---|---|---|---|---|---|---|
 {language}
 
-Of models that also see, given text alone:
+Vision-language models, given text alone:
 
 | model | soft-cap | scale | bias | tied | auxiliary | agrees to |
 |---|---|---|---|---|---|---|
