@@ -64,5 +64,6 @@ fuzz: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cpu --out runs/bench
 
+# What can be made again; not the studies and measurements in runs/.
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv runs/site runs/lowest runs/dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

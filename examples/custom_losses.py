@@ -1,6 +1,8 @@
 """Losses of your own on the engine: each is arithmetic on the N per-token losses.
 
 None of them sees logits, and none holds more of them than a chunk. Run it: it trains a toy head on each.
+
+Needs: `pip install nvamp-loss`.
 """
 
 import torch

@@ -3,6 +3,8 @@
 A loss called on each micro-batch takes the dispersion of that micro-batch. Where that is too coarse, a first
 pass without gradient finds the losses of all tokens, their weights follow, and the second pass applies them.
 Run it: it prints how far both ways are from the gradient of the whole batch.
+
+Needs: `pip install nvamp-loss`.
 """
 
 from collections.abc import Sequence

@@ -5,6 +5,8 @@
 
 print the same losses, to rounding. It trains the small Llama of `nvamp compare` on the source of Python's
 standard library, or on `--text`.
+
+Needs: `pip install 'nvamp-loss[study]' lightning`. `nvamp.study` is here for the demo's data and model only.
 """
 
 import argparse

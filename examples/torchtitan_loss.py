@@ -5,6 +5,13 @@
 It trains the small Llama of `nvamp compare` on the source of Python's standard library, or on `--text`, in a
 loop of its own that needs torchtitan's loss module alone. In torchtitan that configuration of the loss goes
 into `Trainer.Config(loss=...)`.
+
+Needs Python 3.11 and:
+
+    pip install 'nvamp-loss[study]' spmd_types tyro
+    pip install --no-deps torchtitan==0.3.0
+
+`nvamp.study` is here for the demo's data and model only.
 """
 
 import argparse

@@ -4,6 +4,8 @@
 
 trains the small Llama of `nvamp compare` on the source of Python's standard library, or on `--text`. The
 three paths print the same curve, to rounding; only `patch` never holds the logits.
+
+Needs: `pip install 'nvamp-loss[study]'`. `nvamp.study` is here for the demo's data and model only.
 """
 
 import argparse

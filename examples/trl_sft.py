@@ -5,6 +5,9 @@
 Each block of text is a prompt and its completion. It trains the small Llama of `nvamp compare` on the source
 of Python's standard library, or on `--text`. What is logged is printed, and written for TensorBoard to
 `--out`/events.
+
+Needs: `pip install 'nvamp-loss[study]' trl tensorboard`. `nvamp.study` is here for the demo's data and
+model only.
 """
 
 import argparse

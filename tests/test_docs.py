@@ -27,6 +27,7 @@ from torch.distributed.run import get_args_parser
 from docs import figures
 from nvamp.cli import app
 from nvamp.study.losses import parse_loss
+from tests.integrations.architectures import LANGUAGE, REFUSED, VISION
 from tests.study.conftest import documents, one_thread, tokenizer
 
 __all__ = ["documents", "one_thread", "tokenizer"]
@@ -40,8 +41,7 @@ FENCE = re.compile(r"^```(.*)\n((?s:.*?))^```$", re.MULTILINE)
 # What the code of a page takes for granted; of any other page it runs as it stands.
 GIVEN = {
     "README.md": "logits labels M hidden lm_head model Trainer args data dist",
-    "docs/compare.md": "model Trainer args data",
-    "docs/custom-losses.md": "hidden lm_head labels n token_weight",
+    "docs/custom-losses.md": "hidden lm_head labels token_weight",
     "docs/distributed.md": "logits labels mesh logits_of_this_rank hidden weight_of_this_rank",
     "docs/trainers.md": "model Trainer args config data tokenizer",
     "docs/transformers.md": "model Trainer TrainingArguments args data tokens labels torch",
@@ -82,7 +82,6 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> It
             "tokens": tokens,
             "token_weight": torch.rand(2, 8),
             "M": 14,
-            "n": 16,
             "model": model,
             "data": Dataset.from_list([{"input_ids": row, "labels": row} for row in tokens.tolist()]),
             "tokenizer": tokenizer,
@@ -110,6 +109,14 @@ def test_code_runs(page: str, given: dict[str, Any]) -> None:
         assert any(re.search(rf"\b{name}\b", content) for _, content in code), f"{name} is not used"
     for line, content in code:
         exec(compile("\n" * line + content, str(ROOT / page), "exec"), names)
+
+
+def test_the_number_of_architectures() -> None:
+    for page, text in PAGES.items():
+        numbers = set(re.findall(r"\b(\w+)\s+architectures\b", text)) - {"of"}
+        assert numbers <= {str(len(LANGUAGE) + len(VISION))}, page
+    assert "and nine that `patch` refuses" in PAGES["docs/transformers.md"]
+    assert len(REFUSED) == 9
 
 
 def test_settings_are_of_the_plugin() -> None:
@@ -217,14 +224,15 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         case "pip":
             project = (ROOT / "pyproject.toml").read_text()
-            install, name = arguments[0], arguments[-1]
-            if name == "torchtitan==0.3.0":  # another's
-                assert name in (ROOT / "Makefile").read_text()
-                return
-            extra = re.fullmatch(r"nvamp-loss(?:\[(\w+)\])?", name)
+            others = project + (ROOT / "Makefile").read_text()
+            install, *names = [word for word in arguments if not word.startswith("--")]
             assert install == "install"
-            assert extra
-            assert extra[1] is None or re.search(rf"^{extra[1]} = \[", project, re.MULTILINE)
+            for name in names:
+                extra = re.fullmatch(r"(?:nvamp-loss|\.)(?:\[(\w+)\])?", name)
+                if extra is None:
+                    assert re.search(rf"[\"']{re.escape(name)}[\"';>=\[]", others), name
+                else:
+                    assert extra[1] is None or re.search(rf"^{extra[1]} = \[", project, re.MULTILINE)
         case _:
             raise AssertionError(f"a command that no test knows: {words}")
 
@@ -238,11 +246,29 @@ def test_commands_are_understood(page: str, monkeypatch: pytest.MonkeyPatch) -> 
             raise AssertionError(f"{shlex.join(words)}: {error!r}") from error
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_examples_say_what_they_need(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of their docstrings are understood, and install what they import."""
+    tree = ast.parse(path.read_text())
+    said = list(commands(ast.get_docstring(tree) or ""))
+    for words in said:
+        check(words, monkeypatch)
+    needed = {word for words in said if words[0] == "pip" for word in words}
+    installed = {re.split(r"[\[=]", word)[0] for word in needed} | {"torch"}
+    if "nvamp-loss[study]" in needed:
+        installed |= {"nvamp.study", "accelerate", "datasets", "transformers"}
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    imported |= {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    for name in imported:
+        top = ".".join(name.split(".")[: 2 if name.startswith("nvamp.study") else 1])
+        assert top in {*sys.stdlib_module_names, *installed, "nvamp"}, f"{path.name} needs {top}"
+
+
 def test_wrong_commands_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "`nvamp compare --sneeds 3` and\n\n    torchrun examples/ddp.py --step-count 3\n\n`make documents`"
-    text += "\n`nvamp compare\n--loss nvamp:delta=1`, `python -m benchmarks.cpu --report`, `pip install 'nvamp-loss[x]'`\n"
+    text += "\n`nvamp compare\n--loss nvamp:delta=1`, `python -m benchmarks.cpu --report`, `pip install 'nvamp-loss[x]'`, `pip install tlr`\n"
     wrong = list(commands(text))
-    assert len(wrong) == 6
+    assert len(wrong) == 7
     for words in wrong:
         with pytest.raises((Exception, SystemExit)):
             check(words, monkeypatch)

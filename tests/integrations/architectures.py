@@ -316,16 +316,16 @@ of every parameter are compared:
 - NVAMP with its defaults with `NVAMPLoss` of the model's logits, plus the router's auxiliary loss where there is one,
   to the bound in the last column. It is 1e-5 where the model itself computes logits or auxiliary loss in float32.
 
-An error is that of the norm of a tensor, relative to the norm of the tensor, or to a thousandth of the largest one's.
-While a patched model runs, forward and backward, an operator that returns a tensor as large as the logits fails the
-test. Empty cells are none or no. "Scale" is a factor of the logits, "tied" the weight with that of the embedding,
-"auxiliary" a loss of the router in the total.
+An error is the norm of a difference, relative to the norm of the tensor or to a thousandth of the largest norm of all,
+whichever is larger. While a patched model runs, forward and backward, an operator that returns a tensor as large as the
+logits fails the test. An empty cell means none, or no. "Scale" is a factor on the logits; "tied" means that the weight
+is that of the embedding, and "auxiliary" that the router adds a loss of its own.
 
 | model | soft-cap | scale | bias | tied | auxiliary | agrees to |
 |---|---|---|---|---|---|---|
 {language}
 
-Of models that also see, given text alone:
+Vision-language models, given text alone:
 
 | model | soft-cap | scale | bias | tied | auxiliary | agrees to |
 |---|---|---|---|---|---|---|
@@ -333,8 +333,10 @@ Of models that also see, given text alone:
 
 ## Models that it refuses
 
-They raise an error, at the latest in the first step. `view` is how a model begins that computes the cross-entropy
-itself. Causal models among them train on the [path of logits](transformers.md).
+They raise an error, at the latest in the first step. `view` and `getitem` are how a model begins that computes the
+cross-entropy itself: it ignores `model.loss_function`, and if it is causal, it trains with
+[`compute_loss_func`](transformers.md#compute_loss_func-the-trainers-loss). The other causal ones also take
+[`loss_function`](transformers.md#loss_function-the-models-own-loss).
 
 | model | reason |
 |---|---|

@@ -2,16 +2,23 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 import transformers
 
+from nvamp import LinearNVAMPLoss
+from nvamp.integrations.transformers import patch
 from tests.integrations.architectures import (
     LANGUAGE,
     PAGE,
     REFUSED,
+    TOKENS,
     VISION,
+    VOCABULARY,
     Architecture,
+    build,
     refusal_row,
     row,
 )
@@ -39,6 +46,19 @@ def test_loss_and_gradients_are_those_of_the_logits(architecture: Architecture) 
 @pytest.mark.parametrize("architecture", REFUSED, ids=lambda a: a.name)
 def test_the_refused(architecture: Architecture) -> None:
     assert refusal_row(architecture) in LINES
+
+
+@pytest.mark.parametrize("architecture", [a for a in REFUSED if "T5" not in a.name], ids=lambda a: a.name)
+def test_the_error_names_loss_function_where_the_model_calls_it(architecture: Architecture) -> None:
+    model = build(architecture)
+    tokens = torch.randint(3, VOCABULARY, TOKENS)
+    model.loss_function = own = mock.Mock(return_value=torch.zeros((), dtype=torch.float64))
+    model(input_ids=tokens, labels=tokens)
+    del model._loss_function
+    patch(model, LinearNVAMPLoss())
+    with pytest.raises(NotImplementedError, match=r"compute_loss_func\(NVAMPLoss\(\)\)") as error:
+        model(input_ids=tokens, labels=tokens)
+    assert (" or loss_function(NVAMPLoss())" in str(error.value)) == own.called
 
 
 def test_the_page_is_of_these() -> None:

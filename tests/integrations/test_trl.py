@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -147,3 +148,27 @@ def test_options_that_exclude_a_criterion(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         trained(SFTTrainer, model_dir, tokenizer, data["text"], tmp_path, config, criterion=TokenNVAMPLoss())
+
+
+def test_sequence_parallelism_excludes_a_criterion(
+    data: dict[str, Dataset], model_dir: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL would train the model's own loss."""
+    config = accelerate.ParallelismConfig(sp_size=2)
+    # It wants ranks and DeepSpeed.
+    monkeypatch.setattr(accelerate.ParallelismConfig, "_validate_accelerator", lambda *_: None)
+    monkeypatch.setattr(accelerate.Accelerator, "parallelism_config", config)
+    with pytest.raises(ValueError, match="sp_size must be 1 with a criterion, got 2"):
+        trained(SFTTrainer, model_dir, tokenizer, data["text"], tmp_path, {}, criterion=TokenNVAMPLoss())
+
+
+def test_a_loss_without_the_criterion_is_an_error(
+    data: dict[str, Dataset], model_dir: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another(self: Any, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
+        loss: Tensor = model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+        return loss
+
+    monkeypatch.setattr(trl.SFTTrainer, "compute_loss", another)
+    with pytest.raises(RuntimeError, match=r"TRL \d.* computed a loss without calling the criterion"):
+        trained(SFTTrainer, model_dir, tokenizer, data["text"], tmp_path, {}, criterion=TokenNVAMPLoss())

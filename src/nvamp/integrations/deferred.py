@@ -6,6 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# How a model begins that computes the cross-entropy of its logits itself.
+_OF_ITS_OWN_LOSS = frozenset(
+    ("view", "reshape", "flatten", "getitem", "transpose", "permute", "log_softmax", "cross_entropy")
+)
+
 
 class DeferredLogits:
     """The logits of an output layer, not computed: `scale·x`, or `cap·tanh(scale·x)`, x = layer(hidden).
@@ -101,10 +106,14 @@ class DeferredLogits:
         return self
 
     def _refusal(self, operation: str) -> NotImplementedError:
+        ways = "compute_loss_func(NVAMPLoss())"
+        if operation in _OF_ITS_OWN_LOSS:
+            ways += "; a model that computes its cross-entropy itself ignores model.loss_function"
+        else:
+            ways += " or loss_function(NVAMPLoss())"
         return NotImplementedError(
             f"{self.model} needs its logits for {operation!r}, and a patched model has none in training: "
-            "unpatch it, and take the path of logits, compute_loss_func(NVAMPLoss()) or "
-            "loss_function(NVAMPLoss())"
+            f"unpatch it, and take the path of logits, {ways}"
         )
 
 

@@ -236,7 +236,8 @@ def _output_layers(model: Any) -> list[Any]:
             kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
             raise TypeError(
                 f"the output layer of {type(model).__name__} must be a plain torch.nn.Linear, got {kind}: "
-                "take the path of logits, compute_loss_func(NVAMPLoss()) or loss_function(NVAMPLoss())"
+                "take the path of logits, compute_loss_func(NVAMPLoss()) or, if the model computes its loss "
+                "by model.loss_function, loss_function(NVAMPLoss())"
             )
     return layers
 

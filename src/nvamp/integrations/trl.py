@@ -28,7 +28,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped here
 
     Raises:
         ValueError: `args.loss_type` is not "nll", the loss of a token that the criterion is of; or another
-            option that would replace the criterion.
+            option that would replace the criterion, sequence parallelism (Ulysses) among them.
+        RuntimeError: from `compute_loss`, where TRL computed a loss without the criterion.
 
     Example:
         SFTTrainer(model, args=config, train_dataset=data, criterion=TokenNVAMPLoss())
@@ -44,20 +45,29 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped here
             raise ValueError(
                 f"label_smoothing_factor must be 0 with a criterion, got {self.args.label_smoothing_factor}"
             )
+        parallelism: Any = getattr(self.accelerator, "parallelism_config", None)
+        if getattr(parallelism, "sp_enabled", False):  # TRL then trains the model's own loss
+            raise ValueError(f"sp_size must be 1 with a criterion, got {parallelism.sp_size}")
         self.criterion = criterion
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's, with a model whose losses of tokens are made to add up to the criterion."""
+        called = False
 
         def with_criterion(**kwargs: Any) -> Any:
+            nonlocal called
             outputs = model(**kwargs)
             if kwargs.get("fused_lm_head"):
                 outputs.log_probs = self._summing_up_to_the_criterion(outputs, num_items_in_batch)
+                called = True
             return outputs
 
-        return super().compute_loss(with_criterion, inputs, return_outputs, num_items_in_batch)
+        loss = super().compute_loss(with_criterion, inputs, return_outputs, num_items_in_batch)
+        if not called:
+            raise RuntimeError(f"TRL {trl.__version__} computed a loss without calling the criterion")
+        return loss
 
     def _summing_up_to_the_criterion(self, outputs: Any, num_items_in_batch: Any) -> Tensor:
         """What stands for `log_probs`, of which TRL divides the negative sum by the number of tokens."""
