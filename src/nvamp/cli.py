@@ -16,7 +16,7 @@ try:
     import typer
     from rich.console import Console
 except ModuleNotFoundError as error:
-    print(f"nvamp: {_INSTALL.format(error.name)}", file=sys.stderr)
+    print(f"nvamp: {_INSTALL.format(error.name or error)}", file=sys.stderr)
     raise SystemExit(2) from None
 except KeyboardInterrupt:
     raise SystemExit(130) from None
@@ -48,7 +48,7 @@ def main() -> None:
         _say(str(error), peers)
         code = 2
     except ModuleNotFoundError as error:
-        _say(_INSTALL.format(error.name), peers)
+        _say(_INSTALL.format(error.name or error), peers)
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130

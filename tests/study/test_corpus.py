@@ -187,7 +187,7 @@ def test_a_bad_dataset_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
             read_documents([], [str(tmp_path / name)])
         assert str(error.value).startswith(f"--dataset {tmp_path / name}: {reason}")
         assert "\n" not in str(error.value)
-        assert str(error.value).endswith("(nor is there such a file)") == (name == "no-such-dataset")
+        assert str(error.value).endswith("(no such file here either)") == (name == "no-such-dataset")
     with pytest.raises(StudyError, match=f"no such file: {tmp_path / 'missing.csv'}$"):
         read_documents([], [str(tmp_path / "numbers.csv"), str(tmp_path / "missing.csv")])
 

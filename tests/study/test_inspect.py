@@ -234,7 +234,7 @@ def test_a_name_that_could_be_a_hubs_or_a_directorys(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = error_of(Path("runs/model"), text, tmp_path / "page.html")
     assert message.startswith("--model runs/model: ")
-    assert message.endswith(" (nor is there such a directory)")
+    assert message.endswith(" (no such directory here either)")
 
 
 @pytest.mark.parametrize("kind", ["config.json", "tokenizer_config.json"])

@@ -264,7 +264,7 @@ def _read_dataset(names: Sequence[str]) -> list[str]:
         raise StudyError(f"{told}: {error}") from error
     except Exception as error:  # what a loader raises is any library's any error
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        nor = "" if all(map(os.path.exists, names)) else " (nor is there such a file)"
+        nor = "" if all(map(os.path.exists, names)) else " (no such file here either)"
         raise StudyError(f"{told}: {reason}{nor}") from error
 
 

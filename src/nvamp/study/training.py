@@ -337,7 +337,8 @@ def model_fingerprint(name: str) -> str:
         return str(_load(transformers.AutoConfig, name)._commit_hash)
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
-        if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json"):
+        known = path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json")
+        if known and path.is_file():
             digest.update(f"{path.name} {path.stat().st_size} ".encode())
             with path.open("rb") as file:
                 while part := file.read(2**22):
@@ -362,7 +363,7 @@ def _load(kind: Any, name: str, **kwargs: Any) -> Any:
         return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
     except Exception as error:  # what a hub or a model's files raise is any library's any error
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        nor = "" if os.path.exists(name) else " (nor is there such a directory)"
+        nor = "" if os.path.exists(name) else " (no such directory here either)"
         raise StudyError(f"--model {name}: {reason}{nor}") from error
 
 
