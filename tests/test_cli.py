@@ -61,7 +61,14 @@ def test_a_study_from_end_to_end(
     assert "4 of 4 runs are finished already and kept" in capsys.readouterr().out
     assert run(monkeypatch, *arguments, "--text", text_dir, "--out", out) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"nvamp: {out} holds runs made with --noise 0.1 (now 0.0): ")
+    assert captured.err.startswith(f"nvamp: {out} holds runs of another study: --noise 0.1 (now 0.0); ")
+
+    (out / "report.html").unlink()
+    (out / "report.html").mkdir()
+    assert run(monkeypatch, *arguments, "--noise", "0.1", "--text", text_dir, "--out", out) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"nvamp: {out / 'report.html'}: Is a directory\n"
+    assert "nvamp:gradient=token against ce" in " ".join(captured.out.split())  # it is shown all the same
 
 
 def test_a_dataset_and_a_model_of_ones_own(
@@ -132,6 +139,9 @@ def test_ctrl_c_while_a_text_is_read(
         (["compare", "--noise", "2"], "--noise must be between 0 and 1, got 2"),
         (["compare", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["compare", "--steps", "many"], "'--steps'"),
+        (["compare", "--text", ""], "--text: expected a name, got an empty one"),
+        (["compare", "--text", "\udcff.txt"], r"'\udcff.txt': expected UTF-8"),
+        (["compare", "--no-overwrite"], "No such option: --no-overwrite"),
         (["compare", "--bogus"], "No such option: --bogus"),
         (["compare", "--lr"], "--lr"),
         (["bogus"], "No such command 'bogus'."),
@@ -173,6 +183,37 @@ def test_help_does_not_wait_for_heavy_imports() -> None:
     assert "heavy: set()" in shown.stdout
 
 
+@pytest.mark.parametrize("command", [[], ["compare"], ["inspect"]])
+def test_help_is_short_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    assert run(monkeypatch, *command, "-h") == 0
+    assert "Usage: " in capsys.readouterr().out
+
+
+def test_ctrl_c_while_packages_are_imported() -> None:
+    ended = python(
+        """
+import sys, nvamp
+
+class Interrupting:
+    def find_spec(self, name, *rest):
+        if name == self.package:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["nvamp", "compare"]
+for sys.meta_path[0].package in ("typer", "transformers"):
+    try:
+        from nvamp.cli import main
+        main()
+    except SystemExit as end:
+        print(end.code)
+"""
+    )
+    assert (ended.stdout, ended.stderr) == ("130\n130\n", "")
+
+
 @pytest.mark.parametrize("missing", ["typer", "transformers", "matplotlib"])
 def test_without_the_extra_packages(missing: str) -> None:
     ended = python(
@@ -180,7 +221,10 @@ def test_without_the_extra_packages(missing: str) -> None:
         "from nvamp.cli import main; main()"
     )
     assert ended.returncode == 2
-    assert ended.stderr == "nvamp: the command line needs more packages: pip install 'nvamp-loss[study]'\n"
+    told = (
+        f"nvamp: the command line needs {missing}, which is not installed: pip install 'nvamp-loss[study]'\n"
+    )
+    assert ended.stderr == told
 
 
 def test_ctrl_c_keeps_finished_runs(text_dir: Path, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nvamp.study.compare
@@ -13,7 +15,7 @@ from nvamp.study import StudyError
 from nvamp.study.compare import Settings, compare, finite, prepare, sentence, write_json
 from nvamp.study.inspect import inspect_text
 from nvamp.study.metrics import METRICS
-from nvamp.study.training import Progress, train
+from nvamp.study.training import Progress, load_model, train
 
 HELD_OUT = [metric.key for metric in METRICS if metric.key not in ("tokens_per_second", "loss_share")]
 
@@ -189,24 +191,86 @@ def test_more_losses_and_seeds_may_join(settings: Settings, tmp_path: Path) -> N
 def test_runs_of_other_settings_are_not_mixed_in(settings: Settings, tmp_path: Path) -> None:
     changed = Settings(**{**vars(settings), "steps": 5, "noise": 0.0})
     study(Settings(**{**vars(settings), "losses": ("ce",), "seeds": 1}), tmp_path)
-    (tmp_path / "mine").write_text("keep")
+    mine = [tmp_path / name for name in ("mine", "models/mine.bin", "runs/notes.json", "inspect/ce.html")]
+    for path in mine:
+        path.write_text("keep")
+    (tmp_path / "models" / "focal-seed7.part").mkdir()  # of a run that was interrupted
     with pytest.raises(StudyError) as error:
         study(changed, tmp_path)
     assert str(error.value) == (
-        f"{tmp_path} holds runs made with --steps 6 (now 5), --noise 0.1 (now 0.0): "
+        f"{tmp_path} holds runs of another study: --steps 6 (now 5), --noise 0.1 (now 0.0); "
         "choose another --out, or start anew with --overwrite"
     )
     results, display = study(changed, tmp_path, overwrite=True)
     assert display.kept == 0
     assert {run["steps"] for run in results["runs"]} == {5}
-    assert (tmp_path / "mine").read_text() == "keep"
+    assert [path.read_text() for path in mine] == ["keep"] * 4
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("content", [None, b"{}", b"[]", b"\xff", b'{"editor.tabSize": 4}'])
+def test_a_directory_that_holds_no_study_is_left_alone(
+    settings: Settings, tmp_path: Path, content: bytes | None, overwrite: bool
+) -> None:
+    (tmp_path / "models").mkdir()
+    for name in ("models/ce-seed0", "report.html", "results.json"):
+        (tmp_path / name).write_text("mine")
+    if content is not None:
+        (tmp_path / "settings.json").write_bytes(content)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises(StudyError, match=f"{tmp_path}.*(not a study's|is damaged)"):
+        study(settings, tmp_path, overwrite=overwrite)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_another_model_in_the_same_place_is_another_study(
+    settings: Settings, tmp_path: Path, model_dir: Path
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(model_dir, directory)
+    one = Settings(**{**vars(settings), "losses": ("ce",), "seeds": 1, "model": str(directory)})
+    study(one, tmp_path / "out")
+    (directory / "README.md").write_text("Of no weight.")
+    assert study(one, tmp_path / "out")[1].kept == 1
+    model = load_model(str(directory))
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(directory)
+    with pytest.raises(StudyError, match="another study: the content of --model has changed since; choose"):
+        study(one, tmp_path / "out")
+
+
+def test_what_a_study_writes_is_not_its_text(settings: Settings, tmp_path: Path, text_dir: Path) -> None:
+    shutil.copytree(text_dir, tmp_path, dirs_exist_ok=True)
+    one = Settings(**{**vars(settings), "losses": ("ce",), "seeds": 1, "text": (str(tmp_path),)})
+    study(one, tmp_path / "out")
+    assert study(one, tmp_path / "out")[1].kept == 1
+
+
+def test_damaged_runs(settings: Settings, tmp_path: Path) -> None:
+    one = Settings(**{**vars(settings), "losses": ("ce",), "seeds": 1})
+    study(one, tmp_path)
+    record, nll = (tmp_path / "runs" / f"ce-seed0.{suffix}" for suffix in ("json", "npy"))
+    nll.unlink()
+    assert study(one, tmp_path)[1].trained == [("ce", 0)]
+    for path, content in (
+        (nll, b""),
+        (nll, b"\x93NUMPY"),
+        (record, b"{"),
+        (record, b"[]"),
+        (record, b"\xff"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(StudyError, match=f"^{path} is damaged: "):
+            study(one, tmp_path)
 
 
 def test_other_text_is_another_study(settings: Settings, tmp_path: Path, text_dir: Path) -> None:
     one = Settings(**{**vars(settings), "losses": ("ce",), "seeds": 1})
     study(one, tmp_path / "out")
     (tmp_path / "more").write_text("entirely different words here " * 20)
-    with pytest.raises(StudyError, match=r"holds runs made with text \w+ \(now \w+\)"):
+    with pytest.raises(StudyError, match="another study: the text has changed since; choose"):
         study(Settings(**{**vars(one), "text": (str(text_dir), str(tmp_path / "more"))}), tmp_path / "out")
 
 
@@ -216,11 +280,16 @@ def test_other_text_is_another_study(settings: Settings, tmp_path: Path, text_di
         ({"seeds": 0}, "--seeds must be at least 1, got 0"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"batch_size": -1}, "--batch-size must be at least 1, got -1"),
-        ({"lr": 0.0}, "--lr must be positive, got 0"),
-        ({"lr": float("nan")}, "--lr must be positive, got nan"),
+        ({"lr": 0.0}, "--lr must be finite and positive, got 0"),
+        ({"lr": float("nan")}, "--lr must be finite and positive, got nan"),
         ({"noise": 1.5}, "--noise must be between 0 and 1, got 1.5"),
         ({"losses": ()}, "--loss: expected at least one"),
         ({"dataset": ("some",)}, "--text and --dataset exclude each other"),
+        ({"lr": float("inf")}, "--lr must be finite and positive, got inf"),
+        ({"text": ("",)}, "--text: expected a name, got an empty one"),
+        ({"text": (), "dataset": ("",)}, "--dataset: expected a name, got an empty one"),
+        ({"model": ""}, "--model: expected a directory or hub id, got an empty name"),
+        ({"batch_size": 10_000}, "--text: the text is too short: "),
         ({"batch_size": 10_000}, "do not fill a batch of 10000"),
         ({"model": "/no/such/model"}, "--model /no/such/model: "),
     ],

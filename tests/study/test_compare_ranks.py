@@ -186,26 +186,34 @@ def test_one_rank_has_the_word() -> None:
         ("0", "GPU-8932f937,GPU-2f2f2f2f", "GPU-8932f937"),
         ("2", "4,6", ""),  # more ranks than devices: found out as ranks that differ
         ("1", "", ""),  # no device wanted
+        (None, None, "0"),  # no rank: the first, since of several the Trainer would make larger batches
+        (None, "4,6", "4"),
+        (None, "", ""),
     ],
 )
-def test_a_rank_sees_its_own_device(local: str, visible: str | None, device: str) -> None:
-    environ = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": "4", "HOME": "/"}
+def test_a_process_sees_its_own_device(local: str | None, visible: str | None, device: str) -> None:
+    environ = {"HOME": "/"}
+    if local is not None:
+        environ |= {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": "4"}
     if visible is not None:
         environ["CUDA_VISIBLE_DEVICES"] = visible
     hide(environ)
     assert environ == {"HOME": "/", "CUDA_VISIBLE_DEVICES": device}
 
 
-def test_without_ranks_nothing_is_changed() -> None:
-    for environ in ({"HOME": "/"}, {"CUDA_VISIBLE_DEVICES": "4,6"}):
-        before = dict(environ)
-        hide(environ)
-        assert environ == before
-
-
-def test_one_rank_alone_is_a_process_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost"},
+    ],
+)
+def test_a_process_on_its_own(monkeypatch: pytest.MonkeyPatch, left: dict[str, str]) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
         monkeypatch.setenv(name, value)
     assert join() == Peers()
-    assert "LOCAL_RANK" not in os.environ
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(os.environ)

@@ -156,6 +156,22 @@ def test_local_dataset_files(tmp_path: Path) -> None:
         assert sorted(documents) == expected
 
 
+def test_a_column_of_several_is_named(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("n,question,answer\n1,what,that\n2,where,there\n")
+    with pytest.raises(
+        StudyError, match=f"^--dataset {rows}: several columns .*: question, answer; .* #question"
+    ):
+        read_documents([], [str(rows)])
+    documents, source = read_documents([], [f"{rows}#answer"])
+    assert sorted(documents) == ["that", "there"]
+    assert source == f"{rows}#answer"
+    with pytest.raises(StudyError, match=r"#n: no column of text 'n', there are question, answer$"):
+        read_documents([], [f"{rows}#n"])
+    with pytest.raises(StudyError, match=r"expected one column, got answer, question$"):
+        read_documents([], [f"{rows}#answer", f"{rows}#question"])
+
+
 def test_a_bad_dataset_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     (tmp_path / "numbers.csv").write_text("n\n1\n2\n")
@@ -171,6 +187,9 @@ def test_a_bad_dataset_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
             read_documents([], [str(tmp_path / name)])
         assert str(error.value).startswith(f"--dataset {tmp_path / name}: {reason}")
         assert "\n" not in str(error.value)
+        assert str(error.value).endswith("(no such file here either)") == (name == "no-such-dataset")
+    with pytest.raises(StudyError, match=f"no such file: {tmp_path / 'missing.csv'}$"):
+        read_documents([], [str(tmp_path / "numbers.csv"), str(tmp_path / "missing.csv")])
 
 
 def test_the_excerpt_is_held_out_text(tokenizer: Any) -> None:

@@ -207,9 +207,34 @@ def test_models_that_are_none(tmp_path: Path, text: Path, model_dir: Path) -> No
     assert not out.exists()
 
 
-def test_an_output_that_cannot_be(model_dir: Path, text: Path, tmp_path: Path) -> None:
-    assert error_of(model_dir, text, tmp_path) == f"--out {tmp_path}: Is a directory"
-    assert error_of(model_dir, text, text / "page.html").startswith(f"--out {text / 'page.html'}: ")
+def test_an_output_that_cannot_be(text: Path, tmp_path: Path) -> None:
+    """It is told before the model is looked for, and the text is as it was."""
+    model, content = tmp_path / "no" / "model", text.read_bytes()
+    assert error_of(model, text, tmp_path) == f"--out {tmp_path}: Is a directory"
+    assert error_of(model, text, text / "page.html") == f"--out {text / 'page.html'}: {text} is no directory"
+    (tmp_path / "link").symlink_to(text)
+    for out in (text, tmp_path / "link", tmp_path / ".." / tmp_path.name / text.name):
+        assert error_of(model, text, out) == f"--out {out}: the file of --text, which the page would replace"
+    assert text.read_bytes() == content
+
+
+def test_names_cannot_turn_the_page_around(model_dir: Path, tmp_path: Path) -> None:
+    name = "a\u202etxt.<b>"
+    (tmp_path / name).write_text(words(1, 30))
+    inspect_file(str(model_dir), tmp_path / name, tmp_path / "page.html", lambda *_: None)
+    page = (tmp_path / "page.html").read_text()
+    assert "\u202e" not in page
+    assert "<h1>a⟨U+202E⟩txt.&lt;b&gt; " in page
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
+
+
+def test_a_name_that_could_be_a_hubs_or_a_directorys(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = error_of(Path("runs/model"), text, tmp_path / "page.html")
+    assert message.startswith("--model runs/model: ")
+    assert message.endswith(" (no such directory here either)")
 
 
 @pytest.mark.parametrize("kind", ["config.json", "tokenizer_config.json"])

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -66,13 +66,19 @@ def test_a_loss_has_one_name_however_it_is_spelled() -> None:
         " nvamp:gradient=token,gamma=.05",
     ]
     assert {parse_loss(spelling).name for spelling in spellings} == {"nvamp:gamma=0.05,gradient=token"}
-    assert parse_loss("nvamp:").name == "nvamp"
+    for spec in ("nvamp:", "nvamp:alpha=1", "nvamp:beta=0.02,gamma=1e-3,eps=1e-06,gradient=scalar"):
+        assert parse_loss(spec).name == "nvamp"
+    assert parse_loss("focal:gamma=2").name == "focal"
+    assert parse_loss("focal:gamma=3").name == "focal:gamma=3"
+    assert parse_loss("focal:gamma=0.12345678").name == "focal:gamma=0.12345678"
 
 
 @given(st.floats(0, 1e6), st.floats(0, 1e6))
+@example(0.1, 0.1000001)
+@example(0.0, -0.0)
 def test_different_options_have_different_files(a: float, b: float) -> None:
     first, second = (parse_loss(f"focal:gamma={x!r}") for x in (a, b))
-    assert (first.slug == second.slug) == (first.name == second.name)
+    assert (first.slug == second.slug) == (first.name == second.name) == (a == b)
     assert not set(first.slug) & set(":,/\\ ")
 
 
@@ -87,7 +93,10 @@ def test_different_options_have_different_files(a: float, b: float) -> None:
         ("focal:gamma=", "expected key=value, got 'gamma='"),
         ("focal:gamma", "expected key=value, got 'gamma'"),
         ("focal:gamma=-1", "gamma must not be negative, got -1"),
-        ("focal:gamma=nan", "gamma must not be negative, got nan"),
+        ("focal:gamma=nan", "gamma must be finite, got nan"),
+        ("focal:gamma=inf", "gamma must be finite, got inf"),
+        ("nvamp:alpha=inf", "alpha must be finite, got inf"),
+        ("nvamp:eps=inf", "eps must be finite, got inf"),
         ("nvamp:gradient=upward", "gradient must be one of scalar, token, detached, full"),
     ],
 )
@@ -99,5 +108,5 @@ def test_a_bad_spec_is_told_in_one_line(spec: str, message: str) -> None:
 
 
 def test_a_loss_named_twice() -> None:
-    with pytest.raises(StudyError, match=r"^--loss nvamp:gamma=0.10: named twice$"):
-        parse_losses(["nvamp:gamma=0.1", "ce", "nvamp:gamma=0.10"])
+    with pytest.raises(StudyError, match=r"^--loss nvamp:gamma=0.10,alpha=1: named twice$"):
+        parse_losses(["nvamp:gamma=0.1", "ce", "nvamp:gamma=0.10,alpha=1"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nvamp.study import StudyError
 from nvamp.study.metrics import METRICS
 from nvamp.study.report import write_report
 
@@ -167,6 +168,30 @@ def test_pages_of_token_losses_are_linked(results: dict[str, Any], tmp_path: Pat
     page = Page(render(results, tmp_path))
     assert [a["href"] for tag, a in page.elements if tag == "a"] == list(results["pages"].values())
     assert "held-out text as the models of seed 0 read it: ce, nvamp." in " ".join(page.text.split())
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(results: dict[str, Any], tmp_path: Path) -> None:
+    page = Page(write_report(results, tmp_path / "report.html").read_text())
+    (policy,) = (attrs["content"] for tag, attrs in page.elements if "http-equiv" in attrs)
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    assert not {"script", "img", "image", "link", "iframe"} & {tag for tag, _ in page.elements}
+
+
+def test_one_loss_has_no_list_of_verdicts(results: dict[str, Any], tmp_path: Path) -> None:
+    def lists() -> int:
+        page = Page(write_report(results, tmp_path / "report.html").read_text())
+        return sum(tag == "ul" for tag, _ in page.elements)
+
+    assert lists() == 1
+    del results["losses"][1:]
+    assert lists() == 0
+
+
+def test_a_page_that_cannot_be_written(results: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(StudyError, match=f"^{tmp_path / 'report.html'}: Is a directory$"):
+        write_report(results, tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == [tmp_path / "report.html"]
 
 
 def test_one_seed_is_said(results: dict[str, Any], tmp_path: Path) -> None:

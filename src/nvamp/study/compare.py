@@ -3,15 +3,15 @@
 import json
 import os
 import platform
-import shutil
+import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,11 +21,21 @@ from numpy.typing import NDArray
 import nvamp
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus, build_corpus, frequency_classes, read_documents
+from nvamp.study.files import remove, replacing
 from nvamp.study.inspect import inspect_text, write_page
 from nvamp.study.losses import Loss, parse_losses
 from nvamp.study.metrics import METRICS, VERDICT_KEYS, difference, estimate, held_out_metrics, verdict
 from nvamp.study.ranks import POLL, Peers
-from nvamp.study.training import Progress, Recipe, Run, load_tokenizer, max_positions, quiet, train
+from nvamp.study.training import (
+    Progress,
+    Recipe,
+    Run,
+    load_tokenizer,
+    max_positions,
+    model_fingerprint,
+    quiet,
+    train,
+)
 
 SEQUENCE = 64  # tokens of a block for the built-in model
 SEQUENCE_PRETRAINED = 256
@@ -33,6 +43,8 @@ LR = 2e-3
 LR_PRETRAINED = 5e-5
 BINS = 60  # of the distribution of token losses
 TAIL_POINTS = 120  # of the survival function
+# Of the conditions, those that are known by a hash, which says nothing to a reader.
+HASHED = ("text", "content of --model")
 
 Json = dict[str, Any]
 Pair = tuple[Loss, int]  # a loss and a seed: what a run is of
@@ -64,7 +76,7 @@ class Settings:
             if value < 1:
                 raise StudyError(f"--{option} must be at least 1, got {value}")
         if self.lr is not None and not 0 < self.lr < inf:
-            raise StudyError(f"--lr must be positive, got {self.lr:g}")
+            raise StudyError(f"--lr must be finite and positive, got {self.lr:g}")
         if not 0 <= self.noise <= 1:
             raise StudyError(f"--noise must be between 0 and 1, got {self.noise:g}")
         if not self.losses:
@@ -73,7 +85,7 @@ class Settings:
             raise StudyError("--text and --dataset exclude each other")
 
     def recipe(self) -> Recipe:
-        lr = self.lr or (LR_PRETRAINED if self.model else LR)
+        lr = self.lr or (LR if self.model is None else LR_PRETRAINED)
         return Recipe(self.steps, self.batch_size, lr, self.noise, self.model)
 
 
@@ -106,64 +118,93 @@ class Store:
     def __init__(self, out: Path) -> None:
         self.out = out
 
+    def check(self) -> None:
+        """A `StudyError` where the directory holds something, and that is no study."""
+        try:
+            if self.out.exists() and any(self.out.iterdir()):
+                self._conditions()
+        except OSError as error:
+            raise StudyError(f"--out {self.out}: {error.strerror}") from error
+
     def claim(self, conditions: Json, overwrite: bool) -> None:
         """Make the directory this study's; a `StudyError` where it holds runs made under other conditions."""
-        settings = self.out / "settings.json"
+        self.check()
         try:
             if overwrite:
                 self._clear()
+            elif self._settings.exists():
+                self._compare(conditions)
             self.out.mkdir(parents=True, exist_ok=True)
-            kept = json.loads(settings.read_text()) if settings.exists() else conditions
-            if changed := _changed(kept, conditions, "now"):
-                raise StudyError(
-                    f"{self.out} holds runs made with {changed}: "
-                    "choose another --out, or start anew with --overwrite"
-                )
+            write_json(self._settings, conditions)  # before anything else: by it a study is known
             for part in ("runs", "models", "inspect"):
                 (self.out / part).mkdir(exist_ok=True)
-            write_json(settings, conditions)
-        except (OSError, json.JSONDecodeError) as error:
-            raise StudyError(f"--out {self.out}: {error}") from error
+        except OSError as error:
+            raise StudyError(f"--out {self.out}: {error.strerror}") from error
+
+    def _compare(self, conditions: Json) -> None:
+        if changed := _changed(self._conditions(), conditions, "now", "has changed since"):
+            raise StudyError(
+                f"{self.out} holds runs of another study: {changed}; "
+                "choose another --out, or start anew with --overwrite"
+            )
 
     def join(self, conditions: Json, rank: int) -> None:
         """Look at what the first rank has claimed: a `StudyError` where it is not what this rank would."""
-        try:
-            claimed = json.loads((self.out / "settings.json").read_text())
-        except OSError as error:
-            raise StudyError(f"--out {self.out}: not the directory of the first rank: {error}") from error
-        if changed := _changed(claimed, conditions, f"on rank {rank}"):
+        if not self._settings.exists():
+            raise StudyError(f"--out {self.out}: not the directory of the first rank")
+        on = f"on rank {rank}"
+        if changed := _changed(self._conditions(), conditions, on, f"is another {on}"):
             raise StudyError(f"the ranks differ: {changed}")
 
+    @property
+    def _settings(self) -> Path:
+        return self.out / "settings.json"
+
+    def _conditions(self) -> Json:
+        """Those of the study in the directory; a `StudyError` where there is none."""
+        kept = _read_json(self._settings) if self._settings.is_file() else {}
+        if not {"nvamp", "--steps"} <= kept.keys():
+            raise StudyError(f"--out {self.out}: not empty, and not a study's: choose another")
+        return kept
+
     def _clear(self) -> None:
-        for name in ("runs", "models", "inspect"):
-            shutil.rmtree(self.out / name, ignore_errors=True)
-        for name in ("settings.json", "results.json", "report.html"):
+        """Remove what a study writes, and nothing else."""
+        for part in ("runs", "models", "inspect"):
+            for path in (self.out / part).glob("*"):
+                if re.fullmatch(r".+-seed\d+(\.json|\.npy|\.html)?(\.part)?", path.name):
+                    remove(path)
+        for name in ("results.json", "report.html"):
             (self.out / name).unlink(missing_ok=True)
 
     def load(self, loss: Loss, seed: int) -> Json | None:
-        """The record of a finished run; `None` where it is not finished."""
+        """The record of a finished run; `None` where it is not finished, or has lost its token losses."""
         path = self._record(loss, seed)
-        return cast(Json, json.loads(path.read_text())) if path.exists() else None
+        return _read_json(path) if path.exists() and self._nll(loss, seed).exists() else None
 
     def nll(self, loss: Loss, seed: int) -> NDArray[np.float32]:
         """The held-out token losses of a finished run, [tokens]."""
-        return np.asarray(np.load(self._nll(loss, seed)))
+        path = self._nll(loss, seed)
+        try:
+            return np.asarray(np.load(path))
+        except (OSError, ValueError, EOFError) as error:
+            raise StudyError(f"{path} is damaged: delete it to train this run again") from error
 
     def save(self, loss: Loss, seed: int, record: Json, run: Run, corpus: Corpus) -> None:
         """Keep a finished run. The record comes last: where it is, all of the run is.
 
         Of the first seed, unless it diverged, a page of held-out text as the model reads it is part of it.
         """
-        with _replacing(self.out / "models" / f"{loss.slug}-seed{seed}") as directory:
+        with replacing(self.out / "models" / f"{loss.slug}-seed{seed}") as directory:
             run.model.save_pretrained(directory)
             corpus.tokenizer.save_pretrained(directory)
-        with _replacing(self._nll(loss, seed)) as path, path.open("wb") as file:
+        with replacing(self._nll(loss, seed)) as path, path.open("wb") as file:
             np.save(file, run.nll)
         if seed == 0 and not run.diverged:
+            found = None
             with suppress(StudyError):  # a text that makes no page, of one token say, is no failed run
                 found = inspect_text(run.model, corpus.tokenizer, corpus.excerpt)
-                with _replacing(self.page(loss)) as path:
-                    write_page(found, f"{loss.name}, seed 0", "Held-out text", path)
+            if found:
+                write_page(found, f"{loss.name}, seed 0", "Held-out text", self.page(loss))
         write_json(self._record(loss, seed), record)
 
     def page(self, loss: Loss) -> Path:
@@ -193,8 +234,10 @@ def compare(
     settings.check()
     losses = parse_losses(list(settings.losses))
     recipe = settings.recipe()
-    corpus = prepare(settings)
     store = Store(out)
+    if peers.rank == 0:  # to another rank, the first one's beginnings could look like something else's
+        store.check()
+    corpus = prepare(settings, out)
     # Seed by seed, so that an interrupted study has every loss from its first seeds.
     pairs = [(loss, seed) for seed in range(settings.seeds) for loss in losses]
 
@@ -251,18 +294,22 @@ def _show_finished(awaited: Sequence[Pair], store: Store, display: Display) -> l
     return left
 
 
-def prepare(settings: Settings) -> Corpus:
-    """Read, split, tokenize and pack the text."""
+def prepare(settings: Settings, out: Path | None = None) -> Corpus:
+    """Read, split, tokenize and pack the text; what is in the directory `out` is none of it."""
     sequence, tokenizer = SEQUENCE, None
-    if settings.model:
+    if settings.model is not None:
         tokenizer = load_tokenizer(settings.model)
         sequence = min(SEQUENCE_PRETRAINED, max_positions(settings.model) or SEQUENCE_PRETRAINED)
-    corpus = build_corpus(*read_documents(settings.text, settings.dataset), sequence, tokenizer)
-    if len(corpus.train) < settings.batch_size:
-        raise StudyError(
-            f"the text is too short: {len(corpus.train)} training blocks of {sequence} tokens "
-            f"do not fill a batch of {settings.batch_size}"
-        )
+    documents, source = read_documents(settings.text, settings.dataset, out)
+    try:
+        corpus = build_corpus(documents, source, sequence, tokenizer)
+        if len(corpus.train) < settings.batch_size:
+            raise StudyError(
+                f"the text is too short: {len(corpus.train)} training blocks of {sequence} tokens "
+                f"do not fill a batch of {settings.batch_size}"
+            )
+    except StudyError as error:
+        raise StudyError(f"{'--dataset' if settings.dataset else '--text'}: {error}") from error
     return corpus
 
 
@@ -275,15 +322,18 @@ def conditions(recipe: Recipe, corpus: Corpus) -> Json:
         "--lr": recipe.lr,
         "--noise": recipe.noise,
         "--model": recipe.model,
+        "content of --model": recipe.model and model_fingerprint(recipe.model),
         "text": corpus.fingerprint(),
         **{name: installed[name] for name in ("nvamp", "torch", "transformers", "device")},
     }
 
 
-def _changed(kept: Json, asked: Json, when: str) -> str:
+def _changed(kept: Json, asked: Json, now: str, other: str) -> str:
     """What of the conditions is not as it was, in words; empty where all is."""
     return ", ".join(
-        f"{name} {kept.get(name)} ({when} {asked[name]})" for name in asked if kept.get(name) != asked[name]
+        f"the {name} {other}" if name in HASHED else f"{name} {kept.get(name)} ({now} {asked[name]})"
+        for name in asked
+        if kept.get(name) != asked[name]
     )
 
 
@@ -462,18 +512,18 @@ def finite(value: Any) -> Any:
     return value if not isinstance(value, float) or np.isfinite(value) else None
 
 
+def _read_json(path: Path) -> Json:
+    """The object in a JSON file; a `StudyError` where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise StudyError(f"{path} is damaged: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file or directory to that takes the place of `path` once it is complete."""
-    temporary = path.with_name(path.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    yield temporary
-    if path.is_dir():
-        shutil.rmtree(path)
-    temporary.replace(path)

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +20,7 @@ from nvamp.functional import Settings
 from nvamp.integrations.transformers import logits_of
 from nvamp.objective import GRADIENTS, Statistics
 from nvamp.study import StudyError
+from nvamp.study.files import replacing
 from nvamp.study.training import load_model, load_tokenizer, positions
 
 WINDOW = 1024  # positions at most, where the model takes more or does not say
@@ -88,6 +90,7 @@ def inspect_file(name: str, path: Path, out: Path, progress: Progress) -> Inspec
         StudyError: a text, a model or an output that is none.
     """
     text = read_text(path)
+    _check_output(out, path)
     model, tokenizer = load_model(name), load_tokenizer(name)
     if torch.cuda.is_available():
         model.cuda()
@@ -97,10 +100,26 @@ def inspect_file(name: str, path: Path, out: Path, progress: Progress) -> Inspec
         raise StudyError(f"--text {path}: {error}") from error
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_page(found, Path(name).name or name, path.name, out)
     except OSError as error:
         raise StudyError(f"--out {out}: {error.strerror}") from error
+    write_page(found, Path(name).name or name, path.name, out)
     return found
+
+
+def _check_output(out: Path, text: Path) -> None:
+    """Find what else would be found only after the model has read the text."""
+    above = next(path for path in out.absolute().parents if os.path.exists(path))
+    if out.is_dir():
+        wrong = "Is a directory"
+    elif os.path.exists(out) and out.samefile(text):
+        wrong = "the file of --text, which the page would replace"
+    elif not above.is_dir():
+        wrong = f"{above} is no directory"
+    elif not os.access(above, os.W_OK):
+        wrong = f"{above} is not to be written to"
+    else:
+        return
+    raise StudyError(f"--out {out}: {wrong}")
 
 
 def read_text(path: Path) -> str:
@@ -265,8 +284,8 @@ def write_page(found: Inspection, model: str, name: str, path: Path) -> None:
     )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
     page = environment.from_string(here.with_suffix(".html").read_text(encoding="utf-8")).render(
-        model=model,
-        name=name,
+        model=visible(model),
+        name=visible(name),
         found=found,
         statistics={key: float(x) for key, x in found.statistics._asdict().items()},
         data=page_data(found),
@@ -274,7 +293,13 @@ def write_page(found: Inspection, model: str, name: str, path: Path) -> None:
         # The page allows this script and nothing else: no text of it could run, whatever it holds.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    path.write_bytes(page.encode("utf-8"))
+    with replacing(path) as temporary:
+        temporary.write_bytes(page.encode("utf-8"))
+
+
+def visible(name: str) -> str:
+    """A name of one line: what has no shape of its own, or would change that of others, by its number."""
+    return "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in name)
 
 
 def page_data(found: Inspection) -> dict[str, Any]:

@@ -3,21 +3,23 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from nvamp import NVAMPLoss
-from nvamp.functional import token_nll
+from nvamp.functional import Settings, token_nll
 from nvamp.integrations.transformers import Criterion
 from nvamp.study import StudyError
 
-# The options each loss takes, and the type of their values.
-_OPTIONS: dict[str, dict[str, type[float] | type[str]]] = {
+_NVAMP = ("alpha", "beta", "gamma", "eps", "gradient")
+# The options each loss takes, with their defaults.
+_OPTIONS: dict[str, dict[str, float | str]] = {
     "ce": {},
-    "nvamp": {"alpha": float, "beta": float, "gamma": float, "eps": float, "gradient": str},
-    "focal": {"gamma": float},
+    "nvamp": {name: Settings._field_defaults[name] for name in _NVAMP},
+    "focal": {"gamma": 2.0},
     "dft": {},
 }
 
@@ -57,14 +59,23 @@ def parse_loss(spec: str) -> Loss:
     if name not in _OPTIONS:
         raise StudyError(f"--loss {spec}: unknown loss {name!r}, known are {', '.join(_OPTIONS)}")
     options = _parse_options(spec, name, tail)
-    shown = ",".join(f"{key}={v:g}" if isinstance(v, float) else f"{key}={v}" for key, v in options.items())
+    shown = ",".join(f"{key}={_shown(value)}" for key, value in options.items())
     try:
         return Loss(f"{name}:{shown}" if shown else name, _criterion(name, options))
     except (ValueError, TypeError) as error:
         raise StudyError(f"--loss {spec}: {error}") from error
 
 
+def _shown(value: float | str) -> str:
+    """A value as it is spelled in a name: short, where that is the same number."""
+    if isinstance(value, str):
+        return value
+    short = f"{value + 0.0:g}"  # of −0 the same as of 0
+    return short if float(short) == value else repr(value)
+
+
 def _parse_options(spec: str, name: str, tail: str) -> dict[str, float | str]:
+    """The options of a spec that are not what they are by default, in the order of the table."""
     known = _OPTIONS[name]
     options: dict[str, float | str] = {}
     for item in filter(None, (part.strip() for part in tail.split(","))):
@@ -75,18 +86,20 @@ def _parse_options(spec: str, name: str, tail: str) -> dict[str, float | str]:
             takes = f"takes {', '.join(known)}" if known else "takes no options"
             raise StudyError(f"--loss {spec}: unknown option {key!r}, {name} {takes}")
         try:
-            options[key] = known[key](value)
+            options[key] = type(known[key])(value)
         except ValueError:
             raise StudyError(f"--loss {spec}: {key} must be a number, got {value!r}") from None
-    return {key: options[key] for key in known if key in options}
+        if isinstance(known[key], float) and not isfinite(float(value)):
+            raise StudyError(f"--loss {spec}: {key} must be finite, got {value}")
+    return {key: options[key] for key in known if options.get(key, known[key]) != known[key]}
 
 
 def _criterion(name: str, options: dict[str, float | str]) -> Criterion:
     if name == "nvamp":
         return NVAMPLoss(**options)  # type: ignore[arg-type]  # the table above pairs keys with types
     if name == "focal":
-        gamma = float(options.get("gamma", 2.0))
-        if not gamma >= 0:
+        gamma = float(options.get("gamma", _OPTIONS["focal"]["gamma"]))
+        if gamma < 0:
             raise ValueError(f"gamma must not be negative, got {gamma:g}")
         return _weighted(lambda nll: focal_weight(nll, gamma))
     return _weighted(dft_weight if name == "dft" else torch.ones_like)

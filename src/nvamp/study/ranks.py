@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 POLL = 0.1  # seconds; blocking calls of the store would hold back signals
 
+# All of these are set by `torchrun`; other launchers and old shells may leave some of them.
+_MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # By these the libraries below would take several runs for one of several processes.
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 
@@ -56,9 +58,9 @@ class Peers:
 def join() -> Peers:
     """Join the other ranks, and hide them from the libraries below.
 
-    On a GPU a rank sees no other device than its own: call this before CUDA is initialized.
+    On GPUs a process sees one device, its own: call this before CUDA is initialized.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if not all(name in os.environ for name in _MEETING) or os.environ["WORLD_SIZE"] == "1":
         hide(os.environ)
         return Peers()
     # mypy: both are public, and imported there without saying so.
@@ -73,12 +75,14 @@ def join() -> Peers:
 
 
 def hide(environ: MutableMapping[str, str]) -> None:
-    """Make the environment that of a process on its own, with one GPU to see: the one of its local rank."""
-    if "LOCAL_RANK" in environ:
-        local = int(environ["LOCAL_RANK"])
-        visible = environ.get("CUDA_VISIBLE_DEVICES")
-        devices = str(local) if visible is None else ",".join(visible.split(",")[local : local + 1])
-        environ["CUDA_VISIBLE_DEVICES"] = devices
+    """Make the environment that of a process on its own, with one GPU to see: the one of its local rank.
+
+    Of a process without a rank it is the first: of several the `Trainer` would make larger batches.
+    """
+    local = int(environ.get("LOCAL_RANK", "0"))
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    devices = str(local) if visible is None else ",".join(visible.split(",")[local : local + 1])
+    environ["CUDA_VISIBLE_DEVICES"] = devices
     for name in _VARIABLES:
         environ.pop(name, None)
 

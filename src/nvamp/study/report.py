@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from nvamp.study.corpus import CLASSES
+from nvamp.study.files import replacing
 from nvamp.study.metrics import METRICS
 
 # Okabe and Ito's palette, told apart by the colour-blind; dashes tell the losses apart without colour.
@@ -42,7 +43,7 @@ Json = dict[str, Any]
 
 
 def write_report(results: Json, path: Path) -> Path:
-    """Write the page of `results`, as `compare` returns them, to `path`."""
+    """Write the page of `results`, as `compare` returns them, to `path`; a `StudyError` where that fails."""
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -59,7 +60,8 @@ def write_report(results: Json, path: Path) -> Path:
             "tail": tail(results),
         },
     )
-    path.write_text(page, encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 

@@ -1,6 +1,8 @@
 """One run: a model trained with one loss from one seed by the `Trainer`, and its held-out token losses."""
 
+import hashlib
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -328,6 +330,22 @@ def max_positions(name: str) -> int | None:
     return positions(_load(transformers.AutoConfig, name))
 
 
+def model_fingerprint(name: str) -> str:
+    """The same for the same configuration and weights: the hub's commit, or a hash of a directory's files."""
+    directory = Path(name)
+    if not directory.is_dir():
+        return str(_load(transformers.AutoConfig, name)._commit_hash)
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        known = path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json")
+        if known and path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+            with path.open("rb") as file:
+                while part := file.read(2**22):
+                    digest.update(part)
+    return digest.hexdigest()[:16]
+
+
 def positions(config: Any) -> int | None:
     """The longest sequence that a model of this configuration takes, where it says."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -335,6 +353,8 @@ def positions(config: Any) -> int | None:
 
 def _load(kind: Any, name: str, **kwargs: Any) -> Any:
     quiet()
+    if not name:
+        raise StudyError("--model: expected a directory or hub id, got an empty name")
     is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1  # no id of a hub is
     if is_path and not Path(name).is_dir():
         raise StudyError(f"--model {name}: no such directory")
@@ -343,7 +363,8 @@ def _load(kind: Any, name: str, **kwargs: Any) -> Any:
         return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
     except Exception as error:  # what a hub or a model's files raise is any library's any error
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise StudyError(f"--model {name}: {reason}") from error
+        nor = "" if os.path.exists(name) else " (no such directory here either)"
+        raise StudyError(f"--model {name}: {reason}{nor}") from error
 
 
 def quiet() -> None:
