@@ -1,6 +1,7 @@
 # Everything runs from .venv, which `setup` makes from pyproject.toml and constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+STUDY := .venv/study
 INSTALLED := .venv/installed
 TOOLS := .venv/tools
 
@@ -8,14 +9,19 @@ TOOLS := .venv/tools
 
 setup: $(INSTALLED)
 
-# Of torchtitan only the loss module is used: all of it would need an older datasets.
-$(INSTALLED): pyproject.toml constraints.txt
+# What `nvamp compare` needs.
+$(STUDY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[study]'
+	touch $@
+
+# Of torchtitan only the loss module is used: all of it would need an older datasets.
+$(INSTALLED): $(STUDY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[study,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'torchtitan==0.3.0; python_version >= "3.11"'
 	touch $@
 
-compare: $(INSTALLED)
+compare: $(STUDY)
 	$(BIN)/nvamp compare --out runs/compare
 
 # Chromium, which the tests of `nvamp inspect` open its pages in: Debian's, where there is none.
