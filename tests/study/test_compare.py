@@ -241,6 +241,14 @@ def test_another_model_in_the_same_place_is_another_study(
         study(one, tmp_path / "out")
 
 
+def test_the_model_that_overwrite_would_drop_is_kept(settings: Settings, tmp_path: Path) -> None:
+    model = tmp_path / "models" / "ce-seed0"
+    model.mkdir(parents=True)
+    with pytest.raises(StudyError, match=f"--model {model} is in --out, which --overwrite would drop"):
+        study(Settings(**{**vars(settings), "model": str(model)}), tmp_path, overwrite=True)
+    assert model.is_dir()
+
+
 def test_what_a_study_writes_is_not_its_text(settings: Settings, tmp_path: Path, text_dir: Path) -> None:
     shutil.copytree(text_dir, tmp_path, dirs_exist_ok=True)
     one = Settings(**{**vars(settings), "losses": ("ce",), "seeds": 1, "text": (str(tmp_path),)})

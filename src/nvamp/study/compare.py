@@ -235,6 +235,8 @@ def compare(
     losses = parse_losses(list(settings.losses))
     recipe = settings.recipe()
     store = Store(out)
+    if overwrite and settings.model and out.resolve() in Path(settings.model).resolve().parents:
+        raise StudyError(f"--model {settings.model} is in --out, which --overwrite would drop")
     if peers.rank == 0:  # to another rank, the first one's beginnings could look like something else's
         store.check()
     corpus = prepare(settings, out)
