@@ -99,7 +99,8 @@ def test_docs_are_drawn_from_the_record(name: str, tmp_path: Path) -> None:
     path = program.HERE / "results" / f"{name}.json"
     program.draw(name, path, tmp_path)
     drawn = (tmp_path / f"{name}.svg").read_text()
-    for loss in program.load(path).losses()[1:2]:
+    results = program.load(path)
+    for loss in results.losses(results.groups()[-1])[1:2]:
         assert f">{loss}<" in drawn
         assert f">{loss}<" in (program.DOCS / f"{name}.svg").read_text()
     assert (program.DOCS / f"{name}.md").read_text() == program.page(name, path)
@@ -136,6 +137,7 @@ CLAIMS: list[tuple[str, str, str, str | None, str]] = [
     *(("finetuning", loss, "cross_entropy", "mislabelled", "worse") for loss in finetuning.LOSSES[1:]),
     ("finetuning", "nvamp", "cvar", "mislabelled", "better"),
     ("finetuning", "nvamp:gradient=token", "cvar", "mislabelled", "no clear difference"),
+    ("finetuning", "nvamp:gamma=0.05", "cvar", "mislabelled", "better"),
 ]
 
 
@@ -157,11 +159,27 @@ def test_the_goal_is_out_of_reach() -> None:
     assert not any(run["diverged"] for run in results.json["runs"])
 
 
-@pytest.mark.parametrize("loss", finetuning.LOSSES[1:])
+@pytest.mark.parametrize("loss", TAIL[1:])
+@pytest.mark.parametrize("group", [group for group in stability.CHANGES if group != "plain"])
+def test_no_change_costs_nvamp_less(loss: str, group: str) -> None:
+    results = program.load(program.HERE / "results" / "stability.json")
+    extra = results.extra_cost(loss, "cross_entropy", group, "plain")
+    costs_more = (loss, group) == ("nvamp:gamma=0.05", "lr-2x")
+    assert verdict(extra, lower_is_better=True) == ("worse" if costs_more else "no clear difference")
+    assert not any(run["diverged"] for run in results.json["runs"])
+
+
+@pytest.mark.parametrize("loss", TAIL[1:])
 def test_mislabelled_documents_cost_nvamp_more(loss: str) -> None:
     results = program.load(program.HERE / "results" / "finetuning.json")
     extra = results.extra_cost(loss, "cross_entropy", "mislabelled", "clean")
     assert verdict(extra, lower_is_better=True) == "worse"
+
+
+def test_fine_tuning_with_dft_ends_worse_than_it_begins() -> None:
+    results = program.load(program.HERE / "results" / "finetuning.json")
+    for group in results.groups():
+        assert min(filter(None, results.values("dft", "cross_entropy", group))) > results.json["before"] + 1
 
 
 def test_numbers_of_the_summary() -> None:

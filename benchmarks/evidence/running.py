@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import TrainerCallback
@@ -155,7 +156,7 @@ def results(preset: Preset, corpus: Corpus, runs: Sequence[Json], **more: Any) -
     """What an experiment leaves: every run's numbers, and what they were measured with."""
     return {
         "preset": asdict(preset),
-        "versions": {**versions(), "processor": machine()["processor"]},
+        "versions": {**versions(), "processor": machine()["processor"], "threads": torch.get_num_threads()},
         "text": describe_corpus(corpus),
         **more,
         "runs": list(runs),

@@ -4,18 +4,18 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.evidence import tail
 from benchmarks.evidence.drawing import intervals, panels
 from benchmarks.evidence.running import Preset, compact, results, run_all
 from benchmarks.evidence.summary import Results
+from benchmarks.evidence.tail import LOSSES
 from nvamp.study.compare import LR, Json
 
-LOSSES = ("ce", "nvamp")
 # What is changed in the recipe, by the name of the directory of such runs.
 CHANGES: dict[str, Json] = {
     "plain": {},
     "noise-10": {"noise": 0.1},
     "noise-30": {"noise": 0.3},
+    "lr-2x": {"lr": 2 * LR},
     "lr-4x": {"lr": 4 * LR},
     "bfloat16": {"bf16": True},
 }
@@ -24,8 +24,7 @@ CHANGES: dict[str, Json] = {
 def run(preset: Preset, out: Path) -> Json:
     corpus, runs = preset.corpus(), []
     for group, changed in CHANGES.items():
-        losses = tail.LOSSES if group == "plain" else LOSSES
-        finished = run_all(out / group, losses, range(preset.seeds), preset.recipe(**changed), corpus)
+        finished = run_all(out / group, LOSSES, range(preset.seeds), preset.recipe(**changed), corpus)
         runs += [compact(group, one) for one in finished]
     return results(preset, corpus, runs)
 
@@ -35,7 +34,7 @@ def figure(results: Results) -> Figure:
     groups = results.groups()
     changes = {
         loss: [results.difference(loss, "cross_entropy", group) for group in groups]
-        for loss in results.losses(groups[-1])[1:]
+        for loss in results.losses()[1:]
     }
     intervals(left, groups, changes, first=1)
     left.axvline(0, color="black", linewidth=0.8)

@@ -25,13 +25,20 @@ PRICE = 0.5  # percent of its mean: what it may cost
 HIGHER = 2.0  # another price: what does the tail cost where 0.5% does not buy it?
 NVAMP = (
     "nvamp",
+    "nvamp:alpha=0",
+    "nvamp:alpha=0.1",
     "nvamp:gamma=0.01",
+    "nvamp:gamma=0.02",
     "nvamp:gamma=0.05",
     "nvamp:gradient=detached",
     "nvamp:gradient=token",
     "nvamp:beta=0.3,gradient=token",
     "nvamp:beta=1,gradient=token",
     "nvamp:beta=3,gradient=token",
+    "nvamp:beta=1,gamma=0.01,gradient=token",
+    "nvamp:beta=3,gamma=0.01,gradient=token",
+    "nvamp:gradient=full",
+    "nvamp:beta=10,gradient=full",
 )
 OTHERS = ("focal:gamma=1", "focal", "dft")
 NEW_SEEDS = 100  # from here on
@@ -97,18 +104,22 @@ def choose(search: Sequence[Json]) -> dict[str, str]:
 
 
 def figure(results: Results) -> Figure:
-    """The search and what was confirmed: mean against tail, in percent of cross-entropy's."""
+    """The search and what was confirmed: mean against tail, in percent of cross-entropy's.
+
+    The search has the numbers of its table for names.
+    """
     drawn, axes = panels(2, height=4)
     for one, group in zip(axes, ("search", "confirm"), strict=True):
-        for loss in results.losses(group)[1:]:
+        for number, loss in enumerate(results.losses(group)[1:], 1):
             mean, tail = (results.percent(loss, key, group) for key in ("cross_entropy", "cvar"))
             if mean is None or tail is None or mean.mean > OFF_THE_CHART:
                 continue
             style = {"color": COLOURS[1], "fmt": "o"} if loss in NVAMP else {"color": COLOURS[0], "fmt": "s"}
             bars = (mean.half_width, tail.half_width) if group == "confirm" else (None, None)
             one.errorbar(mean.mean, tail.mean, xerr=bars[0], yerr=bars[1], markersize=4, **style)
-            beside = (4, -8) if "gradient" in loss else (4, 3)
-            one.annotate(loss, (mean.mean, tail.mean), beside, textcoords="offset points", fontsize=6.5)
+            name = loss if group == "confirm" else number
+            beside = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 6.5}
+            one.annotate(name, (mean.mean, tail.mean), **beside)
         left, right = one.get_xlim()
         right += 0.3 * (right - left)  # room for names
         bottom = min(one.get_ylim()[0], GAIN - 1)
