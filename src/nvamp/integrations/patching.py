@@ -113,7 +113,9 @@ class _Call(NamedTuple):
 class _State(threading.local):
     """The calls under way in this thread. Not a ContextVar: `torch.compile` cannot trace one."""
 
-    calls: tuple[_Call, ...] = ()
+    def __init__(self) -> None:
+        # In every thread, and not in the class: what a compiled first call put there would fail its guards.
+        self.calls: tuple[_Call, ...] = ()
 
 
 _state = _State()
