@@ -7,6 +7,7 @@ results go to benchmarks/evidence/results/NAME.json, figure and page to docs/evi
 
 import argparse
 import json
+import os
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks.evidence.summary import Results, mean_only, plain, signed, size
 from nvamp.study import StudyError
 from nvamp.study.compare import write_json
 from nvamp.study.metrics import estimate, verdict
+from nvamp.study.ranks import hide
 
 HERE = Path(__file__).parent
 NAMES = ("tail", "types", "stability", "tuning", "finetuning")
@@ -96,4 +98,5 @@ def _render(template: str, **values: object) -> str:
 
 
 if __name__ == "__main__":
+    hide(os.environ)  # of several GPUs the Trainer would make larger batches
     main()
