@@ -8,7 +8,6 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import TrainerCallback
@@ -154,9 +153,10 @@ def gradient_metrics(norms: Sequence[float | None]) -> dict[str, float | None]:
 
 def results(preset: Preset, corpus: Corpus, runs: Sequence[Json], **more: Any) -> Json:
     """What an experiment leaves: every run's numbers, and what they were measured with."""
+    here = machine()
     return {
         "preset": asdict(preset),
-        "versions": {**versions(), "processor": machine()["processor"], "threads": torch.get_num_threads()},
+        "versions": {**versions(), "processor": here["processor"], "threads": here["threads"]},
         "text": describe_corpus(corpus),
         **more,
         "runs": list(runs),

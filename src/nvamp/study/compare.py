@@ -118,35 +118,30 @@ class Store:
     def __init__(self, out: Path) -> None:
         self.out = out
 
-    def check(self) -> None:
-        """A `StudyError` where the directory holds something, and that is no study."""
+    def check(self) -> Json | None:
+        """The conditions of the study in the directory; a `StudyError` where it holds something else."""
         try:
-            if self.out.exists() and any(self.out.iterdir()):
-                self._conditions()
+            return self._conditions() if self.out.exists() and any(self.out.iterdir()) else None
         except OSError as error:
             raise StudyError(f"--out {self.out}: {error.strerror}") from error
 
     def claim(self, conditions: Json, overwrite: bool) -> None:
         """Make the directory this study's; a `StudyError` where it holds runs made under other conditions."""
-        self.check()
+        kept = self.check()
+        if kept and not overwrite and (changed := _changed(kept, conditions, "now", "has changed since")):
+            raise StudyError(
+                f"{self.out} holds runs of another study: {changed}; "
+                "choose another --out, or start anew with --overwrite"
+            )
         try:
             if overwrite:
                 self._clear()
-            elif self._settings.exists():
-                self._compare(conditions)
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(self._settings, conditions)  # before anything else: by it a study is known
             for part in ("runs", "models", "inspect"):
                 (self.out / part).mkdir(exist_ok=True)
         except OSError as error:
             raise StudyError(f"--out {self.out}: {error.strerror}") from error
-
-    def _compare(self, conditions: Json) -> None:
-        if changed := _changed(self._conditions(), conditions, "now", "has changed since"):
-            raise StudyError(
-                f"{self.out} holds runs of another study: {changed}; "
-                "choose another --out, or start anew with --overwrite"
-            )
 
     def join(self, conditions: Json, rank: int) -> None:
         """Look at what the first rank has claimed: a `StudyError` where it is not what this rank would."""
