@@ -1,7 +1,14 @@
-"""Compiles every kernel for GPUs that need not be there, with what it takes: `python -m benchmarks.kernels`.
+"""Compiles every kernel for GPUs that need not be there, and counts what decides its speed.
 
-The backend runs on tensors without data, and Triton compiles each launch as it would where the GPU is, by its
-own rules. Registers and local memory are read off the binary: local memory is what spills.
+    python -m benchmarks.kernels                       bfloat16 on compute capability 9.0: what matters daily
+    python -m benchmarks.kernels --plain               the three main kernels alone, without options
+    python -m benchmarks.kernels --arch 80 gfx942      other GPUs
+    python -m benchmarks.kernels --all --out all.json  every dtype, option and vocabulary
+
+The backend runs on tensors without data, and Triton compiles each launch as it would on that GPU, by its own
+rules. Registers and local memory are read off the binary: local memory is what spills. Instructions for each
+element and widths of accesses are counted in the disassembled binary, as `benchmarks.assembly` explains. A
+count with a question mark is one in which the loads do not add up to whole blocks.
 """
 
 import argparse
@@ -10,11 +17,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -24,15 +31,37 @@ from rich.table import Table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.assembly import Body, blocks, bodies, main_bodies, read_amdgcn, read_sass
 from nvamp.cross_entropy import triton as backend
-from nvamp.cross_entropy.options import Options
+from nvamp.cross_entropy.options import Options, accumulate_dtype
 
-ARCHITECTURES = (80, 90, 100)
-VOCABULARIES = (8, 50257, 128256, 262144)
+ARCHITECTURES = ("80", "90", "100", "120", "gfx942", "gfx950", "gfx1201")
+VOCABULARIES = (8, 32008, 50257, 50264, 50280, 128256, 262144)
 OPTIONS = {
     "plain": Options(),
     "all options": Options(label_smoothing=0.1, z_loss=1e-4, softcap=30.0, logit_scale=0.5),
 }
+DAILY = (50257, 50264, 128256)
+MAIN = ("nll", "gradient", "unit gradient")
+PADDED_ALWAYS = ("unit gradient", "scale and add")  # have rows of the linear path whatever the logits have
+
+
+class Case(NamedTuple):
+    """Logits, and options on them."""
+
+    dtype: torch.dtype
+    options: str
+    vocab: int
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}, {self.options}, {self.vocab}, {self.layout}"
+
+    def logits(self) -> Tensor:
+        if self.layout == "transposed":
+            return torch.empty(2, self.vocab, 64, dtype=self.dtype, device="meta").mT
+        pitch = _pitch(self.vocab) if self.layout == "padded" else self.vocab
+        return torch.empty(2, 64, pitch, dtype=self.dtype, device="meta")[..., : self.vocab]
 
 
 @dataclass(frozen=True)
@@ -40,33 +69,44 @@ class Usage:
     """What a compiled kernel takes, of a thread and of a program."""
 
     kernel: str
+    launch: str  # what it was launched for
     case: str
-    architecture: int
+    vocab: int
+    architecture: str
     num_warps: int
     block: int
     registers: int
     local_bytes: int  # of a thread: stack and spilled registers
     shared_bytes: int
+    instructions: list[float]  # for an element, in each of its passes
+    exponentials: float  # those of them, and of other functions, that the slower special function units do
+    load_width: int  # bytes, the narrowest among passes
+    store_width: int
+    whole_blocks: bool  # the loads add up to a number of blocks: what was taken for the passes can be right
+    has_float64: bool
+    loops: list[str]  # everything that was found in it
 
 
 class AbsentGPU:
     """What Triton asks of a driver before it compiles."""
 
-    def __init__(self, architecture: int) -> None:
+    def __init__(self, architecture: str) -> None:
         self.architecture = architecture
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, 32)
+        if self.architecture.startswith("gfx"):
+            return GPUTarget("hip", self.architecture, 32 if self.architecture.startswith("gfx1") else 64)
+        return GPUTarget("cuda", int(self.architecture), 32)
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> str:
         return self.architecture  # each has its own kernels
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: str) -> int:
         return 0
 
 
 @contextmanager
-def compiling(architecture: int) -> Iterator[list[tuple[Any, backend.Launch]]]:
+def compiling(architecture: str | int) -> Iterator[list[tuple[Any, backend.Launch]]]:
     """Inside, the backend compiles its launches and runs none: they come out here, with their sizes."""
     compiled: list[tuple[Any, backend.Launch]] = []
 
@@ -75,86 +115,223 @@ def compiling(architecture: int) -> Iterator[list[tuple[Any, backend.Launch]]]:
         binary = kernel.warmup(*types, grid=(programs,), **sizes.meta, **constants)
         compiled.append((binary, sizes))
 
-    triton.runtime.driver.set_active(AbsentGPU(architecture))
-    with mock.patch.object(backend, "launch", launch):
+    gpu = AbsentGPU(str(architecture))
+    triton.runtime.driver.set_active(gpu)
+    warp = 64 if gpu.get_current_target().backend == "hip" else 32  # as the backend has it
+    with mock.patch.object(backend, "launch", launch), mock.patch.object(backend, "WARP", warp):
         yield compiled
 
 
-def usages(architecture: int) -> Iterator[Usage]:
-    """Of every kernel in every dtype, with and without options, for vocabularies of all kinds."""
-    for case, logits, options in cases():
-        with compiling(architecture) as compiled:
-            launch_all(logits, options, metrics=options != Options())
-        for binary, sizes in compiled:
-            registers, local = _registers_and_local_bytes(binary.asm["cubin"])
-            yield Usage(
-                binary.name,
-                case,
-                architecture,
-                sizes.num_warps,
-                sizes.block,
-                registers,
-                local,
-                binary.metadata.shared,
-            )
+# What is compiled --------------------------------------------------------------------------------------
 
 
-def cases() -> Iterator[tuple[str, Tensor, Options]]:
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        for name, options in OPTIONS.items():
-            for vocab in VOCABULARIES if dtype != torch.float64 else VOCABULARIES[:1]:
-                case = f"{str(dtype).removeprefix('torch.')}, {name}, {vocab}"
-                yield case, torch.empty(2, 64, vocab, dtype=dtype, device="meta"), options
-    transposed = torch.empty(2, 128256, 64, dtype=torch.bfloat16, device="meta").mT
-    yield "bfloat16, transposed", transposed, OPTIONS["plain"]
+def launches(logits: Tensor, opt: Options, metrics: bool) -> dict[str, Callable[[], object]]:
+    """Every launch on logits [A, B, V], which the gradient overwrites if their rows are padded."""
+    vocab, padded = logits.shape[-1], logits.stride(-2) > logits.shape[-1]
+    labels = torch.empty(logits.shape[:-1], dtype=torch.int64, device="meta")
+    scale = torch.empty((), dtype=accumulate_dtype(logits.dtype), device="meta")
+    nll, norm = scale.new_empty(labels.shape), scale.new_empty(*labels.shape, 2)
+    out = logits if padded else torch.empty(logits.shape, dtype=logits.dtype, device="meta")
+    flat = torch.empty(64, _pitch(vocab), dtype=logits.dtype, device="meta")[:, :vocab]
+    wide = torch.empty(64, vocab, dtype=scale.dtype, device="meta")
+    classes = labels.new_empty(())
+    backward = backend.token_nll_backward
+    return {
+        "nll": lambda: backend.token_nll(logits, labels, metrics, opt),
+        "nll of a part": lambda: backend.part_statistics(logits, labels, opt),
+        "gradient": lambda: backward(nll, logits, labels, norm, opt, out),
+        "gradient of a part": lambda: backward(nll, logits, labels, norm, opt, out, classes),
+        "unit gradient": lambda: backend.unit_gradient_(flat, labels[0], opt),
+        "scale and add": lambda: backend.scale_and_add(wide, scale, scale, flat[:, 0], flat[0], out=flat),
+    }
 
 
 def launch_all(logits: Tensor, opt: Options, metrics: bool) -> None:
-    """Every kernel on logits [A, B, V], the one that finishes a gradient on [B, V]."""
-    labels = torch.empty(logits.shape[:-1], dtype=torch.int64, device="meta")
-    nll, norm, *_ = backend.token_nll(logits, labels, metrics, opt)
-    backend.part_statistics(logits, labels, opt)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device="meta")
-    for classes in (None, labels.new_empty(())):
-        backend.token_nll_backward(nll, logits, labels, norm, opt, out, classes)
-    pitch = -(-logits.shape[-1] // 16) * 16  # as the linear path has it
-    flat = torch.empty(logits.shape[1], pitch, dtype=logits.dtype, device="meta")[:, : logits.shape[-1]]
-    backend.unit_gradient_(flat, labels[0], opt)
-    scale = nll.new_empty(())
-    backend.scale_and_add(flat.to(nll.dtype), scale, scale, flat[:, 0], flat[0], out=flat)
+    for launch in launches(logits, opt, metrics).values():
+        launch()
 
 
-def _registers_and_local_bytes(cubin: bytes) -> tuple[int, int]:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _pitch(vocab: int) -> int:
+    """Of rows as the linear path has them."""
+    return -(-vocab // 16) * 16
+
+
+def daily_cases() -> Iterator[Case]:
+    for options in OPTIONS:
+        for vocab in DAILY:
+            yield from _layouts(torch.bfloat16, options, vocab)
+
+
+def all_cases() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for options in OPTIONS:
+            for vocab in VOCABULARIES if dtype != torch.float64 else VOCABULARIES[:1]:
+                yield from _layouts(dtype, options, vocab)
+    yield Case(torch.bfloat16, "plain", 128256, "transposed")
+
+
+def _layouts(dtype: torch.dtype, options: str, vocab: int) -> Iterator[Case]:
+    yield Case(dtype, options, vocab)
+    if vocab % 16:
+        yield Case(dtype, options, vocab, "padded")
+
+
+def usages(architecture: str, case: Case, only: tuple[str, ...] = ()) -> Iterator[Usage]:
+    """Of every launch for a case."""
+    options = OPTIONS[case.options]
+    found = launches(case.logits(), options, metrics=options != Options())
+    for name in only or found:
+        if case.layout != "padded" or name not in PADDED_ALWAYS:
+            with compiling(architecture) as compiled:
+                found[name]()
+            for binary, sizes in compiled:
+                yield usage(architecture, case, name, binary, sizes)
+
+
+# What is counted ---------------------------------------------------------------------------------------
+
+
+def usage(architecture: str, case: Case, launch: str, binary: Any, sizes: backend.Launch) -> Usage:
+    code = machine_code(binary)
+    read = case.dtype.itemsize
+    if launch == "scale and add":
+        read += accumulate_dtype(case.dtype).itemsize  # reads x and v
+    elements = sizes.block / (sizes.num_warps * AbsentGPU(architecture).get_current_target().warp_size)
+    main = main_bodies(code.bodies, elements, read)
+    loaded = [max(b.bytes_loaded, 1) / read for b in main]  # elements
+    return Usage(
+        binary.name,
+        launch,
+        str(case),
+        case.vocab,
+        architecture if architecture.startswith("gfx") else f"sm_{architecture}",
+        sizes.num_warps,
+        sizes.block,
+        code.registers,
+        code.local_bytes,
+        binary.metadata.shared,
+        [round(len(b.instructions) / n, 2) for b, n in zip(main, loaded, strict=True)],
+        round(sum(b.count("MUFU|v_(exp|log|rcp)") / n for b, n in zip(main, loaded, strict=True)), 2),
+        min(b.load_width for b in main),
+        min((b.store_width for b in main if b.stores), default=0),
+        all(n % max(elements, 1) == 0 for n in loaded),
+        code.has_float64,
+        [_described(b) for b in code.bodies],
+    )
+
+
+def _described(body: Body) -> str:
+    def listed(accesses: dict[int, int]) -> str:
+        return " + ".join(f"{n}x{width}" for width, n in sorted(accesses.items(), reverse=True)) or "nothing"
+
+    name = "loop" if body.loop else "all, loops once"
+    accesses = f"loads {listed(body.loads)}, stores {listed(body.stores)}"
+    return f"{name}: {len(body.instructions)} instructions, {accesses}"
+
+
+class MachineCode(NamedTuple):
+    registers: int
+    local_bytes: int
+    has_float64: bool
+    bodies: list[Body]
+
+
+_known: dict[str, MachineCode] = {}
+
+
+def machine_code(binary: Any) -> MachineCode:
+    if binary.hash not in _known:
+        read = _nvidia if "cubin" in binary.asm else _amd
+        _known[binary.hash] = read(binary.asm)
+    return _known[binary.hash]
+
+
+def _nvidia(asm: Any) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(asm["cubin"])
         file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
-    assert found, listing
+        resources = _tool("cuobjdump", "-res-usage", file.name)
+        listing = _tool("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", resources)
+    assert found, resources
     registers, stack, local = map(int, found.groups())
-    return registers, stack + local
+    has_float64 = "f64" in asm["ttir"] or bool(
+        re.search(r"\s(D(ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w*64H|\S+\.F64)", listing)
+    )
+    return MachineCode(registers, stack + local, has_float64, bodies(blocks(read_sass(listing))))
+
+
+def _tool(name: str, *args: str) -> str:
+    command = [str(Path(triton.__file__).parent / "backends/nvidia/bin" / name), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _amd(asm: Any) -> MachineCode:
+    listing = asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"^ +\.{name}: +(\d+)$", listing, re.MULTILINE)
+        assert found, name
+        return int(found[1])
+
+    has_float64 = "f64" in asm["ttir"] or bool(re.search(r"\sv_\w+_f64", listing))
+    registers = number("vgpr_count")
+    return MachineCode(
+        registers, number("private_segment_fixed_size"), has_float64, bodies(blocks(read_amdgcn(listing)))
+    )
+
+
+# The command line --------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    assert __doc__
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", nargs="+", default=["90"], help="compute capabilities, or gfx and a number")
+    parser.add_argument("--vocab", type=int, nargs="+", help="vocabularies, in bfloat16 without options")
+    parser.add_argument("--plain", action="store_true", help="only the main kernels, without options")
+    parser.add_argument("--all", action="store_true", help="every dtype, option and vocabulary")
+    parser.add_argument("--loops", action="store_true", help="list every loop that was found")
     parser.add_argument("--out", type=Path, help="file for the numbers as JSON")
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities")
     args = parser.parse_args()
     if backend.INTERPRETED:
         sys.exit("benchmarks.kernels compiles: unset TRITON_INTERPRET")
-    found = [usage for architecture in args.arch for usage in usages(architecture)]
+    cases = list(all_cases() if args.all else daily_cases())
+    if args.vocab:
+        cases = [c for v in args.vocab for c in _layouts(torch.bfloat16, "plain", v)]
+    if args.plain:
+        cases = [c for c in cases if c.options == "plain"]
+    only = MAIN if args.plain else ()
+    found = [u for architecture in args.arch for case in cases for u in usages(architecture, case, only)]
     if args.out:
         args.out.write_text(json.dumps([asdict(u) for u in found], indent=1))
-    table = Table(title="most of any case", title_justify="left")
-    for column in ("kernel", "architecture", "cases", "registers", "local bytes", "shared bytes"):
-        table.add_column(column, justify="left" if column == "kernel" else "right")
-    for kernel, architecture in dict.fromkeys((u.kernel, u.architecture) for u in found):
-        cases = [u for u in found if (u.kernel, u.architecture) == (kernel, architecture)]
-        most = (max(getattr(u, name) for u in cases) for name in ("registers", "local_bytes", "shared_bytes"))
-        table.add_row(kernel, f"sm_{architecture}", str(len(cases)), *map(str, most))
-    Console().print(table)
+    Console().print(table(found, args.loops))
+
+
+def table(found: list[Usage], loops: bool) -> Table:
+    """A row for each binary: the vocabularies that share one stand together."""
+    shown = Table()
+    for column in ("kernel", "GPU", "case"):
+        shown.add_column(column)
+    for column in ("instructions", "special", "load", "store", "registers", "local", "shared"):
+        shown.add_column(column, justify="right")
+    if loops:
+        shown.add_column("found in it")
+    for u in found:
+        passes = " + ".join(f"{i:.1f}" for i in u.instructions)
+        total = f" = {sum(u.instructions):.1f}" if len(u.instructions) > 1 else ""
+        row = [
+            u.launch,
+            u.architecture,
+            u.case,
+            passes + total + "?" * (not u.whole_blocks),
+            f"{u.exponentials:.1f}",
+        ]
+        row += [str(n) for n in (u.load_width, u.store_width, u.registers, u.local_bytes, u.shared_bytes)]
+        shown.add_row(*row, *(["\n".join(u.loops)] if loops else []))
+    return shown
 
 
 if __name__ == "__main__":

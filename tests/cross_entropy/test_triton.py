@@ -139,7 +139,9 @@ def test_compiles_without_spills(
 ) -> None:
     """Every kernel, in every dtype, with and without options, for a GPU that is not here."""
     out = tmp_path / "kernels.json"
-    done = run("from benchmarks.kernels import main; main()", "--arch", str(architecture), "--out", str(out))
+    done = run(
+        "from benchmarks.kernels import main; main()", "--all", "--arch", str(architecture), "--out", str(out)
+    )
     assert done.returncode == 0, done.stderr
     usages = json.loads(out.read_text())
     assert {u["kernel"] for u in usages} == KERNELS
