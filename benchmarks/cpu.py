@@ -20,28 +20,24 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import Run, Timing, as_json, machine, peak_bytes, time_after_idling, time_in_turn
+from benchmarks.measure import (
+    PLAIN,
+    Bar,
+    Run,
+    Timing,
+    as_json,
+    machine,
+    peak_bytes,
+    time_after_idling,
+    time_in_turn,
+)
 from benchmarks.original import original_nvamp
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.cross_entropy.hugepages import in_huge_pages
 
 MiB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PLAIN = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0}  # NVAMP with these weights is cross-entropy
 console = Console()
-
-
-@dataclass
-class Bar:
-    """A ratio that must not be exceeded."""
-
-    what: str
-    measured: float
-    limit: float
-
-    @property
-    def met(self) -> bool:
-        return self.measured <= self.limit
 
 
 @dataclass

@@ -1,0 +1,110 @@
+"""One part of the run sheet, in this process: started by `benchmarks.gpu`."""
+
+import argparse
+import faulthandler
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.gpu.plan import SHAPES, TOY, Part
+from benchmarks.gpu.rows import Rows, reason
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.bench import Bench
+
+PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+NO_GPU = 3  # exit status
+# Where the function of a group is; "machine" is here.
+MODULES = {
+    "hazards": "hazards",
+    "logits": "contest",
+    "linear": "contest",
+    "accuracy": "correctness",
+    "graphs": "correctness",
+    "compile": "correctness",
+    **dict.fromkeys(("overhead", "small", "kernels", "chunks", "odd", "products"), "sweep"),
+}
+
+
+def machine(bench: "Bench") -> None:
+    """What the numbers were measured on, and what it can do at best."""
+    import torch
+
+    from benchmarks.measure import machine as host
+
+    installed = {d.name.lower().replace("_", "-"): d.version for d in distributions() if d.name}
+    found: dict[str, Any] = {**host(), **{name: installed[name] for name in PACKAGES if name in installed}}
+    if bench.meter.on_gpu:
+        properties = torch.cuda.get_device_properties(bench.meter.device)
+        found |= {
+            "card": properties.name,
+            "card_GiB": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": str(torch.version.cuda),
+        }
+    bench.rows.add("machine", **found)
+    bench.rows.add("ceilings", **bench.meter.ceilings(bench.toy))
+
+
+def function_of(part: Part) -> Callable[["Bench"], None]:
+    if part.group == "machine":
+        return machine
+    function: Callable[[Bench], None] = getattr(
+        import_module(f"benchmarks.gpu.{MODULES[part.group]}"), part.group
+    )
+    return function
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part")
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--limit", type=float, required=True)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--skip-peers", action="store_true")
+    args = parser.parse_args()
+    # Before the parent ends this process, it says where it is.
+    faulthandler.dump_traceback_later(max(args.limit - 1, 0.5), exit=True)
+    deadline = time.monotonic() + args.limit - 3
+    part, rows = Part(args.part, args.limit), Rows(args.rows, args.part)
+    if args.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    if args.dry_run:
+        torch.set_num_threads(1)  # threads that spin lose much on small tensors
+
+    from benchmarks.gpu.bench import Bench
+    from benchmarks.gpu.meter import Meter
+
+    if not args.dry_run and not torch.cuda.is_available():
+        return NO_GPU
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)  # of compilers and peers, each time
+    torch.manual_seed(0)
+    device = torch.device("cpu" if args.dry_run else "cuda")
+    known = TOY if args.dry_run else SHAPES
+    shapes = [known[part.shape]] if part.shape else list(known.values())
+    bench = Bench(Meter(device), rows, shapes, args.dry_run, not args.skip_peers, deadline)
+    try:
+        function_of(part)(bench)
+        bench.meter.sync()
+    except BaseException as error:  # an interruption too
+        traceback.print_exc()
+        rows.add("broke off", why=reason(error))
+        return 1
+    rows.add("done")
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # no clean-up of a device that may be beyond it

@@ -1,0 +1,66 @@
+"""The run sheet: which parts there are, most important first, and how long each may take.
+
+The parent imports this and nothing of PyTorch: whatever happens to the device, it lives on.
+"""
+
+from dataclasses import dataclass
+
+Shape = tuple[int, int, int]  # N, D, V
+
+SHAPES: dict[str, Shape] = {
+    "x".join(map(str, shape)): shape
+    for shape in (
+        (8192, 4096, 128256),
+        (16384, 2048, 151936),
+        (4096, 8192, 262144),
+        (32768, 576, 49152),
+        (16384, 768, 50257),  # rows at odd addresses
+    )
+}
+TOY: dict[str, Shape] = {"24x16x129": (24, 16, 129)}  # of the dry run
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of the run sheet: it runs in a process of its own."""
+
+    name: str  # "hazards", or "linear:8192x4096x128256"
+    limit: float  # seconds after which it is ended
+    least: float = 12.0  # seconds below which starting it is not worth it
+
+    @property
+    def group(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def shape(self) -> str:
+        return self.name.partition(":")[2]
+
+
+def sheet(shapes: list[str]) -> list[Part]:
+    """All parts, with the contests of these shapes: correct first, then fast where it matters most."""
+    contests = [(Part(f"logits:{s}", 60, 20), Part(f"linear:{s}", 80, 25)) for s in shapes]
+    first, others = contests[:1], contests[1:]
+    return [
+        Part("machine", 45, 5),
+        Part("hazards", 75),
+        *(part for pair in first for part in pair),
+        Part("overhead", 30),
+        Part("accuracy", 90, 20),
+        Part("graphs", 45),
+        *(part for pair in others for part in pair),
+        Part("small", 30),
+        Part("kernels", 60),
+        Part("chunks", 60),
+        Part("compile", 60, 25),
+        Part("odd", 30),
+        Part("products", 30),
+    ]
+
+
+GROUPS = list(dict.fromkeys(part.group for part in sheet(["any"])))
+
+
+def chosen(parts: list[Part], only: list[str]) -> list[Part]:
+    """Those named, by name or by group; all of them if none is. The machine is always described."""
+    return [p for p in parts if not only or p.name in only or p.group in [*only, "machine"]]
