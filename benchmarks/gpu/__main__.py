@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.child import NO_GPU
+from benchmarks.gpu.child import NO_GPU, own_limit
 from benchmarks.gpu.plan import GROUPS, SHAPES, TOY, Part, chosen, sheet
 from benchmarks.gpu.report import summary
 from benchmarks.gpu.rows import Row, latest, read
@@ -138,7 +138,7 @@ def judge(outcome: Outcome, status: int | str, limit: float, cut: bool) -> None:
         outcome.status = "done"
     elif "broke off" in kinds:
         outcome.status, outcome.why, outcome.failed = "broke off", kinds["broke off"]["why"], True
-    elif status == "timeout" or outcome.seconds > limit - 1.5:
+    elif status == "timeout" or (status == 1 and outcome.seconds >= own_limit(limit)):
         outcome.status, outcome.failed = "ran out of time", not cut
         outcome.why = f"ended after {limit:.0f} s; log.txt says where it was"
     else:

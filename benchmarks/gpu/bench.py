@@ -24,7 +24,10 @@ class Bench:
         return self.deadline - time.monotonic()
 
     def attempt(self, what: str, function: Callable[[], object], ours: bool = True) -> bool:
-        """Calls it; one that raises is on record and the part goes on."""
+        """Calls it; one that raises, or for which no time is left, is on record and the part goes on."""
+        if self.seconds_left < 1:
+            self.rows.not_run(what, "no time left", ours=False)
+            return False
         try:
             function()
         except Exception as error:

@@ -2,6 +2,7 @@
 
 import argparse
 import faulthandler
+import gc
 import os
 import sys
 import time
@@ -62,6 +63,11 @@ def function_of(part: Part) -> Callable[["Bench"], None]:
     return function
 
 
+def own_limit(limit: float) -> float:
+    """Seconds after which a part that hangs says where, and ends: just before the parent ends it."""
+    return max(limit - 1, 0.5)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part")
@@ -70,9 +76,8 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--skip-peers", action="store_true")
     args = parser.parse_args()
-    # Before the parent ends this process, it says where it is.
-    faulthandler.dump_traceback_later(max(args.limit - 1, 0.5), exit=True)
-    deadline = time.monotonic() + args.limit - 3
+    faulthandler.dump_traceback_later(own_limit(args.limit), exit=True)
+    deadline = time.monotonic() + args.limit - min(5.0, args.limit / 4)
     part, rows = Part(args.part, args.limit), Rows(args.rows, args.part)
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -94,7 +99,10 @@ def main() -> int:
     shapes = [known[part.shape]] if part.shape else list(known.values())
     bench = Bench(Meter(device), rows, shapes, args.dry_run, not args.skip_peers, deadline)
     try:
-        function_of(part)(bench)
+        function = function_of(part)
+        gc.collect()
+        gc.freeze()  # what was imported: the many collections to come need not look at it
+        function(bench)
         bench.meter.sync()
     except BaseException as error:  # an interruption too
         traceback.print_exc()

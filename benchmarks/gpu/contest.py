@@ -72,7 +72,8 @@ class Contest:
         name, bench = contender.name, self.bench
         seconds = min(contender.seconds, bench.seconds_left - 1)
         if seconds < 1:
-            bench.rows.not_run(name, "no time left", ours=False)
+            if number == 0:
+                bench.rows.not_run(name, "no time left", ours=False)
             return
         bench.meter.free()
         try:
@@ -248,6 +249,7 @@ def linear(bench: Bench) -> None:
     if "nvamp: scalar" in contest.steps:
         with counted() as chunks:
             contest.steps["nvamp: scalar"]()
+    if chunks:
         bench.rows.add("note", what="chunks of nvamp: scalar", chunks=len(chunks), MiB=max(chunks) / MiB)
     linear_bars(contest, contenders, shape, chunks, best["copy_bytes_per_s"])
 
@@ -331,9 +333,9 @@ def linear_bars(
     contest: Contest, contenders: list[Contender], shape: Shape, chunks: list[int], copy: float
 ) -> None:
     n, d, vocab = shape
-    if chunks:
+    bare = [name for name in (THREE, THREE_OF_8) if name in contest.samples]
+    if chunks and bare:
         moved = 4 * n * vocab + 8 * vocab * d * (len(chunks) - 1)  # logits twice; a float32 sum a chunk
-        bare = [name for name in (THREE, THREE_OF_8) if name in contest.samples]
         contest.bar_over(
             f"nvamp: scalar, over three products and the least to move, chunks: {len(chunks)}",
             "nvamp: scalar",

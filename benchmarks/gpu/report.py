@@ -18,7 +18,7 @@ def summary(part: str, status: str, seconds: float, why: str, rows: list[Row]) -
                 "  " + ", ".join(f"{k} {cell(v)}" for k, v in row.items() if k not in ("part", "kind"))
             )
     lines += timings(of["timing"])
-    lines += [f"  not run  {row['what']}: {row['why']}" for row in of["not run"]]
+    lines += not_run(of["not run"])
     wrong = [row for row in of["check"] if not row["met"]]
     lines += [
         f"  WRONG    {row['what']}: {cell(row['measured'])}, at most {cell(row['limit'])} {row['note']}"
@@ -32,6 +32,17 @@ def summary(part: str, status: str, seconds: float, why: str, rows: list[Row]) -
         for row in of["bar"]
     ]
     return "\n".join(lines) + "\n"
+
+
+def not_run(rows: list[Row]) -> list[str]:
+    """A line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        reasons.setdefault(row["why"], []).append(row["what"])
+    return [
+        f"  not run  {', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}: {why}"
+        for why, names in reasons.items()
+    ]
 
 
 def timings(rows: list[Row]) -> list[str]:
