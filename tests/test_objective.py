@@ -1,6 +1,7 @@
 """The objective on per-token losses, against float64 autograd of its definition."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nvamp import objective
-from nvamp.functional import token_weights
-from nvamp.objective import GRADIENTS, Gradient
+from nvamp import fused, objective
+from nvamp.cross_entropy import backends, triton
+from nvamp.functional import token_nvamp_loss, token_weights
+from nvamp.objective import ALONE, GRADIENTS, Gradient, Result
 from tests import oracle
 from tests.strategies import examples
 
@@ -159,3 +161,221 @@ def test_an_empty_step_divides_by_nothing() -> None:
     ell = torch.zeros(2)
     s = objective.statistics(ell, torch.zeros(2, dtype=torch.bool), torch.tensor(0))
     assert objective.value(s, **WEIGHTS) == 0
+
+
+# As one kernel ------------------------------------------------------------------------------------------
+
+JUNK = st.sampled_from([0.0, 7.0, 1e30, math.inf, math.nan])
+ITEMS = st.none() | st.sampled_from(
+    [3, 7.5, 0, torch.tensor(9), torch.tensor(2.5), torch.tensor(0), torch.tensor(9, dtype=torch.int32)]
+)
+# Of few different numbers, so that there are ties.
+NUMBERS = st.sampled_from([0.0, 0.125, 3.0, 3.0 + 2**-20, 11.7]) | st.floats(0, 20, width=32)
+
+
+@st.composite
+def batches(draw: st.DrawFn, offset: float = 0.0, junk: bool = True) -> tuple[Tensor, Tensor]:
+    """Losses [tokens] in float64 and where they count; elsewhere they may be anything."""
+    count = st.sampled_from([0, 1, 2, 7, 31, 32, 33, 100])
+    valid = draw(st.lists(st.booleans(), min_size=(n := draw(count)), max_size=n))
+    if draw(st.booleans()):
+        valid = [draw(st.booleans())] * n
+    ell = [offset + draw(NUMBERS) if counts or not junk else draw(JUNK) for counts in valid]
+    return torch.tensor(ell, dtype=torch.float64), torch.tensor(valid, dtype=torch.bool)
+
+
+def by_kernel(
+    ell: Tensor,
+    valid: Tensor,
+    items: Tensor | float | None = None,
+    w: dict[str, float] = WEIGHTS,
+    gradient: Gradient = "scalar",
+    eps: float = 1e-6,
+    per_token: bool = True,
+) -> Result:
+    """The result of a program that takes 32 losses at a time, or 16 in float64."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "BLOCK_BYTES", 128)
+        return fused.evaluate(
+            ell, valid, items, ignore_index=0, **w, eps=eps, gradient=gradient, per_token=per_token
+        )
+
+
+def by_definition(
+    ell: Tensor,
+    valid: Tensor,
+    items: Tensor | float | None = None,
+    w: dict[str, float] = WEIGHTS,
+    gradient: Gradient = "scalar",
+    eps: float = 1e-6,
+    per_token: bool = True,
+) -> Result:
+    return objective.evaluate(
+        ell, valid, items, **w, eps=eps, gradient=gradient, ranks=ALONE, per_token=per_token, all_moments=True
+    )
+
+
+def assert_same(got: Result, expected: Result, kinks: bool = False, rtol: float = 1e-9) -> None:
+    """With `kinks` some loss is so near the mean that its sign is a matter of rounding."""
+
+    def compare(name: str, a: Tensor, b: Tensor | float) -> None:
+        b = torch.as_tensor(b, dtype=a.dtype)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-12, equal_nan=True, msg=lambda m: f"{name}: {m}")
+
+    compare("loss", got.loss, expected.loss)
+    for name, a, b in zip(got.statistics()._fields, got.statistics(), expected.statistics(), strict=True):
+        if name != "mean_sign" or not kinks:
+            compare(name, a, b)
+    if not kinks:
+        compare("weights", got.weights, expected.weights)
+
+
+def has_kinks(ell: Tensor, valid: Tensor) -> bool:
+    distance = (ell - ell[valid].mean()).abs()[valid]
+    return bool((distance < 1e-9).any() and (distance > 0).any())
+
+
+@examples(300)
+@given(batches(), ITEMS, coefficients, st.sampled_from(GRADIENTS), st.sampled_from([1e-6, 0.5]))
+def test_kernel_is_the_definition(
+    batch: tuple[Tensor, Tensor],
+    m: Tensor | float | None,
+    w: dict[str, float],
+    gradient: Gradient,
+    eps: float,
+) -> None:
+    arguments = (*batch, m, w, gradient, eps)
+    assert_same(by_kernel(*arguments), by_definition(*arguments), has_kinks(*batch))
+
+
+@examples(50)
+@given(batches(), ITEMS, coefficients, st.sampled_from(["scalar", "detached"]))
+def test_kernel_gives_the_weights_of_sum_and_maximum(
+    batch: tuple[Tensor, Tensor], m: Tensor | float | None, w: dict[str, float], gradient: Gradient
+) -> None:
+    got, expected = (f(*batch, m, w, gradient, per_token=False) for f in (by_kernel, by_definition))
+    torch.testing.assert_close(got.weights, expected.weights, equal_nan=True)
+    assert (got.at_max is None) == (expected.at_max is None)
+    if got.at_max is not None and batch[1].any():
+        torch.testing.assert_close(got.at_max, expected.at_max, equal_nan=True)
+
+
+@pytest.mark.parametrize("labels", [torch.int64, torch.int32])
+@pytest.mark.parametrize("ignore_index", [-100, 0, 2**31 - 1])
+def test_kernel_reads_labels(labels: torch.dtype, ignore_index: int) -> None:
+    ell = torch.tensor([math.nan, 1.0, 4.0, math.inf, 2.0])
+    y = torch.tensor([ignore_index, 5, -1, ignore_index, 7], dtype=labels)
+    got = fused.evaluate(
+        ell, y, None, ignore_index=ignore_index, **WEIGHTS, eps=1e-6, gradient="token", per_token=True
+    )
+    assert_same(got, by_definition(ell, y != ignore_index, gradient="token"), rtol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(
+    ("ell", "index"),
+    [
+        ([1.0, math.nan, 5.0, math.nan], 1),
+        ([1.0, math.inf, 5.0, math.inf], 1),
+        ([math.inf, 1.0, math.nan, 5.0], 2),
+        ([0.0] * 40 + [math.nan], 40),
+        ([math.nan] + [0.0] * 40, 0),
+        ([7.0] + [0.0] * 40 + [math.nan] + [0.0] * 20 + [math.inf, math.nan], 41),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kernel_hides_no_nan(ell: list[float], index: int, dtype: torch.dtype, gradient: Gradient) -> None:
+    """One that counts makes everything NaN, and the first is the largest; one that does not is nothing."""
+    x = torch.tensor(ell, dtype=dtype)
+    valid = torch.ones_like(x, dtype=torch.bool)
+    for w in (WEIGHTS, {"alpha": 0.0, "beta": 1.0, "gamma": 0.0}):
+        got = by_kernel(x, valid, w=w, gradient=gradient)
+        assert got.loss.isnan()
+        assert got.weights.isnan().all()
+        assert got.statistics().max_index == index
+        assert_same(got, by_definition(x, valid, w=w, gradient=gradient))
+        assert_same(
+            by_kernel(x, x.isfinite(), w=w, gradient=gradient),
+            by_definition(x, x.isfinite(), w=w, gradient=gradient),
+            has_kinks(x, x.isfinite()),
+            rtol=1e-6,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 2, 3, 1000])
+@pytest.mark.parametrize("loss", [0.0, 7.6246189861593985, 1e-3, 12345.678])
+def test_kernel_sees_no_dispersion_in_equal_losses(dtype: torch.dtype, count: int, loss: float) -> None:
+    ell = torch.full((count,), loss, dtype=dtype)
+    for gradient in GRADIENTS:
+        got = by_kernel(ell, all_valid(ell), gradient=gradient)
+        assert got.statistics().dispersion == 0
+        assert torch.isfinite(got.weights).all()
+
+
+LOSSES: dict[str, Callable[[int], Tensor]] = {
+    "exponential": lambda n: torch.distributions.Exponential(1 / 3).sample((n,)),
+    "heavy tail": lambda n: torch.distributions.LogNormal(0.0, 2.0).sample((n,)),
+    "far from 0": lambda n: 1e4 + torch.rand(n),
+    "alike": lambda n: 10 + 1e-3 * torch.randn(n),
+}
+
+
+@pytest.mark.parametrize("losses_of", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("count", [1000, 8192, 40_001])
+def test_kernel_is_as_exact_in_float32_as_operations_of_pytorch(
+    losses_of: Callable[[int], Tensor], count: int
+) -> None:
+    """Errors to float64, of all there is but signs about the mean; largest of ten batches."""
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(10):
+        torch.manual_seed(seed)
+        ell, valid = losses_of(count), torch.rand(count) > 0.1
+        truth, plain = (by_definition(x, valid, gradient="token") for x in (ell.double(), ell))
+        kernel = fused.evaluate(
+            ell, valid, None, ignore_index=0, **WEIGHTS, eps=1e-6, gradient="token", per_token=True
+        )
+        for name in ("loss", "weights", "cross_entropy", "mean", "std", "dispersion"):
+            exact, *found = (
+                getattr(r, name, getattr(r.statistics(), name, None)) for r in (truth, plain, kernel)
+            )
+            errors.setdefault(name, []).append(tuple(oracle.relative_error(x, exact) for x in found))  # type: ignore
+    for name, pairs in errors.items():
+        of_plain, of_kernel = map(max, zip(*pairs, strict=True))
+        assert of_kernel <= max(1.5 * of_plain, 2e-7), name
+
+
+def test_a_loss_may_be_changed_in_place() -> None:
+    """As `loss /= steps` does, before the backward."""
+    ell = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
+    (expected,) = torch.autograd.grad(token_nvamp_loss(ell), ell)
+    loss = token_nvamp_loss(ell)
+    loss /= 4
+    torch.testing.assert_close(torch.autograd.grad(loss, ell)[0], expected / 4)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_losses_of_one_gpu_are_judged_by_the_kernel(
+    gradient: Gradient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ell, valid = torch.tensor([1.0, math.nan, 2.0, 4.0, 4.0]), torch.tensor([True, False, True, True, True])
+
+    def run() -> list[Tensor]:
+        x = ell.clone().requires_grad_()
+        loss, stats = token_nvamp_loss(x, valid, gradient=gradient, num_items_in_batch=7, return_stats=True)
+        return [
+            loss.detach(),
+            *torch.autograd.grad(loss, x),
+            *stats,
+            token_weights(ell, valid, gradient=gradient),
+        ]
+
+    expected = run()
+    monkeypatch.setitem(backends.OF_DEVICE, "cpu", ("triton",))
+    calls = []
+    launch = triton.launch
+    monkeypatch.setattr(
+        triton, "launch", lambda *args, **constants: (calls.append(1), launch(*args, **constants))
+    )
+    torch.testing.assert_close(run(), expected)
+    assert len(calls) == 2

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import Unpack
 
-from nvamp import objective
+from nvamp import fused, objective
 from nvamp.cross_entropy import (
     TokenMetrics,
     can_one_pass,
@@ -18,10 +18,16 @@ from nvamp.cross_entropy import (
     token_nll,
 )
 from nvamp.cross_entropy.backends import check_backend
-from nvamp.cross_entropy.checks import check_floating, check_labels, check_linear, check_logits
+from nvamp.cross_entropy.checks import (
+    check_floating,
+    check_labels,
+    check_linear,
+    check_logits,
+    has_transforms,
+)
 from nvamp.cross_entropy.options import Options, TokenOptions, accumulate_dtype, checked
 from nvamp.cross_entropy.parts import has_dtensors
-from nvamp.objective import ALONE, GRADIENTS, Gradient, Ranks, Statistics
+from nvamp.objective import ALONE, GRADIENTS, Gradient, Ranks, Result, Statistics
 
 if TYPE_CHECKING:
     from nvamp.distributed import Group
@@ -188,15 +194,14 @@ def nvamp_loss(
     engine = {"inplace_backward": c.inplace_backward, "vocab_group": c.vocab_group, **c.engine}
     ranks = c.ranks
 
-    def losses() -> tuple[Tensor, Tensor, Items]:
+    def losses() -> _Batch:
         check_logits(logits, part=c.vocab_group is not None)
         check_labels(labels, logits, "logits")
         targets = c.targets(labels)
-        valid = targets != c.ignore_index
-        return token_nll(logits, targets, **engine).flatten(), valid.flatten(), _items(num_items_in_batch)
+        nll = token_nll(logits, targets, **engine)
+        return _Batch(nll.flatten(), targets.flatten(), c.ignore_index, _items(num_items_in_batch))
 
-    nll, valid, items = _taking_part(ranks, logits, losses)
-    return _of_nll(nll, valid, items, return_stats, c, ranks)
+    return _loss(_taking_part(ranks, logits, losses), return_stats, c, ranks)
 
 
 @overload
@@ -240,12 +245,12 @@ def linear_nvamp_loss(
         c = c._replace(vocab_group=vocab_group)
     ranks = c.ranks
 
-    def losses() -> tuple[Tensor, Tensor, Items, tuple[Tensor, Tensor] | None]:
+    def losses() -> _Batch:
         check_linear(hidden, weight, bias)
         check_labels(labels, hidden, "hidden")
         args = (hidden, weight, targets := c.targets(labels), bias)
         engine = {"accum_dtype": c.accum_dtype, **c.engine}
-        valid, items = (targets != c.ignore_index).flatten(), _items(num_items_in_batch)
+        rest = (targets.flatten(), c.ignore_index, _items(num_items_in_batch))
         one_pass = (
             c.vocab_group is None  # its parts would have to meet at every chunk
             and c.gradient in ("scalar", "detached")
@@ -253,19 +258,11 @@ def linear_nvamp_loss(
         )
         if one_pass:
             total, largest, nll = linear_nll_sum_max(*args, **engine)
-            return nll.flatten(), valid, items, (total, largest)
+            return _Batch(nll.flatten(), *rest, (total, largest))
         engine |= {"vocab_group": c.vocab_group, "reduce_grad_hidden": c.reduce_grad_hidden}
-        return linear_token_nll(*args, **engine).flatten(), valid, items, None
+        return _Batch(linear_token_nll(*args, **engine).flatten(), *rest)
 
-    nll, valid, items, sum_and_max = _taking_part(ranks, hidden, losses)
-    if sum_and_max is None:
-        return _of_nll(nll, valid, items, return_stats, c, ranks)
-    s = objective.statistics(nll, valid, items, eps=c.eps, ranks=ranks)
-    shared, at_max = objective.shared_weight(s, **c.coefficients, gradient=c.gradient)
-    total, largest = sum_and_max
-    surrogate = shared * total if at_max is None else shared * total + at_max * largest
-    loss = _value_with_gradient(objective.value(s, **c.coefficients), of=ranks.size * surrogate)
-    return _with_stats(loss, nll, valid, s, c, return_stats)
+    return _loss(_taking_part(ranks, hidden, losses), return_stats, c, ranks)
 
 
 def token_nvamp_loss(
@@ -287,8 +284,8 @@ def token_nvamp_loss(
         alpha, beta, gamma, eps, gradient=gradient, process_group=process_group, on_stats=on_stats
     ).check()
     ranks = c.ranks
-    ell, mask, items = _taking_part(ranks, nll, lambda: (*_flat(nll, valid), _items(num_items_in_batch)))
-    return _of_nll(ell, mask, items, return_stats, c, ranks)
+    batch = _taking_part(ranks, nll, lambda: _Batch(*_flat(nll, valid), False, _items(num_items_in_batch)))
+    return _loss(batch, return_stats, c, ranks)
 
 
 def token_weights(
@@ -321,10 +318,8 @@ def token_weights(
     """
     c = Settings(alpha, beta, gamma, eps, gradient=gradient, process_group=process_group).check()
     ranks = c.ranks
-    ell, mask, items = _taking_part(ranks, nll, lambda: (*_flat(nll, valid), _items(num_items_in_batch)))
-    ell = ell.detach()
-    s = objective.statistics(ell, mask, items, eps=eps, ranks=ranks)
-    return objective.weights(ell, mask, s, **c.coefficients, gradient=gradient).view(nll.shape)
+    batch = _taking_part(ranks, nll, lambda: _Batch(*_flat(nll, valid), False, _items(num_items_in_batch)))
+    return _evaluate(batch, c, ranks, stats=False).weights.view(nll.shape)
 
 
 def _flat(nll: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -344,25 +339,70 @@ def _flat(nll: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.where(valid.flatten(), ell, 0), valid.flatten()
 
 
-def _of_nll(
-    nll: Tensor,
-    valid: Tensor,
-    items: Items,
-    return_stats: bool,
-    c: Settings,
-    ranks: Ranks,
-) -> Tensor | tuple[Tensor, NVAMPStats]:
-    """The loss of `nll` [tokens], 0 where `valid` [tokens] does not hold."""
-    ell = nll.detach()
-    s = objective.statistics(ell, valid, items, eps=c.eps, ranks=ranks)
-    w = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
-    loss = _value_with_gradient(objective.value(s, **c.coefficients), of=ranks.size * (w * nll).sum())
-    return _with_stats(loss, ell, valid, s, c, return_stats)
+class _Batch(NamedTuple):
+    """The losses of a batch, and which of them count."""
+
+    nll: Tensor  # [tokens], with their gradient unless `sum_and_max` has it
+    labels: Tensor  # [tokens] integers or bool
+    ignore_index: int  # the label of those that do not count, whose losses are 0
+    items: Items
+    sum_and_max: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """[tokens] bool: the tokens that count."""
+        return self.labels if self.labels.dtype == torch.bool else self.labels != self.ignore_index
 
 
-def _value_with_gradient(value: Tensor, of: Tensor) -> Tensor:
-    """A tensor with this value and the gradient of another."""
-    return value + (of - of.detach())
+def _loss(batch: _Batch, return_stats: bool, c: Settings, ranks: Ranks) -> Tensor | tuple[Tensor, NVAMPStats]:
+    """The loss of a batch, and its statistics if anyone wants them."""
+    stats_wanted = return_stats or c.on_stats is not None
+    result = _evaluate(batch, c, ranks, stats_wanted)
+    if batch.sum_and_max is None:
+        terms = [(batch.nll, result.weights)]
+    else:
+        total, largest = batch.sum_and_max
+        terms = [(total, result.weights)] + ([] if result.at_max is None else [(largest, result.at_max)])
+    if ranks.size > 1:
+        terms = [(x, ranks.size * weight) for x, weight in terms]
+    loss = _value_with_gradient(result.loss, terms)
+    if not stats_wanted:
+        return loss
+    stats = _stats(batch, result.statistics(), c)
+    if c.on_stats is not None:
+        c.on_stats(stats)
+    return (loss, stats) if return_stats else loss
+
+
+def _evaluate(batch: _Batch, c: Settings, ranks: Ranks, stats: bool) -> Result:
+    """Loss and weights of a batch, without gradient, by one kernel if the losses are on one GPU."""
+    ell, per_token = batch.nll.detach(), batch.sum_and_max is None
+    options = {**c.coefficients, "eps": c.eps, "gradient": c.gradient, "per_token": per_token}
+    if fused.serves(ell, c.backend, ranks):
+        return fused.evaluate(ell, batch.labels, batch.items, ignore_index=batch.ignore_index, **options)
+    return objective.evaluate(ell, batch.valid, batch.items, **options, ranks=ranks, all_moments=stats)
+
+
+def _value_with_gradient(value: Tensor, terms: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """A tensor with this value and the gradient of Σ x·w over the terms (x, w), at constant w."""
+    if has_transforms() or torch.compiler.is_compiling():
+        for x, weight in terms:  # the same, for those who look inside
+            of = (x * weight).sum()
+            value = value + (of - of.detach())
+        return value
+    result: Tensor = _ValueWithGradient.apply(value, *(t for term in terms for t in term))  # type: ignore[no-untyped-call]
+    return result
+
+
+class _ValueWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *terms: Tensor) -> Tensor:
+        ctx.save_for_backward(*terms[1::2])
+        return value.detach()  # no input, which would make the loss a view that nobody may change in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(t for weight in ctx.saved_tensors for t in (grad * weight, None))
 
 
 def _taking_part(ranks: Ranks, x: Tensor, losses: Callable[[], T]) -> T:
@@ -389,19 +429,8 @@ def _items(num_items_in_batch: Items) -> Items:
     return num_items_in_batch
 
 
-def _with_stats(
-    loss: Tensor, ell: Tensor, valid: Tensor, s: Statistics, c: Settings, return_stats: bool
-) -> Tensor | tuple[Tensor, NVAMPStats]:
-    """The loss, and its statistics for whoever wants them."""
-    if c.on_stats is None and not return_stats:
-        return loss
-    stats = _stats(ell, valid, s, c)
-    if c.on_stats is not None:
-        c.on_stats(stats)
-    return (loss, stats) if return_stats else loss
-
-
-def _stats(ell: Tensor, valid: Tensor, s: Statistics, c: Settings) -> NVAMPStats:
+def _stats(batch: _Batch, s: Statistics, c: Settings) -> NVAMPStats:
+    ell, valid = batch.nll.detach(), batch.valid
     weights = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
     some = valid.any()
 

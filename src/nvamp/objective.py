@@ -49,8 +49,17 @@ class Statistics(NamedTuple):
     std: Tensor  # σ, with ε
     dispersion: Tensor  # d
     mean_sign: Tensor  # of ℓ − μ
-    max: Tensor  # X; 0 where no token is valid
-    max_index: Tensor  # int64, first of equals; −1 where no token is valid, or the largest is of another rank
+    max: Tensor  # X; 0 if no token is valid
+    max_index: Tensor  # int64, first of equals; −1 if no token is valid, or another rank has the largest
+
+
+class Result(NamedTuple):
+    """The loss of a batch, and what its backward needs."""
+
+    loss: Tensor  # L
+    weights: Tensor  # w_i [tokens]; or a scalar, that of Σ ℓ
+    at_max: Tensor | None  # in the latter case that of X, None for 0
+    statistics: Callable[[], Statistics]
 
 
 def statistics(
@@ -60,44 +69,62 @@ def statistics(
     *,
     eps: float = 1e-6,
     ranks: Ranks = ALONE,
+    moments: int = 3,
 ) -> Statistics:
-    """Statistics of `nll` [tokens] over those tokens where `valid` [tokens] (bool) holds, on all ranks."""
+    """Statistics of `nll` [tokens] over those tokens where `valid` [tokens] (bool) holds, on all ranks.
+
+    The three `moments` are variance, dispersion and mean sign; with 2 of them the mean sign is 0, and with
+    none μ, σ and d too, or NaN if a loss is not finite.
+    """
 
     def sum_of(x: Tensor) -> Tensor:
         return torch.where(valid, x, 0).sum()
 
-    candidates = pad(torch.where(valid, nll, -torch.inf), (0, 1), value=-torch.inf)  # never empty
-    index = candidates.argmax()
-    largest = candidates.gather(0, index[None])[0]
+    n, total = valid.sum().to(nll.dtype), sum_of(nll)
+    candidates = torch.where(valid, nll, -torch.inf)
+    largest, index = (candidates if nll.numel() else pad(candidates, (0, 1), value=-torch.inf)).max(0)
     # The mean is taken of ℓ − X, so that the deviations of equal losses are exact zeros.
-    own = torch.stack((valid.sum().to(nll.dtype), sum_of(nll), largest, sum_of(nll - largest)))
+    if ranks is ALONE:
+        largest, index = torch.where(n > 0, largest, 0), torch.where(n > 0, index, -1)
+        below = sum_of(nll - largest) if moments else total
+    else:
+        n, total, largest, below, is_here = _of_all(ranks, n, total, largest, sum_of(nll - largest))
+        index = torch.where(is_here, index, -1)
 
-    counts, sums, maxima, below = ranks.gather(own).unbind(1)
-    n, owner = counts.sum(), maxima.argmax()
-    largest = torch.where(n > 0, maxima.gather(0, owner[None])[0], 0)
-    m: Tensor | float = n.clamp(min=1)
+    some = n.clamp(min=1)
+    m: Tensor | float = some
     if isinstance(num_items_in_batch, Tensor):
         m = num_items_in_batch.to(nll.dtype).clamp(min=1)  # wherever it is: to move it would wait
     elif num_items_in_batch is not None:
         m = max(num_items_in_batch, 1)
-    below = torch.where(counts > 0, below + counts * (maxima - largest), 0)
-    mean = largest + below.sum() / n.clamp(min=1)
+    cross_entropy = total / m
+    if not moments:
+        none = 0 * cross_entropy
+        return Statistics(n, m, cross_entropy, none, none, none, none, largest, index)
 
-    deviation = nll - mean
-    moments = torch.stack((sum_of(deviation.square()), sum_of(deviation.abs()), sum_of(deviation.sign())))
-    variance, spread, mean_sign = (ranks.total(moments) / n.clamp(min=1)).unbind()
-    std = (variance + eps).sqrt()
-    return Statistics(
-        num_tokens=n,
-        num_items=m,
-        cross_entropy=sums.sum() / m,
-        mean=mean,
-        std=std,
-        dispersion=spread / std,
-        mean_sign=mean_sign,
-        max=largest,
-        max_index=torch.where((n > 0) & (owner == ranks.rank), index, -1),
-    )
+    mean = largest + below / some
+    deviation = torch.where(valid, nll - mean, 0)
+    sums = [deviation.square().sum(), deviation.abs().sum()]
+    if moments == 3:
+        sums.append(deviation.sign().sum())
+    if ranks is not ALONE:
+        sums = list(ranks.total(torch.stack(sums)).unbind())
+    std = (sums[0] / some + eps).sqrt()
+    dispersion = sums[1] / some / std
+    mean_sign = sums[2] / some if moments == 3 else torch.zeros_like(n)
+    return Statistics(n, m, cross_entropy, mean, std, dispersion, mean_sign, largest, index)
+
+
+def _of_all(
+    ranks: Ranks, n: Tensor, total: Tensor, largest: Tensor, below: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """N, Σ ℓ, X and Σ (ℓ − X) of all ranks, from those of this one; and whether it is the first to have X."""
+    own = torch.stack((n, total, largest, below))
+    counts, sums, maxima, belows = ranks.gather(own).unbind(1)
+    n, owner = counts.sum(), maxima.argmax()
+    largest = torch.where(n > 0, maxima.gather(0, owner[None])[0], 0)
+    belows = torch.where(counts > 0, belows + counts * (maxima - largest), 0)
+    return n, sums.sum(), largest, belows.sum(), (n > 0) & (owner == ranks.rank)
 
 
 def value(s: Statistics, *, alpha: float, beta: float, gamma: float) -> Tensor:
@@ -136,14 +163,44 @@ def weights(
     # detached   α·d/M
     # full       scalar + α·C·[(s_i − mean s) − d·z_i]/(N·σ),   s_i = sign(ℓ_i − μ)
     shared, at_max = shared_weight(s, alpha=alpha, beta=beta, gamma=gamma, gradient=gradient)
-    deviation = nll - s.mean
-    z = deviation / s.std
-    if gradient == "token":
+    if alpha and gradient == "token":
+        z = (nll - s.mean) / s.std
         shared = (alpha * z.abs() + beta) / s.num_items
-    elif gradient == "full":
-        n = s.num_tokens.clamp(min=1)
-        d_dispersion = ((deviation.sign() - s.mean_sign) - s.dispersion * z) / (n * s.std)
+    elif alpha and gradient == "full":
+        n, deviation = s.num_tokens.clamp(min=1), nll - s.mean
+        d_dispersion = ((deviation.sign() - s.mean_sign) - s.dispersion * (deviation / s.std)) / (n * s.std)
         shared = shared + alpha * s.cross_entropy * d_dispersion
     if at_max is not None:
-        shared = shared + at_max * (torch.arange(nll.numel(), device=nll.device) == s.max_index)
+        is_max = torch.arange(nll.numel(), device=nll.device) == s.max_index
+        shared = torch.where(is_max, shared + at_max, shared)
     return torch.where(valid, shared, 0)
+
+
+def evaluate(
+    nll: Tensor,
+    valid: Tensor,
+    num_items_in_batch: Tensor | float | None,
+    *,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    eps: float,
+    gradient: Gradient,
+    ranks: Ranks,
+    per_token: bool,
+    all_moments: bool,
+) -> Result:
+    """The loss of `nll` [tokens], and the weights of all tokens, or those of their sum and maximum.
+
+    Only what these need is computed, unless `all_moments`.
+    """
+    moments = 3 if all_moments or ranks is not ALONE or gradient == "full" else 2
+    if not (alpha or all_moments) and ranks is ALONE:
+        moments = 0
+    s = statistics(nll, valid, num_items_in_batch, eps=eps, ranks=ranks, moments=moments)
+    loss = value(s, alpha=alpha, beta=beta, gamma=gamma)
+    if per_token:
+        w = weights(nll, valid, s, alpha=alpha, beta=beta, gamma=gamma, gradient=gradient)
+        return Result(loss, w, None, lambda: s)
+    shared, at_max = shared_weight(s, alpha=alpha, beta=beta, gamma=gamma, gradient=gradient)
+    return Result(loss, shared, at_max, lambda: s)

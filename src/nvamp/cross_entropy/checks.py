@@ -85,6 +85,14 @@ def check_transforms(backend: str, *inputs: Tensor | None) -> None:
         )
 
 
+def has_transforms() -> bool:
+    """Whether a transform of `torch.func` is running, or forward mode, or `torch.jit.trace`."""
+    if torch.compiler.is_compiling():
+        return False
+    in_forward_mode = forward_ad._current_level >= 0
+    return in_forward_mode or bool(get_interpreter_stack()) or torch._C._is_tracing()
+
+
 def _has_tangent(x: Tensor | None) -> bool:
     in_forward_mode = forward_ad._current_level >= 0
     if not in_forward_mode or x is None:
