@@ -244,6 +244,9 @@ def test_half_precision_sums_many_chunks_in_float32(one_pass: bool, monkeypatch:
 # Inputs as they come -----------------------------------------------------------------------------------
 
 
+EXACT = {"rtol": 0.0, "atol": 0.0}
+
+
 @with_fused
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.usefixtures("rows_at_a_time")
@@ -257,8 +260,10 @@ def test_strides(backend: str, dtype: torch.dtype) -> None:
         same.requires_grad_()
         nll = token_nll(same, labels, backend=backend)
         (grad,) = torch.autograd.grad(nll.sum(), same)
-        assert torch.equal(nll.sum(), expected[0]), name
-        assert torch.equal(grad, expected[1][0]), name
+        # Kernels add up vectors of 16 bytes, whose boundaries lie elsewhere in another layout.
+        tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-6} if backend == "triton" else EXACT
+        torch.testing.assert_close(nll.sum(), expected[0], **tolerance, msg=name)
+        torch.testing.assert_close(grad, expected[1][0], **tolerance, msg=name)
 
 
 def test_more_than_2_to_the_31_logits() -> None:

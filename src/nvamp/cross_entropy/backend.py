@@ -1,10 +1,32 @@
 """What a backend does to the rows of logits; the rest of the engine is the same for all."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from nvamp.cross_entropy.options import Options
+from nvamp.cross_entropy.options import Head, Options, accumulate_dtype
+
+
+class Largest(NamedTuple):
+    """The row of the largest loss so far, the first of equals: found without a look at the data.
+
+    Entry i of `loss` and `row` is that of chunks 0 to i − 1, so that a kernel overwrites nothing it reads.
+    """
+
+    loss: Tensor  # [chunks + 1], −inf before there is one
+    row: Tensor  # int64 [chunks + 1]
+    grad: Tensor  # [V], with respect to its logits
+    hidden: Tensor  # [D]
+
+    @classmethod
+    def none(cls, head: Head, chunks: int) -> "Largest":
+        return cls(
+            head.hidden.new_full((chunks + 1,), -torch.inf, dtype=accumulate_dtype(head.hidden.dtype)),
+            head.labels.new_zeros(chunks + 1, dtype=torch.int64),
+            head.weight.new_zeros(len(head.weight)),
+            head.hidden.new_zeros(head.hidden.shape[1]),
+        )
 
 
 class Backend(Protocol):
@@ -45,6 +67,22 @@ class Backend(Protocol):
 
     def unit_gradient_(self, logits: Tensor, labels: Tensor, opt: Options) -> Tensor:
         """nll of logits [rows, V], which become the gradient of Σ nll; what lies between rows may change."""
+
+    def keep_largest(
+        self,
+        largest: Largest,
+        chunk: int,
+        nll: Tensor,
+        labels: Tensor,
+        grad: Tensor,
+        hidden: Tensor,
+        start: int,
+        opt: Options,
+    ) -> None:
+        """Takes a chunk into account, whose first row is `start`.
+
+        Its rows have losses [rows], labels [rows], gradients [rows, V] and hidden states [rows, D].
+        """
 
     def scale_and_add(
         self, x: Tensor, a: Tensor, b: Tensor | None, u: Tensor, v: Tensor, out: Tensor

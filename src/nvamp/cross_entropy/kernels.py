@@ -1,4 +1,4 @@
-"""Triton kernels on the rows of logits, and one that finishes the gradient of a weight.
+"""Triton kernels on the rows of logits, and two that finish the gradient of a weight.
 
 Statistics and gradients are computed in WIDE: float32, float64 for float64. `labels`, `nll` and `grad_nll`
 are flat, one element a row; `norm` has two, the largest z and log Σ exp(z − largest). Rows with
@@ -6,7 +6,13 @@ are flat, one element a row; `norm` has two, the largest z and log Σ exp(z − 
 bounds. Offsets of rows are 64 bits wide. With PART the logits are those of a part of the vocabulary, and a
 label out of range is in another.
 
-The options come as float64 scalars, so that a changed one compiles nothing again, with flags for what is off.
+A row of adjacent columns is read and written in vectors of 16 bytes, wherever it begins. The few columns
+before its first boundary of 16 bytes and after its last one, its edges, go one at a time. A block of columns
+is [BLOCK / (LANES·VECTOR), LANES, VECTOR]. A lane is a thread: it takes whole vectors, and keeps a maximum
+and sums of its own until the row ends, so that threads exchange numbers only once a row.
+
+The options come as scalars, so that a changed one compiles nothing again, with flags for what is off: as
+float32, which every GPU has, or for float64 logits as pointers to a float64.
 """
 
 import triton
@@ -17,28 +23,91 @@ _FLAT = ("label_ptr", "nll_ptr", "norm_ptr", "grad_nll_ptr", "entropy_ptr", "cor
 
 
 @triton.jit
-def _row(ptr, row, inner, stride_outer, stride_inner):
-    """Where row `row` of logits [outer, inner, V] begins."""
-    outer = row // inner
-    return ptr + outer.to(tl.int64) * stride_outer + (row - outer * inner).to(tl.int64) * stride_inner
+def _exp(x):
+    """exp x. In float32 two instructions fewer than `tl.exp`, and as exact."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
-def _columns(start, stride_vocab, ADJACENT: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of columns, and their offsets in a row."""
-    columns = start + tl.arange(0, BLOCK)
-    if ADJACENT:
-        offsets = columns
+def _number(option, WIDE: tl.constexpr):
+    """The value of an option: a float32, or where it lies as a float64."""
+    if tl.float64 == WIDE:
+        return tl.load(option)
     else:
-        offsets = columns.to(tl.int64) * stride_vocab
-    return columns, offsets
+        return tl.full((), option, WIDE)
+
+
+@triton.jit
+def _row(ptr, row, inner, stride_outer, stride_inner):
+    """Where row `row` of logits [outer, inner, V] begins."""
+    outer = row // inner
+    return ptr + outer * stride_outer + (row - outer * inner) * stride_inner
+
+
+@triton.jit
+def _whole_vectors(ptr, vocab, ADJACENT: tl.constexpr, VECTOR: tl.constexpr):
+    """Columns of a row before its first boundary of 16 bytes, and columns of whole vectors from there on.
+
+    A row whose columns are not adjacent has no boundaries: all of it counts as whole vectors.
+    """
+    head = tl.zeros((), tl.int32)
+    body = head + vocab
+    if ADJACENT:
+        itemsize: tl.constexpr = 16 // VECTOR
+        beyond = (ptr.to(tl.int64) // itemsize % VECTOR).to(tl.int32)
+        head = tl.minimum((VECTOR - beyond) % VECTOR, vocab)
+        body = (vocab - head) // VECTOR * VECTOR
+    return head, body
+
+
+@triton.jit
+def _edges(head, body, vocab, VECTOR: tl.constexpr):
+    """The columns [2·VECTOR] before and after the whole vectors of a row; −1 for those it does not have."""
+    i = tl.arange(0, 2 * VECTOR)
+    after = head + body + i - VECTOR
+    return tl.where(i < VECTOR, tl.where(i < head, i, -1), tl.where(after < vocab, after, -1))
+
+
+@triton.jit
+def _columns(BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """The columns of a block, by lanes: neighbouring lanes take neighbouring vectors."""
+    vectors = (
+        tl.arange(0, BLOCK // (LANES * VECTOR))[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
+    )
+    return vectors * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def _offsets(columns, stride_vocab, ADJACENT: tl.constexpr):
+    if ADJACENT:
+        return columns
+    else:
+        return columns.to(tl.int64) * stride_vocab
+
+
+@triton.jit
+def _body(ptr, head, ALIGNED: tl.constexpr):
+    """Where the whole vectors of a row begin. Triton has to be told that it is a boundary of 16 bytes."""
+    body_ptr = ptr + head
+    if ALIGNED:
+        body_ptr = tl.multiple_of(body_ptr, 16)
+    return body_ptr
+
+
+@triton.jit
+def _lane_sum(x):
+    return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
 def _tanh_and_slope(u):
     """tanh u and its derivative, each in the form that loses no digits: one near zero, one far from it."""
-    e = tl.exp(-2 * tl.abs(u))
-    tanh = (1 - e) / (1 + e)
+    e = _exp(-2 * tl.abs(u))
+    inverse = 1 / (1 + e)
+    tanh = (1 - e) * inverse
     tanh = tl.where(u < 0, -tanh, tanh)
     near = tl.abs(u) < 0.625
     if u.dtype == tl.float32:  # float64 has digits to lose
@@ -46,7 +115,7 @@ def _tanh_and_slope(u):
         series = (-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2
         series = (series * s + 1.33314422036e-1) * s - 3.33332819422e-1
         tanh = tl.where(near, u + u * s * series, tanh)
-    return tanh, tl.where(near, 1 - tanh * tanh, 4 * e / ((1 + e) * (1 + e)))
+    return tanh, tl.where(near, 1 - tanh * tanh, 4 * e * (inverse * inverse))
 
 
 @triton.jit
@@ -55,21 +124,52 @@ def _z_and_slope(x, softcap, logit_scale, WIDE: tl.constexpr, CAPPED: tl.constex
     z = x.to(WIDE)
     slope = tl.full(z.shape, 1, WIDE)
     if SCALED:
-        scale = tl.full((), logit_scale, WIDE)
+        scale = _number(logit_scale, WIDE)
         z *= scale
         slope *= scale
     if CAPPED:
-        cap = tl.full((), softcap, WIDE)
-        tanh, tanh_slope = _tanh_and_slope(z / cap)
+        cap = _number(softcap, WIDE)
+        tanh, tanh_slope = _tanh_and_slope(z * (1 / cap))
         z = cap * tanh
         slope *= tanh_slope
     return z, slope
 
 
 @triton.jit
-def _z(x, softcap, logit_scale, WIDE: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr):
-    z, _ = _z_and_slope(x, softcap, logit_scale, WIDE, CAPPED, SCALED)
-    return z
+def _load_z(ptr, there, softcap, logit_scale, WIDE: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr):
+    """z of the logits that are there, −inf for the others."""
+    if CAPPED or SCALED:
+        x = tl.load(ptr, mask=there, other=0)
+        z, _ = _z_and_slope(x, softcap, logit_scale, WIDE, CAPPED, SCALED)
+        return tl.where(there, z, float("-inf"))
+    else:
+        return tl.load(ptr, mask=there, other=float("-inf")).to(WIDE)
+
+
+@triton.jit
+def _finite(x):
+    """x, or 0 for −inf: to subtract from what may be −inf too."""
+    return tl.where(x == float("-inf"), 0, x)
+
+
+@triton.jit
+def _anchor(at_label):
+    """What is taken off every z before they are added up: what they have in common would cost digits."""
+    return tl.where(tl.abs(at_label) < float("inf"), at_label, 0)
+
+
+@triton.jit
+def _with_block(z, top, total, weighted, METRICS: tl.constexpr):
+    """Largest z, Σ exp(z − largest) and Σ exp(z − largest)·(z − largest) of each lane, with a block more."""
+    higher = tl.maximum(top, tl.max(tl.max(z, 2), 0))
+    shift = _finite(higher)
+    below = z - shift[None, :, None]
+    e = _exp(below)
+    shrink = _exp(top - shift)
+    if METRICS:
+        weighted = shrink * (weighted + total * tl.where(total == 0, 0, top - shift))
+        weighted += _lane_sum(e * tl.maximum(below, -1e30))  # 0 for −inf
+    return higher, total * shrink + _lane_sum(e), weighted
 
 
 @triton.jit
@@ -77,7 +177,6 @@ def _statistics(
     x_ptr,
     label,
     vocab,
-    readable,
     stride_vocab,
     softcap,
     logit_scale,
@@ -86,45 +185,77 @@ def _statistics(
     SCALED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     METRICS: tl.constexpr,
+    PART: tl.constexpr,
     ADJACENT: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
-    """One pass over a row: largest z, Σ exp(z − largest), z of the label; where asked for, Σ z, entropy,
-    correctness.
-
-    Columns from `vocab` up to `readable` are there and mean nothing.
+    """One pass over a row: largest z, Σ exp(z − largest), z of the label; if asked for, Σ (z − anchor),
+    with PART Σ z, the entropy, and whether the label has the largest z.
     """
-    x = tl.load(x_ptr + label.to(tl.int64) * stride_vocab)
-    at_label = _z(x, softcap, logit_scale, WIDE, CAPPED, SCALED)
-    top = tl.full((), float("-inf"), WIDE)
-    total = tl.full((), 0, WIDE)  # Σ exp(z − top)
-    total_z = tl.full((), 0, WIDE)  # Σ z
-    weighted = tl.full((), 0, WIDE)  # Σ exp(z − top)·(z − top)
-    beaten = tl.full((), 0, tl.int32)
-    for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-        columns, offsets = _columns(start, stride_vocab, ADJACENT, BLOCK)
-        inside = columns < vocab
-        block = tl.load(x_ptr + offsets, mask=columns < readable, other=0)
-        z = tl.where(inside, _z(block, softcap, logit_scale, WIDE, CAPPED, SCALED), float("-inf"))
-        higher = tl.maximum(top, tl.max(z))
-        shift = tl.where(higher == float("-inf"), 0, higher)  # nothing but −inf so far
-        e = tl.exp(z - shift)
-        shrink = tl.exp(top - shift)
-        if METRICS:
-            below_before = tl.where(total == 0, 0, top - shift)
-            weighted = shrink * (weighted + total * below_before) + tl.sum(e * tl.where(e == 0, 0, z - shift))
-            # The label wins ties against later columns alone. Whatever is compared to NaN beats it.
-            below = tl.where(columns < label, z < at_label, z <= at_label)
-            beaten = tl.maximum(beaten, tl.max(tl.where(below | (columns >= vocab), 0, 1)))
+    x = tl.load(x_ptr + label * stride_vocab)
+    at_label, _ = _z_and_slope(x, softcap, logit_scale, WIDE, CAPPED, SCALED)
+    anchor = _anchor(at_label)
+    if PART:
+        anchor = tl.zeros_like(at_label)
+    head, body = _whole_vectors(x_ptr, vocab, ADJACENT, VECTOR)
+    edges = _edges(head, body, vocab, VECTOR)
+    z_edges = _load_z(x_ptr + edges, edges >= 0, softcap, logit_scale, WIDE, CAPPED, SCALED)
+    body_ptr = _body(x_ptr, head, ADJACENT)
+    columns = _columns(BLOCK, LANES, VECTOR)
+    top = tl.full((LANES,), float("-inf"), WIDE)
+    total = tl.full((LANES,), 0, WIDE)  # Σ exp(z − top)
+    total_z = tl.full((LANES,), 0, WIDE)  # Σ (z − anchor)
+    weighted = tl.full((LANES,), 0, WIDE)  # Σ exp(z − top)·(z − top)
+    earlier = tl.full((LANES,), float("-inf"), WIDE)  # the largest z in the blocks before the label's
+    whole = body // BLOCK * BLOCK  # a mask costs instructions: only the last block has one
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        ptr = body_ptr + _offsets(start + columns, stride_vocab, ADJACENT)
+        z, _slope = _z_and_slope(tl.load(ptr), softcap, logit_scale, WIDE, CAPPED, SCALED)
+        top, total, weighted = _with_block(z, top, total, weighted, METRICS)
         if SMOOTHED:
-            total_z += tl.sum(tl.where(inside, z, 0))
-        total = total * shrink + tl.sum(e)
-        top = higher
-    entropy = total
+            total_z += _lane_sum(z - anchor)
+        if METRICS:
+            earlier = tl.where(head + start + BLOCK <= label, top, earlier)
+    if whole < body:
+        last = whole + columns
+        ptr = body_ptr + _offsets(last, stride_vocab, ADJACENT)
+        z_last = _load_z(ptr, last < body, softcap, logit_scale, WIDE, CAPPED, SCALED)
+        top, total, weighted = _with_block(z_last, top, total, weighted, METRICS)
+        if SMOOTHED:
+            total_z += _lane_sum(tl.where(last < body, z_last - anchor, 0))
+    # Now the lanes and the edges come together.
+    highest = tl.maximum(tl.max(top), tl.max(z_edges))
+    shift = _finite(highest)
+    shrink = _exp(top - shift)
+    e = _exp(z_edges - shift)
+    sum_z = tl.sum(total_z)
+    if SMOOTHED:
+        sum_z += tl.sum(tl.where(edges >= 0, z_edges - anchor, 0))
+    sum_e = tl.sum(total * shrink) + tl.sum(e)
+    entropy, correct = sum_e, sum_e == 0
     if METRICS:
-        entropy = tl.log(total) - weighted / total
-    return top, total, at_label, total_z, entropy, beaten == 0
+        weighted = shrink * (weighted + total * tl.where(total == 0, 0, top - shift))
+        sum_weighted = tl.sum(weighted) + tl.sum(e * tl.maximum(z_edges - shift, -1e30))
+        entropy = tl.log(sum_e) - sum_weighted / sum_e
+        # Of equals the first is the prediction: no earlier column may reach the label's.
+        c = (label - head) // BLOCK * BLOCK + tl.arange(0, BLOCK)
+        before = (c >= 0) & (c < body) & (head + c < label)
+        own = _load_z(
+            x_ptr + head + _offsets(c, stride_vocab, ADJACENT),
+            before,
+            softcap,
+            logit_scale,
+            WIDE,
+            CAPPED,
+            SCALED,
+        )
+        tie = tl.maximum(tl.max(own), tl.max(tl.where(edges < label, z_edges, float("-inf"))))
+        tie = tl.maximum(tie, tl.max(earlier))
+        correct = (at_label == highest) & ((tie < at_label) | (label == 0)) & (sum_e == sum_e)
+    return highest, sum_e, at_label, sum_z, entropy, correct
 
 
 @triton.jit
@@ -132,7 +263,7 @@ def _loss(
     top,
     log_sum,
     at_label,
-    total_z,
+    sum_z,
     vocab,
     label_smoothing,
     z_loss,
@@ -140,22 +271,18 @@ def _loss(
     SMOOTHED: tl.constexpr,
     Z_LOSS: tl.constexpr,
 ):
-    # loss = lse − (1 − label_smoothing)·z[y] − label_smoothing·mean(z) + z_loss·lse²
+    # loss = lse − z[y] − label_smoothing·mean(z − z[y]) + z_loss·lse²
     nll = (top - at_label) + log_sum
     if SMOOTHED:
-        smoothing = tl.full((), label_smoothing, WIDE)
-        nll = (1 - smoothing) * nll + smoothing * ((top - total_z / vocab) + log_sum)
+        smoothing = _number(label_smoothing, WIDE)
+        nll = (1 - smoothing) * nll + smoothing * (((top - _anchor(at_label)) - sum_z / vocab) + log_sum)
     if Z_LOSS:
-        nll += tl.full((), z_loss, WIDE) * (top + log_sum) * (top + log_sum)
+        nll += _number(z_loss, WIDE) * (top + log_sum) * (top + log_sum)
     return nll
 
 
 @triton.jit
-def _gradient(
-    z,
-    slope,
-    columns,
-    label,
+def _factors(
     top,
     log_sum,
     weight,
@@ -166,17 +293,41 @@ def _gradient(
     SMOOTHED: tl.constexpr,
     Z_LOSS: tl.constexpr,
 ):
-    """Of weight·loss, by the logits."""
+    """(a, b, c) of the gradient a·exp(z − top) − b − c·[v = y] of weight·loss, with respect to z."""
     # dloss/dz = p·(1 + 2·z_loss·lse) − (1 − label_smoothing)·[v = y] − label_smoothing/V
-    g = tl.exp((z - top) - log_sum)
+    a = weight * _exp(-log_sum)
+    b = tl.zeros_like(a)
+    c = weight
     if Z_LOSS:
-        g *= 1 + 2 * tl.full((), z_loss, WIDE) * (top + log_sum)
+        a *= 1 + 2 * _number(z_loss, WIDE) * (top + log_sum)
     if SMOOTHED:
-        smoothing = tl.full((), label_smoothing, WIDE)
-        g = g - tl.where(columns == label, 1 - smoothing, 0) - smoothing / vocab
-    else:
-        g = tl.where(columns == label, g - 1, g)
-    return g * slope * weight
+        smoothing = _number(label_smoothing, WIDE)
+        b = weight * smoothing / vocab
+        c = weight * (1 - smoothing)
+    return a, b, c
+
+
+@triton.jit
+def _gradient(
+    x,
+    top,
+    a,
+    b,
+    softcap,
+    logit_scale,
+    WIDE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+):
+    """The gradient with respect to logits x, as if none of them was the label's."""
+    z, slope = _z_and_slope(x, softcap, logit_scale, WIDE, CAPPED, SCALED)
+    g = a * _exp(z - top)
+    if SMOOTHED:
+        g -= b
+    if CAPPED or SCALED:
+        g *= slope
+    return g
 
 
 @triton.jit(do_not_specialize=["inner", "ignore_index"], do_not_specialize_on_alignment=_FLAT)
@@ -193,10 +344,10 @@ def nll_kernel(
     stride_vocab,
     vocab,
     ignore_index,
-    label_smoothing: tl.float64,
-    z_loss: tl.float64,
-    softcap: tl.float64,
-    logit_scale: tl.float64,
+    label_smoothing,
+    z_loss,
+    softcap,
+    logit_scale,
     WIDE: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
@@ -206,13 +357,15 @@ def nll_kernel(
     PART: tl.constexpr,
     ADJACENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Losses and norm of logits [outer, inner, V]: a program a row, which it reads once.
 
     With PART what they follow from: z of a label that is here to `nll`, Σ z to `entropy` if SMOOTHED, and to
     `norm` Σ exp(z − largest) without the logarithm.
     """
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row).to(tl.int64)
     if label == ignore_index:
         tl.store(nll_ptr + row, 0)
@@ -226,20 +379,20 @@ def nll_kernel(
     valid = (label >= 0) & (label < vocab)
     label = tl.where(valid, label, 0)
     x_ptr = _row(x_ptr, row, inner, stride_outer, stride_inner)
-    top, total, at_label, total_z, entropy, correct = _statistics(
-        x_ptr, label, vocab, vocab, stride_vocab, softcap, logit_scale,
-        WIDE, CAPPED, SCALED, SMOOTHED, METRICS, ADJACENT, 1, BLOCK,
+    top, total, at_label, sum_z, entropy, correct = _statistics(
+        x_ptr, label, vocab, stride_vocab, softcap, logit_scale,
+        WIDE, CAPPED, SCALED, SMOOTHED, METRICS, PART, ADJACENT, 1, BLOCK, LANES, VECTOR,
     )  # fmt: skip
     tl.store(norm_ptr + 2 * row, top)
     if PART:
         tl.store(norm_ptr + 2 * row + 1, total)
         tl.store(nll_ptr + row, tl.where(valid, at_label, 0))
         if SMOOTHED:
-            tl.store(entropy_ptr + row, total_z)
+            tl.store(entropy_ptr + row, sum_z)
     else:
         log_sum = tl.log(total)
         tl.store(norm_ptr + 2 * row + 1, log_sum)
-        nll = _loss(top, log_sum, at_label, total_z, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
+        nll = _loss(top, log_sum, at_label, sum_z, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
         tl.store(nll_ptr + row, tl.where(valid, nll, float("nan")))
     if METRICS:
         tl.store(entropy_ptr + row, entropy)
@@ -263,10 +416,10 @@ def gradient_kernel(
     out_stride_vocab,
     vocab,
     ignore_index,
-    label_smoothing: tl.float64,
-    z_loss: tl.float64,
-    softcap: tl.float64,
-    logit_scale: tl.float64,
+    label_smoothing,
+    z_loss,
+    softcap,
+    logit_scale,
     WIDE: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
@@ -274,37 +427,62 @@ def gradient_kernel(
     Z_LOSS: tl.constexpr,
     PART: tl.constexpr,
     ADJACENT: tl.constexpr,
+    ALIKE: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
-    """Gradient of Σ grad_nll·nll by logits [outer, inner, V], which may be `out`: a program a block.
+    """Gradient of Σ grad_nll·nll with respect to logits [outer, inner, V], which may be `out`: a program a
+    block.
 
-    With PART `norm` is that of the whole vocabulary, and its size is at `classes`.
+    Its vectors are those of `out`; the logits have theirs at the same columns if the two are ALIKE, and are
+    read one at a time if not. With PART `norm` is that of the whole vocabulary, and its size is at `classes`.
     """
     blocks = tl.cdiv(vocab, BLOCK)
-    row = tl.program_id(0) // blocks
-    start = (tl.program_id(0) - row * blocks) * BLOCK
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (tl.program_id(0) % blocks) * BLOCK
     out_ptr = _row(out_ptr, row, inner, out_stride_outer, out_stride_inner)
-    columns, offsets = _columns(start, stride_vocab, ADJACENT, BLOCK)
-    _, out_offsets = _columns(start, out_stride_vocab, ADJACENT, BLOCK)
-    inside = columns < vocab
+    head, body = _whole_vectors(out_ptr, vocab, ADJACENT, VECTOR)
+    edges = _edges(head, body, vocab, VECTOR)
+    edges = tl.where(start == 0, edges, -1)
+    columns = start + _columns(BLOCK, LANES, VECTOR)
+    inside = columns < body
+    body_out_ptr = _body(out_ptr, head, ADJACENT) + _offsets(columns, out_stride_vocab, ADJACENT)
     label = tl.load(label_ptr + row).to(tl.int64)
     if label == ignore_index:
-        tl.store(out_ptr + out_offsets, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=inside)
+        zero = out_ptr.dtype.element_ty
+        tl.store(body_out_ptr, tl.zeros(columns.shape, zero), mask=inside)
+        tl.store(out_ptr + edges, tl.zeros(edges.shape, zero), mask=edges >= 0)
         return
     weight = tl.load(grad_nll_ptr + row)
     classes = vocab
+    here = (label >= 0) & (label < vocab)
     if PART:
         classes = tl.load(classes_ptr)
     else:
-        weight = tl.where((label >= 0) & (label < vocab), weight, float("nan"))
+        weight = tl.where(here, weight, float("nan"))
+    # The label's column is one of this program: of its block, or of the edges.
+    in_block = (label >= head + start) & (label < tl.minimum(head + start + BLOCK, head + body))
+    in_edges = (start == 0) & ((label < head) | (label >= head + body))
+    here = here & (in_block | in_edges)
+    x_ptr = _row(x_ptr, row, inner, stride_outer, stride_inner)
+    x_label = tl.load(x_ptr + label * stride_vocab, mask=here, other=0)
     top, log_sum = tl.load(norm_ptr + 2 * row), tl.load(norm_ptr + 2 * row + 1)
-    x = tl.load(_row(x_ptr, row, inner, stride_outer, stride_inner) + offsets, mask=inside, other=0)
-    z, slope = _z_and_slope(x, softcap, logit_scale, WIDE, CAPPED, SCALED)
-    g = _gradient(
-        z, slope, columns, label, top, log_sum, weight, classes, label_smoothing, z_loss,
-        WIDE, SMOOTHED, Z_LOSS,
-    )  # fmt: skip
-    tl.store(out_ptr + out_offsets, g.to(out_ptr.dtype.element_ty), mask=inside)
+    a, b, c = _factors(top, log_sum, weight, classes, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
+    body_ptr = _body(x_ptr, head, ADJACENT and ALIKE) + _offsets(columns, stride_vocab, ADJACENT)
+    x = tl.load(body_ptr, mask=inside, other=0)
+    x_edges = tl.load(x_ptr + edges, mask=edges >= 0, other=0)
+    tl.debug_barrier()  # the logit of the label has been read by all before one overwrites it
+    g = _gradient(x, top, a, b, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED)
+    tl.store(body_out_ptr, g.to(out_ptr.dtype.element_ty), mask=inside)
+    g = _gradient(x_edges, top, a, b, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED)
+    tl.store(out_ptr + edges, g.to(out_ptr.dtype.element_ty), mask=edges >= 0)
+    if here:
+        tl.debug_barrier()  # the label's column has been written as one of all
+        _z_label, slope = _z_and_slope(x_label, softcap, logit_scale, WIDE, CAPPED, SCALED)
+        g_label = _gradient(x_label, top, a, b, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED)
+        g_label -= c * slope
+        tl.store(out_ptr + label * out_stride_vocab, g_label.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["ignore_index"], do_not_specialize_on_alignment=_FLAT)
@@ -315,66 +493,124 @@ def unit_gradient_kernel(
     pitch,
     vocab,
     ignore_index,
-    label_smoothing: tl.float64,
-    z_loss: tl.float64,
-    softcap: tl.float64,
-    logit_scale: tl.float64,
+    label_smoothing,
+    z_loss,
+    softcap,
+    logit_scale,
     WIDE: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     Z_LOSS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Losses of logits [rows, V], which become the gradient of their sum: a program a row.
 
     It reads the row twice, the second time backwards: what it read last is still in the cache. The first time
     the next two blocks are on their way while one is worked on: no other program is there to fill the wait.
-    Rows are `pitch` apart, and what is between them is read and written too: where the pitch is a multiple of
-    16, and only there, all of that is vectors.
     """
-    row = tl.program_id(0)
-    x_ptr += row.to(tl.int64) * pitch
-    blocks = tl.cdiv(vocab, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * pitch
+    head, body = _whole_vectors(x_ptr, vocab, True, VECTOR)
+    edges = _edges(head, body, vocab, VECTOR)
+    body_ptr = _body(x_ptr, head, True)
+    columns = _columns(BLOCK, LANES, VECTOR)
     label = tl.load(label_ptr + row).to(tl.int64)
+    narrow = x_ptr.dtype.element_ty
     if label == ignore_index:
         tl.store(nll_ptr + row, 0)
-        for block in range(blocks):
-            columns = block * BLOCK + tl.arange(0, BLOCK)
-            tl.store(x_ptr + columns, tl.zeros((BLOCK,), x_ptr.dtype.element_ty), mask=columns < pitch)
+        for start in range(0, body, BLOCK):
+            at = start + columns
+            tl.store(body_ptr + at, tl.zeros(at.shape, narrow), mask=at < body)
+        tl.store(x_ptr + edges, tl.zeros(edges.shape, narrow), mask=edges >= 0)
         return
     weight = tl.where((label >= 0) & (label < vocab), tl.full((), 1, WIDE), float("nan"))
     label = tl.where((label >= 0) & (label < vocab), label, 0)
-    top, total, at_label, total_z, _, _ = _statistics(
-        x_ptr, label, vocab, pitch, 1, softcap, logit_scale,
-        WIDE, CAPPED, SCALED, SMOOTHED, False, True, 3, BLOCK,
+    top, total, at_label, sum_z, _entropy, _correct = _statistics(
+        x_ptr, label, vocab, 1, softcap, logit_scale,
+        WIDE, CAPPED, SCALED, SMOOTHED, False, False, True, 3, BLOCK, LANES, VECTOR,
     )  # fmt: skip
     log_sum = tl.log(total)
-    nll = _loss(top, log_sum, at_label, total_z, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
+    nll = _loss(top, log_sum, at_label, sum_z, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
     tl.store(nll_ptr + row, nll * weight)
+    a, b, c = _factors(top, log_sum, weight, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
+    x_label = tl.load(x_ptr + label)
+    x_edges = tl.load(x_ptr + edges, mask=edges >= 0, other=0)
     tl.debug_barrier()  # the logit of the label has been read by all before one overwrites it
-    for block in range(blocks):
-        columns = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
-        there = columns < pitch
-        z, slope = _z_and_slope(
-            tl.load(x_ptr + columns, mask=there, other=0), softcap, logit_scale, WIDE, CAPPED, SCALED
-        )
-        g = _gradient(
-            z,
-            slope,
-            columns,
-            label,
-            top,
-            log_sum,
-            weight,
-            vocab,
-            label_smoothing,
-            z_loss,
-            WIDE,
-            SMOOTHED,
-            Z_LOSS,
-        )
-        tl.store(x_ptr + columns, g.to(x_ptr.dtype.element_ty), mask=there)
+    whole = body // BLOCK
+    if whole * BLOCK < body:
+        last = whole * BLOCK + columns
+        x_last = tl.load(body_ptr + last, mask=last < body, other=0)
+        g_last = _gradient(x_last, top, a, b, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED)
+        tl.store(body_ptr + last, g_last.to(narrow), mask=last < body)
+    for block in range(whole):
+        at = body_ptr + (whole - 1 - block) * BLOCK + columns
+        g = _gradient(tl.load(at), top, a, b, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED)
+        tl.store(at, g.to(narrow))
+    g_edges = _gradient(x_edges, top, a, b, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED)
+    tl.store(x_ptr + edges, g_edges.to(narrow), mask=edges >= 0)
+    tl.debug_barrier()  # the label's column has been written as one of all
+    _z_label, slope = _z_and_slope(x_label, softcap, logit_scale, WIDE, CAPPED, SCALED)
+    g_label = _gradient(x_label, top, a, b, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED)
+    tl.store(x_ptr + label, (g_label - c * slope).to(narrow))
+
+
+@triton.jit(
+    do_not_specialize=["chunk", "start", "rows", "ignore_index"], do_not_specialize_on_alignment=_FLAT
+)
+def keep_largest_kernel(
+    nll_ptr,
+    label_ptr,
+    grad_ptr,
+    hidden_ptr,
+    loss_ptr,
+    index_ptr,
+    largest_grad_ptr,
+    largest_hidden_ptr,
+    chunk,
+    start,
+    rows,
+    pitch,
+    hidden_stride,
+    feature_stride,
+    vocab,
+    features,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    """Copies the gradient [V] and hidden state [D] of a chunk's largest loss if it beats those of the chunks
+    before.
+
+    The largest loss of chunks 0 to i − 1 is at `loss` + i, its row at `index` + i: every program reads there
+    what none of this launch writes. NaN and inf are alike; the first of equals stays.
+    """
+    best = tl.full((), float("-inf"), loss_ptr.dtype.element_ty)
+    best_row = tl.zeros((), tl.int32)
+    for first in range(0, rows, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        loss = tl.load(nll_ptr + row, mask=row < rows, other=float("-inf"))
+        label = tl.load(label_ptr + row, mask=row < rows, other=0)
+        loss = tl.where(loss == loss, loss, float("inf"))
+        loss = tl.where((label == ignore_index) | (row >= rows), float("-inf"), loss)
+        highest = tl.max(loss)
+        highest_row = first + tl.argmax(loss, 0)
+        best_row = tl.where(highest > best, highest_row, best_row)
+        best = tl.maximum(best, highest)
+    before = tl.load(loss_ptr + chunk)
+    better = best > before
+    if tl.program_id(0) == 0:
+        tl.store(loss_ptr + chunk + 1, tl.maximum(best, before))
+        index = tl.load(index_ptr + chunk)
+        tl.store(index_ptr + chunk + 1, tl.where(better, start + best_row, index))
+    if better:
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        row = best_row.to(tl.int64)
+        grad = tl.load(grad_ptr + row * pitch + at, mask=at < vocab)
+        tl.store(largest_grad_ptr + at, grad, mask=at < vocab)
+        hidden = tl.load(hidden_ptr + row * hidden_stride + at * feature_stride, mask=at < features)
+        tl.store(largest_hidden_ptr + at, hidden, mask=at < features)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nvamp.cross_entropy import devices
-from nvamp.cross_entropy.backend import Backend
+from nvamp.cross_entropy.backend import Backend, Largest
 from nvamp.cross_entropy.hugepages import in_huge_pages
 from nvamp.cross_entropy.options import Head, Needs, Options, accumulate_dtype
 
@@ -19,24 +19,40 @@ MiB = 2**20
 # adding up in float32 as well lowers the error too little to pay for its memory; see docs/engine.md.
 FEW_CHUNKS = 4
 TILE = 128  # rows that a matrix product takes at a time on an accelerator
+ALLOWANCE = 512 * MiB  # that a chunk of logits may take on an accelerator, however small the head
+EIGHT = 8  # cuBLAS is up to seven times slower for a vocabulary that is no multiple of 8
 
 
-def chunk_rows(hidden: Tensor, weight: Tensor, accum_dtype: torch.dtype | None) -> int:
+def chunk_rows(
+    hidden: Tensor, weight: Tensor, accum_dtype: torch.dtype | None, one_pass: bool = False
+) -> int:
     """Rows of a chunk of logits of hidden [N, D] and weight [V, D]: enough for an efficient matrix product.
 
     On a CPU, room is for a row of logits, a copy of its hidden state and a gradient of that. On an
-    accelerator each chunk reads and writes the float32 gradient of the weight once, so that few are best. A
-    chunk is as large as the weight, within limits: the backward takes as much anyway, to round the gradient.
-    Who has it added up in the dtype of the weight is after memory; then a chunk is as large as `hidden`.
+    accelerator each chunk reads and writes the float32 gradient of the weight once, so few chunks are best. A
+    chunk may take what the backward takes anyway once it is gone, `spare_bytes`, or 512 MiB if that is more.
+    With `accum_dtype` that of the weight, memory comes first: a chunk is as large as `hidden`.
     """
     vocab, features = weight.shape
     if devices.can_look(weight):
         return max(52 * MiB // ((vocab + 2 * features) * weight.itemsize), 1)
-    size = min(max(weight.nbytes, 256 * MiB), 1024 * MiB)
+    size = max(spare_bytes(hidden, weight, one_pass), ALLOWANCE)
     if accum_dtype not in (None, accumulate_dtype(weight.dtype)):
         size = hidden.nbytes
-    tiles = size // (vocab * weight.itemsize) // TILE
+    tiles = size // (_pitch(vocab) * weight.itemsize) // TILE
     return TILE * max(tiles, 1)
+
+
+def spare_bytes(hidden: Tensor, weight: Tensor, one_pass: bool) -> int:
+    """Memory that the end of the backward takes beyond what is held while chunks pass, on an accelerator.
+
+    At the end the gradient of the weight is there twice, as a sum in float32 and rounded. In one pass that of
+    `hidden` is held in float32 while chunks pass, and is rounded and freed before that.
+    """
+    wide = accumulate_dtype(weight.dtype)
+    if wide == weight.dtype:
+        return 0
+    return weight.nbytes - (hidden.numel() * wide.itemsize - hidden.nbytes if one_pass else 0)
 
 
 def held_dtype(weight: Tensor, accum_dtype: torch.dtype | None) -> torch.dtype:
@@ -94,23 +110,43 @@ class _Rows(NamedTuple):
         hidden = self.head.hidden[at]
         return hidden if self.ignored is None else hidden.masked_fill(self.ignored[at][:, None], 0)
 
-    def chunks(self, accum_dtype: torch.dtype | None) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    def slices(self, accum_dtype: torch.dtype | None, one_pass: bool = False) -> list[slice]:
+        """Which rows each chunk has."""
+        n = len(self.labels)
+        rows = _even(n, chunk_rows(self.head.hidden, self.head.weight, accum_dtype, one_pass))
+        return [slice(start, min(start + rows, n)) for start in range(0, n, max(rows, 1))]
+
+    def chunks(self, slices: list[slice]) -> Iterator[tuple[Tensor, Tensor, slice]]:
         """Logits [rows, V], always in the same memory, hidden states [rows, D], and which rows these are."""
         _, weight, bias, _ = self.head
-        n, vocab = len(self.labels), len(weight)
-        rows = _even(n, chunk_rows(self.head.hidden, weight, accum_dtype))
+        vocab = len(weight)
         # On an accelerator rows start at whole 32 bytes, for vector loads and for the matrix products.
-        pitch = vocab if devices.can_look(weight) else -(-vocab // 16) * 16
-        buffer = in_huge_pages(weight.new_empty((min(rows, n), pitch)))
-        for start in range(0, n, max(rows, 1)):
-            at = slice(start, min(start + rows, n))
+        pitch = vocab if devices.can_look(weight) else _pitch(vocab)
+        rows = slices[0].stop if slices else 0
+        buffer = in_huge_pages(weight.new_empty((rows, pitch)))
+        for at in slices:
             hidden = self.hidden(at)
             out = buffer[: len(hidden), :vocab]
-            if bias is None:
-                torch.mm(hidden, weight.T, out=out)
-            else:
-                torch.addmm(bias, hidden, weight.T, out=out)
+            for part in _parts(weight):
+                if bias is None:
+                    torch.mm(hidden, weight[part].T, out=out[:, part])
+                else:
+                    torch.addmm(bias[part], hidden, weight[part].T, out=out[:, part])
             yield out, hidden, at
+
+
+def _pitch(vocab: int) -> int:
+    """Elements from one row of logits to the next, on an accelerator."""
+    return -(-vocab // 16) * 16
+
+
+def _parts(weight: Tensor) -> list[slice]:
+    """The classes of a weight [V, D] that a matrix product takes at once; first the few that do not fit."""
+    vocab = len(weight)
+    whole = vocab // EIGHT * EIGHT
+    if devices.can_look(weight) or whole in (0, vocab):
+        return [slice(0, vocab)]
+    return [slice(whole, vocab), slice(0, whole)]
 
 
 def _even(n: int, most: int) -> int:
@@ -136,12 +172,18 @@ class _Gradients:
 
     def add(self, grad: Tensor, hidden: Tensor, at: slice) -> None:
         """Adds what the gradient [rows, V] by the logits of hidden [rows, D], the rows `at`, brings."""
-        if self.needs.hidden and self.rows.where is None:
-            _add_product(self.hidden[at], grad, self.rows.head.weight, started=False)
-        elif self.needs.hidden and self.rows.where is not None:
-            self.hidden.index_copy_(0, self.rows.where[at], grad @ self.rows.head.weight)
+        weight, where = self.rows.head.weight, self.rows.where
+        parts = _parts(weight)
+        if self.needs.hidden:
+            # The few classes come first: what is rounded before it is added up is theirs, and small.
+            total = self.hidden[at] if where is None else self.hidden.new_empty(hidden.shape)
+            for i, part in enumerate(parts):
+                _add_product(total, grad[:, part], weight[part], started=i > 0)
+            if where is not None:
+                self.hidden.index_copy_(0, where[at], total)
         if self.needs.weight:
-            _add_product(self.weight, grad.T, hidden, self.started)
+            for part in parts:
+                _add_product(self.weight[part], grad[:, part].T, hidden, self.started)
             self.started = True
         if self.needs.bias:
             self.bias += grad.sum(0, dtype=self.bias.dtype)
@@ -173,28 +215,6 @@ def _can_add_to_wider(total: Tensor) -> bool:
     return torch.cuda.get_device_capability(total.device) >= (8, 0)
 
 
-class _Largest:
-    """The row of the largest loss so far, the first where tied: found without a look at the data."""
-
-    def __init__(self, head: Head) -> None:
-        self.loss = head.hidden.new_full((1,), -torch.inf, dtype=accumulate_dtype(head.hidden.dtype))
-        self.index = torch.zeros(1, dtype=torch.int64, device=head.hidden.device)
-        self.grad = head.weight.new_zeros(len(head.weight))  # by its logits
-        self.hidden = head.hidden.new_zeros(head.hidden.shape[1])
-
-    def update(self, nll: Tensor, ignored: Tensor | None, grad: Tensor, hidden: Tensor, start: int) -> None:
-        """Takes a chunk into account: losses [rows], their gradients [rows, V], hidden states [rows, D]."""
-        losses = nll if ignored is None else nll.masked_fill(ignored, -torch.inf)
-        row = losses.argmax()[None]
-        loss = losses[row]
-        # NaN is the largest of all, as argmax has it.
-        better = (loss > self.loss) | (loss.isnan() & ~self.loss.isnan())
-        self.loss = torch.where(better, loss, self.loss)
-        self.index = torch.where(better, row + start, self.index)
-        self.grad = torch.where(better, grad[row][0], self.grad)
-        self.hidden = torch.where(better, hidden[row][0], self.hidden)
-
-
 def token_nll(
     backend: Backend, head: Head, metrics: bool, accum_dtype: torch.dtype | None, opt: Options
 ) -> tuple[Tensor, ...]:
@@ -221,7 +241,7 @@ def _of_each_chunk(
 ) -> tuple[Tensor, ...]:
     """What a function makes of the logits [rows, V] and labels [rows] of each chunk, [N, ...] each."""
     rows = _Rows.of(head, opt, compact=devices.can_wait(head.hidden))
-    chunks = [function(x, rows.labels[at]) for x, _, at in rows.chunks(accum_dtype)]
+    chunks = [function(x, rows.labels[at]) for x, _, at in rows.chunks(rows.slices(accum_dtype))]
     if not chunks:
         chunks = [function(head.weight.new_empty(0, len(head.weight)), rows.labels)]
     return tuple(rows.scatter(torch.cat(results)) for results in zip(*chunks, strict=True))
@@ -247,7 +267,7 @@ def token_nll_backward(
     grads = _Gradients(rows, needs, head.hidden.dtype, sum_dtype)
 
     def take_chunks() -> None:  # a function, so that the chunk is gone before the gradient is rounded
-        for x, h, at in rows.chunks(accum_dtype):
+        for x, h, at in rows.chunks(rows.slices(accum_dtype)):
             backend.token_nll_backward(
                 grad_nll[at], x, rows.labels[at], norm[at], opt, out=x, classes=classes
             )
@@ -268,17 +288,20 @@ def unit_gradients(
     rows = _Rows.of(head, opt, compact=devices.can_look(head.hidden))
     held = held_dtype(head.weight, accum_dtype)
     sum_dtype = torch.promote_types(held, _sum_dtype(head, len(rows.labels), accum_dtype))
-    grads, largest = _Gradients(rows, needs, held, sum_dtype), _Largest(head)
-    nll = grads.bias.new_empty(len(rows.labels))
+    grads = _Gradients(rows, needs, held, sum_dtype)
+    slices = rows.slices(accum_dtype, one_pass=True)
+    largest = Largest.none(head, len(slices))
+    losses = [grads.bias.new_empty(0)]
 
     def take_chunks() -> None:  # as above
-        for x, h, at in rows.chunks(accum_dtype):
-            nll[at] = backend.unit_gradient_(x, rows.labels[at], opt)
-            largest.update(nll[at], None if rows.ignored is None else rows.ignored[at], x, h, at.start)
+        for i, (x, h, at) in enumerate(rows.chunks(slices)):
+            labels = rows.labels[at]
+            losses.append(backend.unit_gradient_(x, labels, opt))
+            backend.keep_largest(largest, i, losses[-1], labels, x, h, at.start, opt)
             grads.add(x, h, at)
 
     take_chunks()
-    index = largest.index
+    index = largest.row[-1:]
     if rows.where is not None and len(rows.where):
         index = rows.where[index]
-    return rows.scatter(nll), index[0], largest.grad, largest.hidden, *grads.result(held)
+    return rows.scatter(torch.cat(losses)), index[0], largest.grad, largest.hidden, *grads.result(held)

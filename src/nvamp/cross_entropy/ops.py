@@ -340,13 +340,16 @@ def _scale_unit_gradients(
     def room_for(unit: Tensor) -> Tensor:
         return unit if in_place and unit.dtype == dtype else torch.empty_like(unit, dtype=dtype)
 
-    hidden, weight = room_for(grad_hidden), room_for(grad_weight)
+    hidden = room_for(grad_hidden)
     if needs_hidden:
         scale = grad_sum
         if grad_max is not None:  # its row of the largest loss is the gradient of that loss already
             is_max = torch.arange(len(grad_hidden), device=max_index.device) == max_index
             scale = (grad_sum + grad_max * is_max)[:, None]
         torch.mul(grad_hidden, scale, out=hidden)
+    if in_place and hidden is not grad_hidden:
+        grad_hidden.untyped_storage().resize_(0)  # nobody looks at it again: room for the next
+    weight = room_for(grad_weight)
     if needs_weight:
         with _as_is(grad_weight):
             load(backend).scale_and_add(grad_weight, grad_sum, grad_max, max_grad, max_hidden, out=weight)

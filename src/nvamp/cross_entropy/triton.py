@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from nvamp.cross_entropy import kernels
+from nvamp.cross_entropy.backend import Largest
 from nvamp.cross_entropy.options import Options, accumulate_dtype
 
 INTERPRETED = not isinstance(kernels.nll_kernel, triton.JITFunction)
@@ -33,18 +34,29 @@ class Launch(NamedTuple):
     def meta(self) -> dict[str, Any]:
         return {"BLOCK": self.block, "num_warps": self.num_warps, "enable_fp_fusion": True}
 
+    def lanes(self, dtype: torch.dtype) -> dict[str, int]:
+        """How the threads of a program share out a block: whole vectors of 16 bytes."""
+        vector = 16 // dtype.itemsize
+        return {"LANES": max(min(WARP * self.num_warps, self.block // vector), 1), "VECTOR": vector}
 
-def streaming(columns: int, dtype: torch.dtype, capped: bool) -> Launch:
-    """Of kernels that touch everything once: many small programs, which hide each other's waiting.
 
-    At most 8 KiB by 128 threads: 64 bytes of loads in flight a thread. The arithmetic of a softcap takes
-    registers: half the columns.
+FEW_ROWS = 256  # the multiprocessors of the largest GPUs, rounded up
+
+
+def streaming(columns: int, dtype: torch.dtype, capped: bool, rows: int | None = None) -> Launch:
+    """The launch of a kernel that touches everything once: many programs, which hide each other's waiting.
+
+    At most 16 KiB by 256 threads: 64 bytes of loads in flight a thread. The arithmetic of a softcap takes
+    registers: half the columns. A kernel with a program a row has few programs if it has few rows: then they
+    are as large as they get.
     """
-    return _launch_of(columns, dtype, most=8192, threads=128, capped=capped)
+    if rows is not None and rows <= FEW_ROWS:
+        return revisiting(columns, dtype, capped)
+    return _launch_of(columns, dtype, most=16384, threads=256, capped=capped)
 
 
 def revisiting(columns: int, dtype: torch.dtype, capped: bool) -> Launch:
-    """Of the kernel that reads rows twice: the largest programs there are, one to a multiprocessor.
+    """The launch of the kernel that reads rows twice: the largest programs, one to a multiprocessor.
 
     The rows underway then stay in the L2 cache. On an H100 they are 132, 33 MiB for a vocabulary of 128k in
     half precision, and the cache has 50 MiB.
@@ -55,19 +67,23 @@ def revisiting(columns: int, dtype: torch.dtype, capped: bool) -> Launch:
 def _launch_of(columns: int, dtype: torch.dtype, most: int, threads: int, capped: bool) -> Launch:
     """Blocks of at most so many bytes, half of them where capped, by so many threads, fewer if smaller."""
     most_columns = most // dtype.itemsize // (1 + capped)
-    block = min(triton.next_power_of_2(columns), most_columns)
+    block = min(max(triton.next_power_of_2(columns), 16 // dtype.itemsize), most_columns)
     return Launch(block, max(threads * block // most_columns // WARP, 1))
 
 
-def options_of(opt: Options, wide: torch.dtype) -> dict[str, Any]:
-    """The arguments that every kernel on logits takes."""
+def options_of(opt: Options, like: Tensor) -> dict[str, Any]:
+    """The arguments that every kernel on logits takes; numbers in the dtype of `like`, that of the losses."""
+
+    def number(x: float) -> Any:  # there is no float64 among the arguments of a kernel for float32
+        return x if like.dtype == torch.float32 else torch.full((), x, dtype=like.dtype, device=like.device)
+
     return {
         "ignore_index": opt.ignore_index,
-        "label_smoothing": opt.label_smoothing,
-        "z_loss": opt.z_loss,
-        "softcap": opt.softcap or 0.0,
-        "logit_scale": opt.logit_scale,
-        "WIDE": WIDE[wide],
+        "label_smoothing": number(opt.label_smoothing),
+        "z_loss": number(opt.z_loss),
+        "softcap": number(opt.softcap or 0.0),
+        "logit_scale": number(opt.logit_scale),
+        "WIDE": WIDE[like.dtype],
         "CAPPED": opt.softcap is not None,
         "SCALED": opt.logit_scale != 1,
         "SMOOTHED": opt.label_smoothing != 0,
@@ -112,6 +128,13 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return 0 if len(x) == 1 else x.stride(0), x.stride(1), x.stride(2)
 
 
+def _alike(x: Tensor, out: Tensor) -> bool:
+    """Whether every element of `out` is as far from a boundary of 16 bytes as that of x."""
+    bytes_apart = [x.data_ptr() - out.data_ptr()]
+    bytes_apart += [(a - b) * x.itemsize for a, b in zip(_strides(x), _strides(out), strict=True)]
+    return all(n % 16 == 0 for n in bytes_apart)
+
+
 # The backend -------------------------------------------------------------------------------------------
 
 
@@ -135,11 +158,12 @@ def _pass_over(
     entropy = torch.empty_like(nll) if METRICS or PART else nll
     correct = torch.empty_like(nll, dtype=torch.bool) if METRICS else nll
     flat = [t.contiguous().flatten(0, labels.dim() - 1) for t in (labels, nll, norm, entropy, correct)]
+    sizes = streaming(vocab, logits.dtype, opt.softcap is not None, rows=labels.numel())
     for x, rows in _planes(logits):
         launch(
             kernels.nll_kernel,
             len(flat[0][rows]),
-            streaming(vocab, logits.dtype, opt.softcap is not None),
+            sizes,
             x,
             *(t[rows] for t in flat),
             x.shape[1],
@@ -148,7 +172,8 @@ def _pass_over(
             METRICS=METRICS,
             PART=PART,
             ADJACENT=x.stride(-1) == 1,
-            **options_of(opt, wide),
+            **sizes.lanes(logits.dtype),
+            **options_of(opt, nll),
         )
     return nll, norm, entropy, correct
 
@@ -181,26 +206,64 @@ def token_nll_backward(
             vocab,
             PART=classes is not None,
             ADJACENT=x.stride(-1) == grad.stride(-1) == 1,
-            **options_of(opt, norm.dtype),
+            ALIKE=_alike(x, grad),
+            **sizes.lanes(logits.dtype),
+            **options_of(opt, norm),
         )
 
 
 def unit_gradient_(logits: Tensor, labels: Tensor, opt: Options) -> Tensor:
     rows, vocab = logits.shape
-    wide = accumulate_dtype(logits.dtype)
-    nll = logits.new_empty(rows, dtype=wide)
+    nll = logits.new_empty(rows, dtype=accumulate_dtype(logits.dtype))
+    sizes = revisiting(vocab, logits.dtype, opt.softcap is not None)
     launch(
         kernels.unit_gradient_kernel,
         rows,
-        revisiting(vocab, logits.dtype, opt.softcap is not None),
+        sizes,
         logits,
         labels.contiguous(),
         nll,
         logits.stride(0),
         vocab,
-        **options_of(opt, wide),
+        **sizes.lanes(logits.dtype),
+        **options_of(opt, nll),
     )
     return nll
+
+
+def keep_largest(
+    largest: Largest,
+    chunk: int,
+    nll: Tensor,
+    labels: Tensor,
+    grad: Tensor,
+    hidden: Tensor,
+    start: int,
+    opt: Options,
+) -> None:
+    (rows, vocab), features = grad.shape, hidden.shape[1]
+    sizes = Launch(1024, 4)
+    launch(
+        kernels.keep_largest_kernel,
+        triton.cdiv(max(vocab, features), sizes.block),
+        sizes,
+        nll,
+        labels.contiguous(),
+        grad,
+        hidden,
+        largest.loss,
+        largest.row,
+        largest.grad,
+        largest.hidden,
+        chunk,
+        start,
+        rows,
+        grad.stride(0),
+        *hidden.stride(),
+        vocab,
+        features,
+        opt.ignore_index,
+    )
 
 
 def scale_and_add(x: Tensor, a: Tensor, b: Tensor | None, u: Tensor, v: Tensor, out: Tensor) -> None:
