@@ -96,7 +96,7 @@ def check_rows(record: dict[str, Any]) -> None:
     }.items():
         assert len(times[name]) >= least, name
     cases = [row for row in times["kernels"].values() if row["own"]]
-    assert len(cases) == 4  # each kernel as the library launches it, besides the sizes tried
+    assert len(cases) == 5  # each kernel as the library launches it, besides the sizes tried
     assert len(parts["logits"]["bar"]) == 4
     assert len(parts["linear"]["bar"]) == 3
     for name, least in {"hazards": 30, "accuracy": 100, "compile": 15}.items():
@@ -229,6 +229,12 @@ def test_parts_by_name_and_group(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such part: speed" in capsys.readouterr().err
 
 
+def test_the_parent_needs_no_torch() -> None:
+    """Nor what the parts' device does to those who use it."""
+    code = "import sys, benchmarks.gpu.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 # Contests ----------------------------------------------------------------------------------------------
 
 
@@ -253,10 +259,10 @@ def test_a_contender_that_does_not_run_says_why(bench: Bench, monkeypatch: pytes
     ]
     Contest(bench).run(contenders)
     rows = found(bench, "not run")
-    assert rows["full, round 1"]["why"] == "OutOfMemoryError: out of [memory]"
-    assert rows["Liger, float32 sum, round 1"]["why"].startswith("ModuleNotFoundError")
-    assert rows["slow, round 1"]["why"] == "OutOfTimeError: took more than 1 s"
-    assert [what for what, row in rows.items() if row["ours"]] == ["nvamp: token, round 1"]
+    assert rows["full"]["why"] == "OutOfMemoryError: out of [memory]"
+    assert rows["Liger, float32 sum"]["why"].startswith("ModuleNotFoundError")
+    assert rows["slow"]["why"] == "OutOfTimeError: took more than 1 s"
+    assert [what for what, row in rows.items() if row["ours"]] == ["nvamp: token"]
     assert found(bench, "timing").keys() == {"nvamp: scalar"}
 
 

@@ -81,6 +81,8 @@ def main() -> int:
     part, rows = Part(args.part, args.limit), Rows(args.rows, args.part)
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
+    # A pool of compilers takes longer to start than the few kernels of a contest to compile.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     import torch
 
     if args.dry_run:

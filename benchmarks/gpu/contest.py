@@ -84,7 +84,8 @@ class Contest:
                 sample = bench.meter.measure(self.steps[name], graph, may_wait=not contender.ours)
         except Exception as error:  # of any kind: it may be somebody else's code
             self.steps.pop(name, None)
-            bench.rows.not_run(f"{name}, round {number + 1}", reason(error), contender.ours)
+            what = f"{name}, round {number + 1}" if number else name
+            bench.rows.not_run(what, reason(error), contender.ours)
             bench.meter.sync()  # raises after a sticky error, which ends this part
             return
         self.samples.setdefault(name, Sample())

@@ -17,6 +17,11 @@ def summary(part: str, status: str, seconds: float, why: str, rows: list[Row]) -
             lines.append(
                 "  " + ", ".join(f"{k} {cell(v)}" for k, v in row.items() if k not in ("part", "kind"))
             )
+    lines += [
+        f"  {row['what']} spills {row['spills']} registers"
+        for row in rows
+        if row["kind"] == "kernel" and row["spills"]
+    ]
     lines += timings(of["timing"])
     lines += not_run(of["not run"])
     wrong = [row for row in of["check"] if not row["met"]]
