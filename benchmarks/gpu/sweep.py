@@ -22,6 +22,7 @@ from nvamp import LinearNVAMPLoss, NVAMPLoss
 Size = tuple[int, int]  # columns of a program at a time, and its warps
 STREAMING: list[Size] = [(4096, 4), (8192, 8), (8192, 4), (16384, 16), (2048, 2), (2048, 4), (4096, 8)]
 REVISITING: list[Size] = [(16384, 32), (32768, 32), (16384, 16), (8192, 16), (8192, 8), (4096, 4), (4096, 8)]
+FEW_ROWS: list[Size] = [(8192, 8), (16384, 16), (16384, 32), (32768, 32)]
 
 
 def timed(bench: Bench, what: str, step: Run, moved: float = 0, computed: float = 0, **more: Any) -> None:
@@ -81,7 +82,14 @@ def small(bench: Bench) -> None:
         x = torch.randn(n, vocab, device=device, dtype=torch.bfloat16, requires_grad=True)
         y, fixed = torch.randint(vocab, (n,), device=device), x.detach()
         nll = partial(triton.token_nll, fixed, y, False, Options())
-        timed(bench, f"nll, {n} rows", nll, 2 * n * vocab)
+        case = f"nll, {n} rows"
+        timed(bench, f"{case}, as chosen", nll, 2 * n * vocab, case=case, own=True)
+        for block, warps in () if bench.toy else FEW_ROWS:
+            what, step = (
+                f"{case}, {block} columns by {warps} warps",
+                inside(partial(sizes_of, block, warps), nll),
+            )
+            timed(bench, what, step, 2 * n * vocab, case=case, own=False)
         unit = partial(triton.unit_gradient_, fixed.clone(), y, Options())
         timed(bench, f"unit gradient, {n} rows", unit, 4 * n * vocab)
         ours = trained(partial(NVAMPLoss(shift=False), x, y), x)
