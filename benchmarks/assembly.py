@@ -127,7 +127,7 @@ _GCN_ENDS = ("s_endpgm", "s_branch", "s_setpc_b64")
 
 def read_amdgcn(listing: str) -> Iterator[Line]:
     """Of the assembly that Triton writes for AMD's GPUs. Their predicate is a register that branches test."""
-    for line in listing.partition(".section\t.AMDGPU")[0].partition("\n\t.section\t.rodata")[0].splitlines():
+    for line in listing.partition(".Lfunc_end0:")[0].splitlines():
         text = line.partition(";")[0].strip()
         if label := re.fullmatch(r"([.\w$]+):", text):
             yield label[1]

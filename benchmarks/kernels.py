@@ -3,6 +3,7 @@
     python -m benchmarks.kernels                       bfloat16 on compute capability 9.0: what matters daily
     python -m benchmarks.kernels --plain               the three main kernels alone, without options
     python -m benchmarks.kernels --arch 80 gfx942      other GPUs
+    python -m benchmarks.kernels --peers               Liger's kernels beside them
     python -m benchmarks.kernels --all --out all.json  every dtype, option and vocabulary
 
 The backend runs on tensors without data, and Triton compiles each launch as it would on that GPU, by its own
@@ -19,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -30,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import MockTensor
 
 from benchmarks.assembly import Body, blocks, bodies, main_bodies, read_amdgcn, read_sass
 from nvamp.cross_entropy import triton as backend
@@ -41,6 +43,7 @@ OPTIONS = {
     "plain": Options(),
     "all options": Options(label_smoothing=0.1, z_loss=1e-4, softcap=30.0, logit_scale=0.5),
 }
+ROWS = 4096  # many: the backend has other launches for few
 DAILY = (50257, 50264, 128256)
 MAIN = ("nll", "gradient", "unit gradient")
 PADDED_ALWAYS = ("unit gradient", "scale and add")  # have rows of the linear path whatever the logits have
@@ -54,14 +57,11 @@ class Case(NamedTuple):
     vocab: int
     layout: str = "contiguous"
 
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}, {self.options}, {self.vocab}, {self.layout}"
-
     def logits(self) -> Tensor:
         if self.layout == "transposed":
-            return torch.empty(2, self.vocab, 64, dtype=self.dtype, device="meta").mT
+            return torch.empty(2, self.vocab, ROWS, dtype=self.dtype, device="meta").mT
         pitch = _pitch(self.vocab) if self.layout == "padded" else self.vocab
-        return torch.empty(2, 64, pitch, dtype=self.dtype, device="meta")[..., : self.vocab]
+        return torch.empty(2, ROWS, pitch, dtype=self.dtype, device="meta")[..., : self.vocab]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,10 @@ class Usage:
 
     kernel: str
     launch: str  # what it was launched for
-    case: str
+    dtype: str
+    options: str
     vocab: int
+    layout: str
     architecture: str
     num_warps: int
     block: int
@@ -79,7 +81,7 @@ class Usage:
     local_bytes: int  # of a thread: stack and spilled registers
     shared_bytes: int
     instructions: list[float]  # for an element, in each of its passes
-    exponentials: float  # those of them, and of other functions, that the slower special function units do
+    special: float  # those of them that the special function units do, at an eighth of the rate
     load_width: int  # bytes, the narrowest among passes
     store_width: int
     whole_blocks: bool  # the loads add up to a number of blocks: what was taken for the passes can be right
@@ -111,8 +113,8 @@ def compiling(architecture: str | int) -> Iterator[list[tuple[Any, backend.Launc
     compiled: list[tuple[Any, backend.Launch]] = []
 
     def launch(kernel: Any, programs: int, sizes: backend.Launch, *args: Any, **constants: Any) -> None:
-        types = [a.dtype if isinstance(a, Tensor) else a for a in args]
-        binary = kernel.warmup(*types, grid=(programs,), **sizes.meta, **constants)
+        named = {name: _without_data(x) for name, x in constants.items()}
+        binary = kernel.warmup(*map(_without_data, args), grid=(programs,), **sizes.meta, **named)
         compiled.append((binary, sizes))
 
     gpu = AbsentGPU(str(architecture))
@@ -120,6 +122,10 @@ def compiling(architecture: str | int) -> Iterator[list[tuple[Any, backend.Launc
     warp = 64 if gpu.get_current_target().backend == "hip" else 32  # as the backend has it
     with mock.patch.object(backend, "launch", launch), mock.patch.object(backend, "WARP", warp):
         yield compiled
+
+
+def _without_data(argument: Any) -> Any:
+    return MockTensor.wrap_dtype(argument.dtype) if isinstance(argument, Tensor) else argument
 
 
 # What is compiled --------------------------------------------------------------------------------------
@@ -132,8 +138,8 @@ def launches(logits: Tensor, opt: Options, metrics: bool) -> dict[str, Callable[
     scale = torch.empty((), dtype=accumulate_dtype(logits.dtype), device="meta")
     nll, norm = scale.new_empty(labels.shape), scale.new_empty(*labels.shape, 2)
     out = logits if padded else torch.empty(logits.shape, dtype=logits.dtype, device="meta")
-    flat = torch.empty(64, _pitch(vocab), dtype=logits.dtype, device="meta")[:, :vocab]
-    wide = torch.empty(64, vocab, dtype=scale.dtype, device="meta")
+    flat = torch.empty(ROWS, _pitch(vocab), dtype=logits.dtype, device="meta")[:, :vocab]
+    wide = torch.empty(ROWS, vocab, dtype=scale.dtype, device="meta")
     classes = labels.new_empty(())
     backward = backend.token_nll_backward
     return {
@@ -188,6 +194,56 @@ def usages(architecture: str, case: Case, only: tuple[str, ...] = ()) -> Iterato
                 yield usage(architecture, case, name, binary, sizes)
 
 
+class LigerLaunch(backend.Launch):
+    @property
+    def meta(self) -> dict[str, Any]:
+        return {"BLOCK_SIZE": self.block, "num_warps": self.num_warps, "enable_fp_fusion": True}
+
+
+def peers(architecture: str, case: Case) -> Iterator[Usage]:
+    """Liger's kernels, launched as its functions would; these look at data, so they cannot run here."""
+    import liger_kernel.ops.cross_entropy as liger
+
+    logits = case.logits().flatten(0, 1)
+    block = min(liger.MAX_FUSED_SIZE, triton.next_power_of_2(case.vocab))
+    usual = 16 if architecture.startswith("gfx") else 32
+    blackwell = architecture.startswith(("10", "12"))
+    launches = {
+        "Liger's cross-entropy": (
+            _liger_cross_entropy,
+            8 if blackwell and case.dtype.itemsize == 2 else usual,
+        ),
+        "Liger's, for a linear layer": (_liger_cross_entropy, usual),
+        "Liger's multiplication": (_liger_multiplication, usual),
+    }
+    for name, (launch, warps) in launches.items():
+        with compiling(architecture) as compiled:
+            launch(liger, logits, LigerLaunch(block, warps))
+        for binary, sizes in compiled:
+            yield usage(architecture, case, name, binary, sizes)
+
+
+def _liger_cross_entropy(liger: Any, logits: Tensor, sizes: backend.Launch) -> None:
+    labels, loss = logits.new_empty(len(logits), dtype=torch.int64), logits.new_empty(len(logits))
+    backend.launch(
+        liger.liger_cross_entropy_kernel,
+        len(logits),
+        sizes,
+        *(logits, logits.stride(0), labels, 1, None, loss, None, 1, None, 0, None, 0),
+        *(logits.shape[1], len(logits), len(logits), 0.0, -100, 0.0, 0.0, "mean", None),
+        *(False, False, False),
+        HAS_WEIGHT=False,
+        HAS_SOFTCAPPING=False,
+        HAS_GRADIENTS=True,
+    )
+
+
+def _liger_multiplication(liger: Any, logits: Tensor, sizes: backend.Launch) -> None:
+    factor = logits.new_empty(())
+    args = (logits, logits.stride(0), factor, logits.shape[1])
+    backend.launch(liger.element_mul_kernel, len(logits), sizes, *args)
+
+
 # What is counted ---------------------------------------------------------------------------------------
 
 
@@ -202,8 +258,10 @@ def usage(architecture: str, case: Case, launch: str, binary: Any, sizes: backen
     return Usage(
         binary.name,
         launch,
-        str(case),
+        str(case.dtype).removeprefix("torch."),
+        case.options,
         case.vocab,
+        case.layout,
         architecture if architecture.startswith("gfx") else f"sm_{architecture}",
         sizes.num_warps,
         sizes.block,
@@ -290,9 +348,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", nargs="+", default=["90"], help="compute capabilities, or gfx and a number")
-    parser.add_argument("--vocab", type=int, nargs="+", help="vocabularies, in bfloat16 without options")
+    parser.add_argument("--vocab", type=int, nargs="+", help="these vocabularies, in bfloat16")
     parser.add_argument("--plain", action="store_true", help="only the main kernels, without options")
     parser.add_argument("--all", action="store_true", help="every dtype, option and vocabulary")
+    parser.add_argument("--peers", action="store_true", help="Liger's kernels too, without options")
     parser.add_argument("--loops", action="store_true", help="list every loop that was found")
     parser.add_argument("--out", type=Path, help="file for the numbers as JSON")
     args = parser.parse_args()
@@ -300,37 +359,48 @@ def main() -> None:
         sys.exit("benchmarks.kernels compiles: unset TRITON_INTERPRET")
     cases = list(all_cases() if args.all else daily_cases())
     if args.vocab:
-        cases = [c for v in args.vocab for c in _layouts(torch.bfloat16, "plain", v)]
+        cases = [c for o in OPTIONS for v in args.vocab for c in _layouts(torch.bfloat16, o, v)]
     if args.plain:
         cases = [c for c in cases if c.options == "plain"]
     only = MAIN if args.plain else ()
     found = [u for architecture in args.arch for case in cases for u in usages(architecture, case, only)]
+    if args.peers:
+        theirs = [c for c in cases if c.options == "plain" and c.layout == "contiguous"]
+        found += [u for architecture in args.arch for case in theirs for u in peers(architecture, case)]
     if args.out:
         args.out.write_text(json.dumps([asdict(u) for u in found], indent=1))
-    Console().print(table(found, args.loops))
+    console = Console()
+    console.print(table(found))
+    if args.loops:
+        for (kernel, gpu, case), same in alike(found).items():
+            console.print(f"{kernel}, {gpu}, {case}:", *same[0].loops, sep="\n  ")
 
 
-def table(found: list[Usage], loops: bool) -> Table:
-    """A row for each binary: the vocabularies that share one stand together."""
+def alike(found: list[Usage]) -> dict[tuple[str, str, str], list[Usage]]:
+    """Those that differ in nothing but the vocabulary, by kernel, GPU and case."""
+    groups: dict[str, list[Usage]] = {}
+    for u in found:
+        groups.setdefault(str(replace(u, vocab=0)), []).append(u)
+    named = {}
+    for same in groups.values():
+        first, vocabularies = same[0], ", ".join(str(u.vocab) for u in same)
+        case = f"{first.dtype}, {first.options}, {first.layout}: {vocabularies}"
+        named[first.launch, first.architecture, case] = same
+    return named
+
+
+def table(found: list[Usage]) -> Table:
     shown = Table()
     for column in ("kernel", "GPU", "case"):
         shown.add_column(column)
     for column in ("instructions", "special", "load", "store", "registers", "local", "shared"):
         shown.add_column(column, justify="right")
-    if loops:
-        shown.add_column("found in it")
-    for u in found:
+    for names, (u, *_) in alike(found).items():
         passes = " + ".join(f"{i:.1f}" for i in u.instructions)
         total = f" = {sum(u.instructions):.1f}" if len(u.instructions) > 1 else ""
-        row = [
-            u.launch,
-            u.architecture,
-            u.case,
-            passes + total + "?" * (not u.whole_blocks),
-            f"{u.exponentials:.1f}",
-        ]
-        row += [str(n) for n in (u.load_width, u.store_width, u.registers, u.local_bytes, u.shared_bytes)]
-        shown.add_row(*row, *(["\n".join(u.loops)] if loops else []))
+        counted = passes + total + "?" * (not u.whole_blocks)
+        sizes = (u.load_width, u.store_width, u.registers, u.local_bytes, u.shared_bytes)
+        shown.add_row(*names, counted, f"{u.special:.1f}", *map(str, sizes))
     return shown
 
 
