@@ -10,11 +10,12 @@ from torch import Tensor
 
 from nvamp.cross_entropy.backends import backend_for
 from nvamp.cross_entropy.checks import has_transforms
+from nvamp.cross_entropy.operator import operator
 from nvamp.objective import ALONE, Gradient, Ranks, Result, Statistics
 
 THREADS = 1024  # of the one program
 BLOCK_BYTES = 16 * THREADS  # of losses, that it takes at a time
-SCALARS = 10  # what the kernel says of a batch; the first are `Statistics`, then the two weights
+SCALARS = 11  # what the kernel says of a batch; the first are `Statistics`, then the two weights
 
 
 def serves(x: Tensor, backend: str | None, ranks: Ranks) -> bool:
@@ -47,23 +48,21 @@ def evaluate(
     elif num_items_in_batch is not None:
         number = float(num_items_in_batch)
     loss, weights, scalars, index = objective(
-        nll, labels, items, number, ignore_index, alpha, beta, gamma, eps, gradient, per_token
+        nll, labels, items, number, ignore_index, *map(float, (alpha, beta, gamma, eps)), gradient, per_token
     )
 
     def statistics() -> Statistics:
-        n, m, cross_entropy, mean, std, dispersion, mean_sign, largest, *_ = scalars.unbind()
-        return Statistics(n, m, cross_entropy, mean, std, dispersion, mean_sign, largest, index)
+        return Statistics._make((*scalars.unbind()[:9], index))
 
     if per_token:
         return Result(loss, weights, None, statistics)
-    shared, at_max = scalars[8], scalars[9]
+    shared, at_max = scalars[9], scalars[10]
     return Result(loss, shared, at_max if gamma and gradient != "detached" else None, statistics)
 
 
-@torch.library.custom_op(
+@operator(
     "nvamp::objective",
-    mutates_args=(),
-    schema="(Tensor nll, Tensor labels, Tensor? items, float? num_items, int ignore_index, float alpha, "
+    "(Tensor nll, Tensor labels, Tensor? items, float? num_items, int ignore_index, float alpha, "
     "float beta, float gamma, float eps, str gradient, bool per_token) "
     "-> (Tensor loss, Tensor weights, Tensor scalars, Tensor max_index)",
 )

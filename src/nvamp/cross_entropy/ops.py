@@ -26,6 +26,7 @@ from nvamp.cross_entropy.backend import Backend
 from nvamp.cross_entropy.backends import load
 from nvamp.cross_entropy.checks import check_label_range
 from nvamp.cross_entropy.hugepages import in_huge_pages
+from nvamp.cross_entropy.operator import operator
 from nvamp.cross_entropy.options import Head, Needs, Options, accumulate_dtype
 
 Tensors = tuple[Tensor, ...]
@@ -79,10 +80,9 @@ def _refuse(*_: Any) -> Any:
 # nvamp::token_nll --------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
+@operator(
     "nvamp::token_nll",
-    mutates_args=(),
-    schema=f"(Tensor logits, Tensor labels, bool metrics, bool inplace_backward, {_OPTIONS}) -> {_TOKENS}",
+    f"(Tensor logits, Tensor labels, bool metrics, bool inplace_backward, {_OPTIONS}) -> {_TOKENS}",
 )
 def token_nll(logits: Tensor, labels: Tensor, metrics: bool, inplace_backward: bool, *args: Any) -> Tensors:
     backend, opt = _backend(args)
@@ -95,11 +95,9 @@ def _(logits: Tensor, labels: Tensor, metrics: bool, inplace_backward: bool, *ar
     return _fake_tokens(logits, labels, metrics)
 
 
-@torch.library.custom_op(
+@operator(
     "nvamp::token_nll_backward",
-    mutates_args=(),
-    schema="(Tensor grad_nll, Tensor logits, Tensor labels, Tensor norm, Tensor? classes, "
-    f"{_OPTIONS}) -> Tensor",
+    f"(Tensor grad_nll, Tensor logits, Tensor labels, Tensor norm, Tensor? classes, {_OPTIONS}) -> Tensor",
 )
 def token_nll_backward(
     grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, classes: Tensor | None, *args: Any
@@ -154,7 +152,7 @@ def _logits_gradient(
     args: list[Any],
 ) -> Tensor:
     in_place = inplace and not _is_of_leaf(logits) and _may_use_up(logits, grad_nll) and _no_overlap(logits)
-    backward = _token_nll_backward_ if in_place else torch.ops.nvamp.token_nll_backward
+    backward = _token_nll_backward_ if in_place else token_nll_backward
     return cast(Tensor, backward(grad_nll, logits, labels, norm, classes, *args))
 
 
@@ -204,10 +202,9 @@ token_nll.register_autograd(_token_nll_autograd, setup_context=_token_nll_setup)
 # nvamp::linear_token_nll -------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
+@operator(
     "nvamp::linear_token_nll",
-    mutates_args=(),
-    schema=f"({_HEAD}, bool metrics, ScalarType? accum_dtype, {_OPTIONS}) -> {_TOKENS}",
+    f"({_HEAD}, bool metrics, ScalarType? accum_dtype, {_OPTIONS}) -> {_TOKENS}",
 )
 def linear_token_nll(*args: Any) -> Tensors:
     head, metrics, (backend, opt) = Head(*args[:4]), args[4], _backend(args[6:])
@@ -221,10 +218,9 @@ def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, metrics: bool, 
     return _fake_tokens(hidden, labels, metrics)
 
 
-@torch.library.custom_op(
+@operator(
     "nvamp::linear_token_nll_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_nll, Tensor norm, Tensor? classes, {_HEAD}, {_NEEDS}, ScalarType? accum_dtype, "
+    f"(Tensor grad_nll, Tensor norm, Tensor? classes, {_HEAD}, {_NEEDS}, ScalarType? accum_dtype, "
     f"{_OPTIONS}) -> ({_GRADIENTS})",
 )
 def linear_token_nll_backward(grad_nll: Tensor, norm: Tensor, classes: Tensor | None, *args: Any) -> Tensors:
@@ -252,7 +248,7 @@ def _linear_token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) 
 
 def _linear_token_nll_autograd(ctx: Any, grad_nll: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     needs = Needs(*ctx.needs_input_grad[:3])
-    grads = torch.ops.nvamp.linear_token_nll_backward(grad_nll, *ctx.saved_tensors, *needs, *ctx.args)
+    grads = linear_token_nll_backward(grad_nll, *ctx.saved_tensors, *needs, *ctx.args)
     return *_present(grads, needs), None, None, *(None for _ in ctx.args)
 
 
@@ -269,10 +265,9 @@ linear_token_nll.register_autograd(_linear_token_nll_autograd, setup_context=_li
 _UNITS = f"Tensor max_index, Tensor max_grad, Tensor max_hidden, {_GRADIENTS}"
 
 
-@torch.library.custom_op(
+@operator(
     "nvamp::linear_nll_sum_max",
-    mutates_args=(),
-    schema=f"({_HEAD}, {_NEEDS}, bool use_up, ScalarType? accum_dtype, {_OPTIONS}) "
+    f"({_HEAD}, {_NEEDS}, bool use_up, ScalarType? accum_dtype, {_OPTIONS}) "
     f"-> (Tensor sum, Tensor max, Tensor nll, {_UNITS})",
 )
 def linear_nll_sum_max(*args: Any) -> Tensors:
@@ -300,10 +295,9 @@ def _(*args: Any) -> Tensors:
     return scalar, torch.empty_like(scalar), nll, index, *of_max, hidden, weight, bias.to(nll.dtype)
 
 
-@torch.library.custom_op(
+@operator(
     "nvamp::linear_nll_sum_max_backward",
-    mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor grad_sum, Tensor? grad_max, {_UNITS}, "
+    f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor grad_sum, Tensor? grad_max, {_UNITS}, "
     f"{_NEEDS}, str backend) -> ({_GRADIENTS})",
 )
 def linear_nll_sum_max_backward(*args: Any) -> Tensors:
@@ -362,7 +356,6 @@ def _scale_unit_gradients(
 def _linear_nll_sum_max_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.needs, ctx.use_up, ctx.backend = inputs[4:7], inputs[7], inputs[9]
     ctx.num_options = len(inputs) - 4
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*output[3:], *inputs[:3])
 
@@ -371,8 +364,6 @@ def _linear_nll_sum_max_autograd(
     ctx: Any, grad_sum: Tensor | None, grad_max: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     rest = (None,) * ctx.num_options
-    if grad_sum is None and grad_max is None:
-        return None, None, None, None, *rest
     saved = ctx.saved_tensors  # once: checkpointing allows no second look
     units, inputs = saved[:6], saved[6:]
     if grad_sum is None:
@@ -382,7 +373,7 @@ def _linear_nll_sum_max_autograd(
     if ctx.use_up and _may_use_up(units[0], grad_sum):
         grads = _scale_unit_gradients(True, *args)
     else:
-        grads = torch.ops.nvamp.linear_nll_sum_max_backward(*inputs, *args)
+        grads = linear_nll_sum_max_backward(*inputs, *args)
     return *_present(grads, Needs(*ctx.needs)), None, *rest
 
 
@@ -406,10 +397,9 @@ def _fake_statistics(x: Tensor, labels: Tensor) -> Tensors:
     return norm, nll, torch.empty_like(nll)
 
 
-@torch.library.custom_op(
+@operator(
     "nvamp::part_statistics",
-    mutates_args=(),
-    schema=f"(Tensor logits, Tensor labels, {_OPTIONS}) -> {_STATISTICS}",
+    f"(Tensor logits, Tensor labels, {_OPTIONS}) -> {_STATISTICS}",
 )
 def part_statistics(logits: Tensor, labels: Tensor, *args: Any) -> Tensors:
     backend, opt = _backend(args)
@@ -423,10 +413,9 @@ def _(logits: Tensor, labels: Tensor, *args: Any) -> Tensors:
     return _fake_statistics(logits, labels)
 
 
-@torch.library.custom_op(
+@operator(
     "nvamp::part_nll",
-    mutates_args=(),
-    schema=f"(Tensor logits, Tensor labels, {_WHOLE}, bool inplace_backward, {_OPTIONS}) -> Tensor",
+    f"(Tensor logits, Tensor labels, {_WHOLE}, bool inplace_backward, {_OPTIONS}) -> Tensor",
 )
 def part_nll(logits: Tensor, labels: Tensor, norm: Tensor, nll: Tensor, *args: Any) -> Tensor:
     return nll.clone()
@@ -452,10 +441,9 @@ def _part_nll_autograd(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
 part_nll.register_autograd(_part_nll_autograd, setup_context=_part_nll_setup)
 
 
-@torch.library.custom_op(
+@operator(
     "nvamp::linear_part_statistics",
-    mutates_args=(),
-    schema=f"({_HEAD}, ScalarType? accum_dtype, {_OPTIONS}) -> {_STATISTICS}",
+    f"({_HEAD}, ScalarType? accum_dtype, {_OPTIONS}) -> {_STATISTICS}",
 )
 def linear_part_statistics(*args: Any) -> Tensors:
     head, (backend, opt) = Head(*args[:4]), _backend(args[5:])
@@ -470,10 +458,9 @@ def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, *args: Any) -> 
     return _fake_statistics(hidden, labels)
 
 
-@torch.library.custom_op(
+@operator(
     "nvamp::linear_part_nll",
-    mutates_args=(),
-    schema=f"({_HEAD}, {_WHOLE}, ScalarType? accum_dtype, {_OPTIONS}) -> Tensor",
+    f"({_HEAD}, {_WHOLE}, ScalarType? accum_dtype, {_OPTIONS}) -> Tensor",
 )
 def linear_part_nll(*args: Any) -> Tensor:
     return cast(Tensor, args[5].clone())
@@ -491,7 +478,7 @@ def _linear_part_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
 
 def _linear_part_nll_autograd(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
     needs = Needs(*ctx.needs_input_grad[:3])
-    grads = torch.ops.nvamp.linear_token_nll_backward(grad_nll, *ctx.saved_tensors, *needs, *ctx.args)
+    grads = linear_token_nll_backward(grad_nll, *ctx.saved_tensors, *needs, *ctx.args)
     return *_present(grads, needs), None, None, None, None, *(None for _ in ctx.args)
 
 
