@@ -44,6 +44,7 @@ class Statistics(NamedTuple):
 
     num_tokens: Tensor  # N, in the dtype of the losses
     num_items: Tensor | float  # M
+    share: Tensor | float  # N/M, 1 if M is N
     cross_entropy: Tensor  # C
     mean: Tensor  # μ
     std: Tensor  # σ, with ε
@@ -58,7 +59,7 @@ class Result(NamedTuple):
 
     loss: Tensor  # L
     weights: Tensor  # w_i [tokens]; or a scalar, that of Σ ℓ
-    at_max: Tensor | None  # in the latter case that of X, None for 0
+    at_max: Tensor | None  # in the latter case that of X; None for 0
     statistics: Callable[[], Statistics]
 
 
@@ -71,39 +72,40 @@ def statistics(
     ranks: Ranks = ALONE,
     moments: int = 3,
 ) -> Statistics:
-    """Statistics of `nll` [tokens] over those tokens where `valid` [tokens] (bool) holds, on all ranks.
+    """Statistics of `nll` [tokens] over the tokens that are `valid` [tokens] (bool), on all ranks.
 
-    The three `moments` are variance, dispersion and mean sign; with 2 of them the mean sign is 0, and with
-    none μ, σ and d too, or NaN if a loss is not finite.
+    The losses of the others must be 0. The three `moments` are variance, dispersion and mean sign; with 2 of
+    them the mean sign is 0, and with none so are μ, σ and d, or NaN if a loss is not finite.
     """
-
-    def sum_of(x: Tensor) -> Tensor:
-        return torch.where(valid, x, 0).sum()
-
-    n, total = valid.sum().to(nll.dtype), sum_of(nll)
-    candidates = torch.where(valid, nll, -torch.inf)
+    ignored = ~valid
+    n, total = valid.sum(dtype=nll.dtype), nll.sum()
+    candidates = nll.masked_fill(ignored, -torch.inf)
     largest, index = (candidates if nll.numel() else pad(candidates, (0, 1), value=-torch.inf)).max(0)
     # The mean is taken of ℓ − X, so that the deviations of equal losses are exact zeros.
+    below = (nll - largest).masked_fill(ignored, 0).sum() if moments else total
     if ranks is ALONE:
-        largest, index = torch.where(n > 0, largest, 0), torch.where(n > 0, index, -1)
-        below = sum_of(nll - largest) if moments else total
+        elsewhere = n == 0
+        largest = largest.masked_fill(elsewhere, 0)
     else:
-        n, total, largest, below, is_here = _of_all(ranks, n, total, largest, sum_of(nll - largest))
-        index = torch.where(is_here, index, -1)
+        n, total, largest, below, elsewhere = _of_all(ranks, n, total, largest, below)
+    index = index.masked_fill(elsewhere, -1)
 
     some = n.clamp(min=1)
     m: Tensor | float = some
+    share: Tensor | float = 1.0
     if isinstance(num_items_in_batch, Tensor):
         m = num_items_in_batch.to(nll.dtype).clamp(min=1)  # wherever it is: to move it would wait
     elif num_items_in_batch is not None:
         m = max(num_items_in_batch, 1)
+    if num_items_in_batch is not None:
+        share = n / m
     cross_entropy = total / m
     if not moments:
         none = 0 * cross_entropy
-        return Statistics(n, m, cross_entropy, none, none, none, none, largest, index)
+        return Statistics(n, m, share, cross_entropy, none, none, none, none, largest, index)
 
     mean = largest + below / some
-    deviation = torch.where(valid, nll - mean, 0)
+    deviation = (nll - mean).masked_fill(ignored, 0)
     sums = [deviation.square().sum(), deviation.abs().sum()]
     if moments == 3:
         sums.append(deviation.sign().sum())
@@ -112,39 +114,38 @@ def statistics(
     std = (sums[0] / some + eps).sqrt()
     dispersion = sums[1] / some / std
     mean_sign = sums[2] / some if moments == 3 else torch.zeros_like(n)
-    return Statistics(n, m, cross_entropy, mean, std, dispersion, mean_sign, largest, index)
+    return Statistics(n, m, share, cross_entropy, mean, std, dispersion, mean_sign, largest, index)
 
 
 def _of_all(
     ranks: Ranks, n: Tensor, total: Tensor, largest: Tensor, below: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """N, Σ ℓ, X and Σ (ℓ − X) of all ranks, from those of this one; and whether it is the first to have X."""
+    """N, Σ ℓ, X and Σ (ℓ − X) of all ranks, from those of this one; and whether another rank has X."""
     own = torch.stack((n, total, largest, below))
     counts, sums, maxima, belows = ranks.gather(own).unbind(1)
     n, owner = counts.sum(), maxima.argmax()
     largest = torch.where(n > 0, maxima.gather(0, owner[None])[0], 0)
     belows = torch.where(counts > 0, belows + counts * (maxima - largest), 0)
-    return n, sums.sum(), largest, belows.sum(), (n > 0) & (owner == ranks.rank)
+    return n, sums.sum(), largest, belows.sum(), ~((n > 0) & (owner == ranks.rank))
 
 
 def value(s: Statistics, *, alpha: float, beta: float, gamma: float) -> Tensor:
     """L, a scalar in nats."""
     # L = α·d·C + β·C + γ·X·(N/M)
-    return (alpha * s.dispersion + beta) * s.cross_entropy + gamma * s.max * (s.num_tokens / s.num_items)
+    loss = (alpha * s.dispersion + beta) * s.cross_entropy
+    return loss + gamma * s.max * s.share if gamma else loss
 
 
 def shared_weight(
     s: Statistics, *, alpha: float, beta: float, gamma: float, gradient: Gradient
-) -> tuple[Tensor, Tensor | None]:
-    """The two scalars `(a, b)` of `w_i = a + b·[i = argmax]`; None for a b of 0.
+) -> tuple[Tensor, Tensor | float]:
+    """The two numbers `(a, b)` of `w_i = a + b·[i = argmax]`.
 
     Modes `"scalar"` and `"detached"` are no more than that: they need only sum and maximum of the losses.
     """
     if gradient == "detached":
-        return alpha * s.dispersion / s.num_items, None
-    # A rank without the largest loss of all has one of its own, which weighs nothing more.
-    at_max = gamma * (s.num_tokens / s.num_items) * (s.max_index >= 0) if gamma else None
-    return (alpha * s.dispersion + beta) / s.num_items, at_max
+        return alpha * s.dispersion / s.num_items, 0.0
+    return (alpha * s.dispersion + beta) / s.num_items, gamma * s.share
 
 
 def weights(
@@ -170,7 +171,7 @@ def weights(
         n, deviation = s.num_tokens.clamp(min=1), nll - s.mean
         d_dispersion = ((deviation.sign() - s.mean_sign) - s.dispersion * (deviation / s.std)) / (n * s.std)
         shared = shared + alpha * s.cross_entropy * d_dispersion
-    if at_max is not None:
+    if gamma and gradient != "detached":
         is_max = torch.arange(nll.numel(), device=nll.device) == s.max_index
         shared = torch.where(is_max, shared + at_max, shared)
     return torch.where(valid, shared, 0)
@@ -203,4 +204,6 @@ def evaluate(
         w = weights(nll, valid, s, alpha=alpha, beta=beta, gamma=gamma, gradient=gradient)
         return Result(loss, w, None, lambda: s)
     shared, at_max = shared_weight(s, alpha=alpha, beta=beta, gamma=gamma, gradient=gradient)
-    return Result(loss, shared, at_max, lambda: s)
+    # A rank without the largest loss of all has one of its own, which weighs nothing more.
+    here = at_max * (s.max_index >= 0).to(nll.dtype) if gamma and gradient != "detached" else None
+    return Result(loss, shared, here, lambda: s)

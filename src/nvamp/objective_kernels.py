@@ -87,8 +87,8 @@ def objective_kernel(
     """The loss, its statistics and if WEIGHTS the weights of all tokens, in one program.
 
     nll and weights are [tokens] in WIDE. Labels are integers or bool; `ignore_index` marks those that do not
-    count, whose losses may be anything. `scalars` are N, M, C, μ, σ, d, mean sign and X, and the weight that
-    all tokens share and the one that the largest adds. Integers are exact up to 2²⁴ in float32.
+    count, whose losses may be anything. `scalars` are N, M, N/M, C, μ, σ, d, mean sign and X, then the weight
+    that all tokens share and the one that the largest adds. Integers are exact up to 2²⁴ in float32.
     """
     count = tl.zeros((BLOCK,), tl.int32)
     total = tl.zeros((BLOCK,), WIDE)
@@ -108,9 +108,11 @@ def objective_kernel(
     largest = tl.where(n > 0, largest, 0.0)
     index = tl.where(n > 0, index, -1)
     m = some
+    share = tl.full((), 1, WIDE)  # N/M
     if items is not None:
         m = _number(items, ITEMS_IN_MEMORY, WIDE)
         m = tl.where(m < 1, 1.0, m)
+        share = _divide(n, m)
 
     # The mean is taken of ℓ − X, so that the deviations of equal losses are exact zeros.
     below = tl.zeros((BLOCK,), WIDE)
@@ -137,24 +139,25 @@ def objective_kernel(
     g = _number(gamma, tl.float64 == WIDE, WIDE)
     cross_entropy = _divide(tl.sum(total, 0), m)
     # L = α·d·C + β·C + γ·X·(N/M)
-    tl.store(loss_ptr, (a * dispersion + b) * cross_entropy + g * largest * _divide(n, m))
+    tl.store(loss_ptr, (a * dispersion + b) * cross_entropy + g * largest * share)
     if GRADIENT == "detached":
         shared = _divide(a * dispersion, m)
         at_max = tl.zeros((), WIDE)
     else:
         shared = _divide(a * dispersion + b, m)
-        at_max = g * _divide(n, m)
+        at_max = g * share
     tl.store(index_ptr, index)
     tl.store(scalars_ptr, n)
     tl.store(scalars_ptr + 1, m)
-    tl.store(scalars_ptr + 2, cross_entropy)
-    tl.store(scalars_ptr + 3, mean)
-    tl.store(scalars_ptr + 4, std)
-    tl.store(scalars_ptr + 5, dispersion)
-    tl.store(scalars_ptr + 6, mean_sign)
-    tl.store(scalars_ptr + 7, largest)
-    tl.store(scalars_ptr + 8, shared)
-    tl.store(scalars_ptr + 9, at_max)
+    tl.store(scalars_ptr + 2, share)
+    tl.store(scalars_ptr + 3, cross_entropy)
+    tl.store(scalars_ptr + 4, mean)
+    tl.store(scalars_ptr + 5, std)
+    tl.store(scalars_ptr + 6, dispersion)
+    tl.store(scalars_ptr + 7, mean_sign)
+    tl.store(scalars_ptr + 8, largest)
+    tl.store(scalars_ptr + 9, shared)
+    tl.store(scalars_ptr + 10, at_max)
 
     # scalar     (α·d + β)/M + γ·(N/M)·[i = argmax]
     # token      (α·|z_i| + β)/M + γ·(N/M)·[i = argmax]
