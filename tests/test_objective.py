@@ -163,6 +163,18 @@ def test_an_empty_step_divides_by_nothing() -> None:
     assert objective.value(s, **WEIGHTS) == 0
 
 
+def test_compiled_for_a_number_of_tokens_that_the_data_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+
+    def loss(ell: Tensor, valid: Tensor) -> Tensor:
+        return token_nvamp_loss(ell[valid], alpha=2.0, gradient="full")
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for valid in ([True, False, True, True], [False] * 4):
+        ell, mask = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor(valid)
+        torch.testing.assert_close(compiled(ell, mask), loss(ell, mask))
+
+
 # As one kernel ------------------------------------------------------------------------------------------
 
 JUNK = st.sampled_from([0.0, 7.0, 1e30, math.inf, math.nan])

@@ -155,7 +155,9 @@ class Settings(NamedTuple):
 
     def targets(self, labels: Tensor) -> Tensor:
         """The label of each row: with `shift` that of the row after it, and none for the last."""
-        return pad(labels, (0, 1), value=self.ignore_index)[..., 1:] if self.shift else labels
+        if not self.shift:
+            return labels
+        return pad(labels[..., 1:], (0, 1), value=self.ignore_index)[..., : labels.shape[-1]]
 
 
 @overload

@@ -80,7 +80,9 @@ def statistics(
     ignored = ~valid
     n, total = valid.sum(dtype=nll.dtype), nll.sum()
     candidates = nll.masked_fill(ignored, -torch.inf)
-    largest, index = (candidates if nll.numel() else pad(candidates, (0, 1), value=-torch.inf)).max(0)
+    if torch.compiler.is_compiling() or not nll.numel():  # a graph is for any number of tokens
+        candidates = pad(candidates, (0, 1), value=-torch.inf)
+    largest, index = candidates.max(0)
     # The mean is taken of ℓ − X, so that the deviations of equal losses are exact zeros.
     below = (nll - largest).masked_fill(ignored, 0).sum() if moments else total
     if ranks is ALONE:

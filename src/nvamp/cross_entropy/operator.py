@@ -63,30 +63,24 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or not is_plain(args):
             return self.registered(*args)
-        if self._differentiable is not None and torch.is_grad_enabled() and _require_grad(args):
+        if self._differentiable and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._differentiable.apply(*args)  # type: ignore[no-untyped-call]
         return self.function(*args)
 
 
 def is_plain(args: tuple[Any, ...]) -> bool:
     """Whether nothing but autograd wants to know of a call with these arguments."""
+    for x in args:
+        if isinstance(x, Tensor) and (
+            type(x) not in (Tensor, torch.nn.Parameter)
+            or x.is_meta
+            or is_functorch_wrapped_tensor(x)
+            or is_legacy_batchedtensor(x)
+        ):
+            return False
     return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or get_interpreter_stack()
         or torch._C._is_tracing()
-        or any(isinstance(x, Tensor) and not _is_plain_tensor(x) for x in args)
     )
-
-
-def _is_plain_tensor(x: Tensor) -> bool:
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not x.is_meta
-        and not is_functorch_wrapped_tensor(x)
-        and not is_legacy_batchedtensor(x)
-    )
-
-
-def _require_grad(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for x in args)
