@@ -1,14 +1,20 @@
 """The operators as PyTorch's own checks, compilers and autograd see them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import nvamp
-from nvamp.cross_entropy import chunked, linear, linear_nll_sum_max
+from nvamp.cross_entropy import chunked, linear, linear_nll_sum_max, operator
+from nvamp.cross_entropy import ops as engine
 from nvamp.functional import linear_token_nll, token_nll
 from tests.cross_entropy.problems import HALF, IGNORED, OPTIONS, gradients, make_problem
 
@@ -16,6 +22,16 @@ ops = torch.ops.nvamp
 
 
 with_backend = pytest.mark.parametrize("backend", ["chunked", "triton"])
+
+
+@pytest.fixture(params=["plain", "registered"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that go round the dispatcher, and the same through it."""
+    if request.param == "registered":
+        monkeypatch.setattr(operator, "is_plain", lambda _: False)
+
+
+both_ways = pytest.mark.usefixtures("way")
 
 
 def flat(backend: str = "chunked", **options: Any) -> tuple[Any, ...]:
@@ -108,6 +124,7 @@ def one_pass(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     return nvamp.functional.linear_nvamp_loss(h, w, labels, shift=False, gamma=0.5)
 
 
+@both_ways
 def test_backward_twice_gives_the_same() -> None:
     p = make_problem()
     h, w = p.hidden.requires_grad_(), p.weight.requires_grad_()
@@ -123,6 +140,7 @@ def test_backward_twice_gives_the_same() -> None:
         torch.autograd.grad(loss, (h, w))
 
 
+@both_ways
 def test_checkpointing() -> None:
     p = make_problem()
     inputs = p.hidden, p.weight
@@ -133,6 +151,135 @@ def test_checkpointing() -> None:
 
         got = gradients(lambda *x, loss=loss: checkpoint(loss, *x, use_reentrant=False), *inputs)
         torch.testing.assert_close(got, gradients(loss, *inputs))
+
+
+# Round the dispatcher -----------------------------------------------------------------------------------
+
+
+def dispatched(run: Callable[[], object]) -> set[str]:
+    """The names of the operators that went through the dispatcher."""
+    names: set[str] = set()
+    with pytest.MonkeyPatch.context() as patch:
+        for op in vars(engine).values():
+            if isinstance(op, operator.Operator):
+
+                def registered(*args: Any, call: Any = op.registered) -> Any:
+                    names.add(call._name)
+                    return call(*args)
+
+                patch.setattr(op, "registered", registered)
+        run()
+    return names
+
+
+def runs(backend: str, create_graph: bool = False) -> dict[str, Callable[[], list[Tensor]]]:
+    """Results and gradients of every operator that has some."""
+    p = make_problem(dtype=torch.float32)
+
+    def run(f: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        results = f(*leaves)
+        results = [results] if isinstance(results, Tensor) else list(results)
+        scalars = [(x * torch.arange(x.numel()).view(x.shape)).sum() for x in results if x.requires_grad]
+        grads = torch.autograd.grad(sum(scalars), leaves, create_graph=create_graph)  # type: ignore[arg-type]
+        return [*(x.detach() for x in results), *grads]
+
+    head, y = (p.hidden, p.weight, p.bias), p.labels
+    whole = (torch.randn(37, 2), torch.randn(37), torch.tensor(99))
+    options: Any = {"backend": backend, **OPTIONS["all"]}
+    args = flat(backend, **OPTIONS["all"])
+    return {
+        "logits": lambda: run(lambda x: token_nll(x, y, **options), p.logits),
+        "in place": lambda: run(lambda x: token_nll(2 * x, y, inplace_backward=True, **options), p.logits),
+        "linear": lambda: run(lambda h, w, b: linear_token_nll(h, w, y, b, **options), *head),
+        "one pass": lambda: run(lambda h, w, b: linear_nll_sum_max(h, w, y, b, **options), *head),
+        "part": lambda: run(lambda x: engine.part_nll(x, y, *whole, False, *args), p.logits),
+        "linear part": lambda: run(
+            lambda h, w, b: engine.linear_part_nll(h, w, b, y, *whole, None, *args), *head
+        ),
+        "statistics of a part": lambda: list(engine.part_statistics(p.logits, y, *args)),
+        "statistics of a linear part": lambda: list(engine.linear_part_statistics(*head, y, None, *args)),
+    }
+
+
+@pytest.mark.parametrize("what", runs("chunked"))
+@with_backend
+def test_both_ways_give_the_same_bits(what: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    run = runs(backend)[what]
+    assert dispatched(lambda: None) == dispatched(run) == set()
+    plain = run()
+    monkeypatch.setattr(operator, "is_plain", lambda _: False)
+    assert dispatched(run)
+    for a, b in zip(plain, run(), strict=True):
+        assert torch.equal(a, b)
+
+
+@both_ways
+@with_backend
+def test_second_derivatives_are_refused(backend: str) -> None:
+    for name, run in runs(backend, create_graph=True).items():
+        if "statistics" not in name:
+            with pytest.raises(NotImplementedError, match='use backend="reference" for second derivatives'):
+                run()[-1].sum().backward()
+
+
+class Subclass(Tensor):
+    pass
+
+
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Dispatching(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def under(mode: Any, f: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    def run(x: Tensor) -> Any:
+        with mode():
+            return f(x)
+
+    return run
+
+
+def batched(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
+    def run(x: Tensor) -> Any:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(f(x), x, torch.eye(len(x), dtype=x.dtype), is_grads_batched=True)
+
+    return run
+
+
+WATCHERS: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Any]]] = {
+    "dispatch mode": lambda f: under(Dispatching, f),
+    "function mode": lambda f: under(Watching, f),
+    "default device": lambda f: under(lambda: torch.device("cpu"), f),
+    "fake tensors": lambda f: lambda x: f(FakeTensorMode(allow_non_fake_inputs=True).from_tensor(x)),
+    "subclass": lambda f: lambda x: f(x.as_subclass(Subclass)),
+    "no data": lambda f: lambda x: f(x.to("meta")),
+    "vmap": lambda f: lambda x: torch.func.vmap(f)(x[None]),
+    "functionalize": lambda f: torch.func.functionalize(f),
+    "make_fx": lambda f: make_fx(f),
+    "jit": lambda f: lambda x: torch.jit.trace(f, x),
+    "batched gradients": batched,
+}
+
+
+@pytest.mark.parametrize("watched", WATCHERS.values(), ids=WATCHERS)
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_who_looks_inside_sees_the_operator(watched: Any) -> None:
+    p = make_problem()
+
+    def nll(x: Tensor) -> Tensor:
+        return token_nll(x, p.labels.to(x.device))
+
+    assert not dispatched(lambda: nll(p.logits))
+    assert dispatched(lambda: watched(nll)(p.logits))
 
 
 # Overwriting the logits --------------------------------------------------------------------------------
@@ -164,6 +311,7 @@ def test_backward_in_the_memory_of_the_logits(backend: str) -> None:
     assert in_place == (backend != "reference")
 
 
+@both_ways
 def test_logits_are_left_alone_where_someone_may_need_them() -> None:
     p = make_problem()
     grad, in_place = overwritten(lambda x: x, retain_graph=True)
@@ -184,6 +332,7 @@ def test_logits_are_left_alone_where_someone_may_need_them() -> None:
         assert leaf.grad.data_ptr() != leaf.data_ptr()
 
 
+@both_ways
 @with_backend
 def test_who_needs_overwritten_logits_gets_an_error(backend: str) -> None:
     p = make_problem()
@@ -195,6 +344,7 @@ def test_who_needs_overwritten_logits_gets_an_error(backend: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["checkpoint", "hooks"])
+@both_ways
 @with_backend
 def test_nothing_is_overwritten_where_pytorch_would_not_see_it(backend: str, how: str) -> None:
     """Of tensors saved through hooks, autograd does not check the version, and their base is unknown."""
@@ -224,6 +374,7 @@ def test_nothing_is_overwritten_where_pytorch_would_not_see_it(backend: str, how
         assert torch.equal(got, expected), name
 
 
+@both_ways
 def test_the_loss_overwrites_logits() -> None:
     p = make_problem()
     logits = p.hidden.requires_grad_() @ p.weight.T
@@ -260,6 +411,7 @@ def test_meta_tensors() -> None:
     assert nvamp.functional.linear_nvamp_loss(h, w, y).shape == ()
 
 
+@both_ways
 def test_gradients_accumulate() -> None:
     """The gradient handed out is not the memory that a later call writes to."""
     p = make_problem()
