@@ -105,7 +105,7 @@ def peak_bytes(run: Run) -> int:
 
 def show_rows(title: str, rows: Sequence[Mapping[str, object]], decimals: int) -> None:
     """Prints rows that have the same keys as a table."""
-    from rich.console import Console  # only here: `benchmarks.gpu` runs where rich is not installed
+    from rich.console import Console  # only here: `benchmarks.gpu` does without rich
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")

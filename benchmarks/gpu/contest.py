@@ -1,6 +1,6 @@
 """The losses beside their peers: time and memory of forward and backward, from logits and from hidden states.
 
-Every contender is timed twice: in a plain loop (`ms`), where the host may be what is waited for, and as
+Every contender is timed twice: in a plain loop (`ms`), in which the host may be what is waited for, and as
 replays of a CUDA graph (`graph_ms`), the device's time alone. Bars are judged by the latter if both sides
 have it.
 """

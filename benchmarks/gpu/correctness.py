@@ -24,7 +24,8 @@ MANY = 64  # rows of these that are looked at: how the gradients of a few labels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 3.0, "logit_scale": 0.7}  # a cap that bends
-# Of a sum of losses. Several: how the gradient of a label rounds is luck, and the same luck for all labels.
+# A sum of losses is multiplied by these. One would not do: how the gradient of a label rounds is luck, and
+# the same luck for all labels.
 SCALES = (1.1, 1.37, 1.7)
 ROUNDING = torch.finfo(torch.bfloat16).eps  # two orders of the same bfloat16 arithmetic differ by less
 
@@ -132,7 +133,7 @@ def errors(
     masked: bool = False,
     **options: Any,
 ) -> Iterator[Bar]:
-    """Of all paths; `masked`, with half of the logits −inf in that from logits."""
+    """The errors of all paths. With `masked`, half of the logits are −inf in that from logits."""
     n, _, vocab = shape
     labelled = vocab // 2 if masked else vocab
     h, w, y = batch(device, shape, dtype)

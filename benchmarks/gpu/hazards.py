@@ -92,7 +92,7 @@ def _errors(bench: Bench, what: str, x: Tensor, y: Tensor, nll: Tensor, grad: Te
     error = (grad.double() - p).abs()
     bench.rows.check(f"{what}: losses", largest(nll.double() - expected), 1e-4)
     bench.rows.check(f"{what}: gradient of the label", largest(error[at]), 2**-8)
-    if x.dtype != torch.float16:  # where small gradients come to 0
+    if x.dtype != torch.float16:  # small gradients come to 0 there
         limit = 1e-4 if x.dtype == torch.float32 else 2**-7
         bench.rows.check(f"{what}: relative error", largest(error / p.abs().clamp(min=1e-30)), limit)
 

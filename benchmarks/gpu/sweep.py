@@ -26,7 +26,7 @@ FEW_ROWS: list[Size] = [(8192, 8), (16384, 16), (16384, 32), (32768, 32)]
 
 
 def timed(bench: Bench, what: str, step: Run, moved: float = 0, computed: float = 0, **more: Any) -> None:
-    """A row: times, and bytes moved and operations done in a second where they are known."""
+    """A row: times, and bytes moved and operations done in a second if they are known."""
 
     def write() -> None:
         step()
