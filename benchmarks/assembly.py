@@ -2,11 +2,11 @@
 
 A kernel of this library has a body that it runs for nearly every element: a loop over a row, or all of the
 kernel if a program is one block. Loops are found as in a compiler: a branch back to a block that every way
-into the loop leads through. Within a body that branches we follow the path that moves the most bytes in the
-widest accesses; if there are several, the one with the fewest predicates on them, which is what whole blocks
-take. What is on that path is counted once, and divided by the elements that a thread loads on it, which
-follow from the number of its loads and their widths. So an unrolled loop counts right, and so does a software
-pipeline, in which a load belongs to a later iteration than the arithmetic beside it.
+into the loop leads through. Within a body that branches we follow the path that loads the most bytes; if
+there are several, the one with the fewest predicates on its accesses, which is what whole blocks take. What
+is on that path is counted once, and divided by the elements that a thread loads on it, which follow from the
+number of its loads and their widths. So an unrolled loop counts right, and so does a software pipeline, in
+which a load belongs to a later iteration than the arithmetic beside it.
 """
 
 import re
@@ -249,15 +249,15 @@ def _body(
     code: list[Block], region: set[int], start: int, back: set[tuple[int, int]], header: int | None
 ) -> Body:
     """The path of a region that is followed: of a loop, one that comes back to its header."""
-    accesses = Counter(
-        max(i.load, i.store) for b in region for i in code[b].instructions if i.load or i.store
-    )
-    score = _scorer(_main_width(accesses))
+    within = [i for b in region for i in code[b].instructions]
+    loads = Counter(i.load for i in within if i.load)
+    stores = Counter(i.store for i in within if i.store)
+    score = _scorer(_main_width(loads), _main_width(stores))
     best: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # of each block: score to the end, and path
     for at in reversed([b for b in _order(code) if b in region]):
-        ways = [best[b] for b in code[at].successors if (at, b) not in back and b in best]
+        ways = [best[b] for b in code[at].successors if b in best]  # so not those back
         ends = (at, header) in back or (header is None and not code[at].successors)
-        ways += [((0,) * 4, ())] if ends else []
+        ways += [((0,) * 5, ())] if ends else []
         if ways:
             rest, path = max(ways)
             best[at] = tuple(x + y for x, y in zip(score(code[at]), rest, strict=True)), (at, *path)
@@ -265,14 +265,16 @@ def _body(
     return Body(header is not None, tuple(i for b in path for i in code[b].instructions))
 
 
-def _scorer(width: int) -> Callable[[Block], tuple[int, ...]]:
-    """Ranks by bytes in the main width, fewest predicates, fewest other accesses, most instructions."""
+def _scorer(load_width: int, store_width: int) -> Callable[[Block], tuple[int, ...]]:
+    """Ranks by bytes loaded, then stored, in the main widths; fewest masks; fewest other accesses; length."""
 
     def score(block: Block) -> tuple[int, ...]:
-        accesses = [i for i in block.instructions if i.load or i.store]
-        wide = [i for i in accesses if max(i.load, i.store) == width]
-        narrow = len(accesses) - len(wide)
-        return len(wide) * width, -sum(i.conditional for i in wide), -narrow, len(block.instructions)
+        loads = [i for i in block.instructions if i.load == load_width > 0]
+        stores = [i for i in block.instructions if i.store == store_width > 0]
+        masked = sum(i.conditional for i in loads + stores)
+        others = sum(bool(i.load or i.store) for i in block.instructions) - len(loads + stores)
+        sizes = len(loads) * load_width, len(stores) * store_width
+        return *sizes, -masked, -others, len(block.instructions)
 
     return score
 

@@ -1,10 +1,10 @@
-"""Compiles every kernel for GPUs that need not be there, and counts what decides its speed.
+"""Compiles the kernels on logits for GPUs that need not be there, and counts what decides their speed.
 
     python -m benchmarks.kernels                       bfloat16 on compute capability 9.0: what matters daily
     python -m benchmarks.kernels --plain               the three main kernels alone, without options
     python -m benchmarks.kernels --arch 80 gfx942      other GPUs
     python -m benchmarks.kernels --peers               Liger's kernels beside them
-    python -m benchmarks.kernels --all --out all.json  every dtype, option and vocabulary
+    python -m benchmarks.kernels --all --out all.json  every dtype and option
 
 The backend runs on tensors without data, and Triton compiles each launch as it would on that GPU, by its own
 rules. Registers and local memory are read off the binary: local memory is what spills. Instructions for each
@@ -35,18 +35,23 @@ from triton.runtime.jit import MockTensor
 
 from benchmarks.assembly import Body, blocks, bodies, main_bodies, read_amdgcn, read_sass
 from nvamp.cross_entropy import triton as backend
+from nvamp.cross_entropy.backend import Largest
 from nvamp.cross_entropy.options import Options, accumulate_dtype
 
-ARCHITECTURES = ("80", "90", "100", "120", "gfx942", "gfx950", "gfx1201")
-VOCABULARIES = (8, 32008, 50257, 50264, 50280, 128256, 262144)
 OPTIONS = {
     "plain": Options(),
     "all options": Options(label_smoothing=0.1, z_loss=1e-4, softcap=30.0, logit_scale=0.5),
 }
-ROWS = 4096  # many: the backend has other launches for few
+MANY_ROWS, FEW_ROWS = 4096, 32  # the backend may launch other sizes for few
+FEATURES = 4096
 DAILY = (50257, 50264, 128256)
 MAIN = ("nll", "gradient", "unit gradient")
-PADDED_ALWAYS = ("unit gradient", "scale and add")  # have rows of the linear path whatever the logits have
+ON_LOGITS = (
+    "nll",
+    "nll of a part",
+    "gradient",
+    "gradient of a part",
+)  # of any layout; the others are on chunks
 
 
 class Case(NamedTuple):
@@ -58,10 +63,11 @@ class Case(NamedTuple):
     layout: str = "contiguous"
 
     def logits(self) -> Tensor:
+        rows = FEW_ROWS if self.layout == "few rows" else MANY_ROWS
         if self.layout == "transposed":
-            return torch.empty(2, self.vocab, ROWS, dtype=self.dtype, device="meta").mT
+            return torch.empty(2, self.vocab, rows, dtype=self.dtype, device="meta").mT
         pitch = _pitch(self.vocab) if self.layout == "padded" else self.vocab
-        return torch.empty(2, ROWS, pitch, dtype=self.dtype, device="meta")[..., : self.vocab]
+        return torch.empty(2, rows, pitch, dtype=self.dtype, device="meta")[..., : self.vocab]
 
 
 @dataclass(frozen=True)
@@ -138,17 +144,23 @@ def launches(logits: Tensor, opt: Options, metrics: bool) -> dict[str, Callable[
     scale = torch.empty((), dtype=accumulate_dtype(logits.dtype), device="meta")
     nll, norm = scale.new_empty(labels.shape), scale.new_empty(*labels.shape, 2)
     out = logits if padded else torch.empty(logits.shape, dtype=logits.dtype, device="meta")
-    flat = torch.empty(ROWS, _pitch(vocab), dtype=logits.dtype, device="meta")[:, :vocab]
-    wide = torch.empty(ROWS, vocab, dtype=scale.dtype, device="meta")
     classes = labels.new_empty(())
     backward = backend.token_nll_backward
+    chunk = logits.new_empty(MANY_ROWS, _pitch(vocab))[:, :vocab]  # as the linear path has it
+    chunk_labels, chunk_nll = labels.new_empty(MANY_ROWS), scale.new_empty(MANY_ROWS)
+    hidden, wide = logits.new_empty(MANY_ROWS, FEATURES), scale.new_empty(vocab, FEATURES)
+    u, v, weight = chunk[0], hidden[0], logits.new_empty(vocab, FEATURES)
+    largest = Largest(scale.new_empty(2), labels.new_empty(2), u, v)
     return {
         "nll": lambda: backend.token_nll(logits, labels, metrics, opt),
         "nll of a part": lambda: backend.part_statistics(logits, labels, opt),
         "gradient": lambda: backward(nll, logits, labels, norm, opt, out),
         "gradient of a part": lambda: backward(nll, logits, labels, norm, opt, out, classes),
-        "unit gradient": lambda: backend.unit_gradient_(flat, labels[0], opt),
-        "scale and add": lambda: backend.scale_and_add(wide, scale, scale, flat[:, 0], flat[0], out=flat),
+        "unit gradient": lambda: backend.unit_gradient_(chunk, chunk_labels, opt),
+        "keep largest": lambda: backend.keep_largest(
+            largest, 0, chunk_nll, chunk_labels, chunk, hidden, 0, opt
+        ),
+        "scale and add": lambda: backend.scale_and_add(wide, scale, scale, u, v, out=weight),
     }
 
 
@@ -169,16 +181,18 @@ def daily_cases() -> Iterator[Case]:
 
 
 def all_cases() -> Iterator[Case]:
+    """Every dtype and option, for a vocabulary of each kind: tiny, odd, and a multiple of 16."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for options in OPTIONS:
-            for vocab in VOCABULARIES if dtype != torch.float64 else VOCABULARIES[:1]:
+            for vocab in (8, 50257, 128256) if dtype != torch.float64 else (8,):
                 yield from _layouts(dtype, options, vocab)
     yield Case(torch.bfloat16, "plain", 128256, "transposed")
 
 
 def _layouts(dtype: torch.dtype, options: str, vocab: int) -> Iterator[Case]:
     yield Case(dtype, options, vocab)
-    if vocab % 16:
+    yield Case(dtype, options, vocab, "few rows")
+    if vocab % 16 and dtype == torch.bfloat16:  # the same instructions on other addresses
         yield Case(dtype, options, vocab, "padded")
 
 
@@ -187,7 +201,7 @@ def usages(architecture: str, case: Case, only: tuple[str, ...] = ()) -> Iterato
     options = OPTIONS[case.options]
     found = launches(case.logits(), options, metrics=options != Options())
     for name in only or found:
-        if case.layout != "padded" or name not in PADDED_ALWAYS:
+        if case.layout == "contiguous" or name in ON_LOGITS:
             with compiling(architecture) as compiled:
                 found[name]()
             for binary, sizes in compiled:
@@ -208,15 +222,12 @@ def peers(architecture: str, case: Case) -> Iterator[Usage]:
     block = min(liger.MAX_FUSED_SIZE, triton.next_power_of_2(case.vocab))
     usual = 16 if architecture.startswith("gfx") else 32
     blackwell = architecture.startswith(("10", "12"))
-    launches = {
-        "Liger's cross-entropy": (
-            _liger_cross_entropy,
-            8 if blackwell and case.dtype.itemsize == 2 else usual,
-        ),
-        "Liger's, for a linear layer": (_liger_cross_entropy, usual),
-        "Liger's multiplication": (_liger_multiplication, usual),
-    }
-    for name, (launch, warps) in launches.items():
+    fewer = 8 if blackwell and case.dtype.itemsize == 2 else usual
+    for name, launch, warps in (
+        ("Liger's cross-entropy", _liger_cross_entropy, fewer),
+        ("Liger's, for a linear layer", _liger_cross_entropy, usual),
+        ("Liger's multiplication", _liger_multiplication, usual),
+    ):
         with compiling(architecture) as compiled:
             launch(liger, logits, LigerLaunch(block, warps))
         for binary, sizes in compiled:
@@ -248,10 +259,7 @@ def _liger_multiplication(liger: Any, logits: Tensor, sizes: backend.Launch) -> 
 
 
 def usage(architecture: str, case: Case, launch: str, binary: Any, sizes: backend.Launch) -> Usage:
-    code = machine_code(binary)
-    read = case.dtype.itemsize
-    if launch == "scale and add":
-        read += accumulate_dtype(case.dtype).itemsize  # reads x and v
+    code, read = machine_code(binary), bytes_read(launch, case)
     elements = sizes.block / (sizes.num_warps * AbsentGPU(architecture).get_current_target().warp_size)
     main = main_bodies(code.bodies, elements, read)
     loaded = [max(b.bytes_loaded, 1) / read for b in main]  # elements
@@ -276,6 +284,12 @@ def usage(architecture: str, case: Case, launch: str, binary: Any, sizes: backen
         code.has_float64,
         [_described(b) for b in code.bodies],
     )
+
+
+def bytes_read(launch: str, case: Case) -> int:
+    """For each element of what the kernel goes through."""
+    narrow, wide, label = case.dtype.itemsize, accumulate_dtype(case.dtype).itemsize, 8
+    return {"scale and add": wide + narrow, "keep largest": wide + label}.get(launch, narrow)
 
 
 def _described(body: Body) -> str:
@@ -309,7 +323,7 @@ def _nvidia(asm: Any) -> MachineCode:
         file.write(asm["cubin"])
         file.flush()
         resources = _tool("cuobjdump", "-res-usage", file.name)
-        listing = _tool("nvdisasm", "-c", file.name)
+        listing = _tool("nvdisasm", "-c", "--no-dataflow", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", resources)
     assert found, resources
     registers, stack, local = map(int, found.groups())
@@ -350,7 +364,7 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", default=["90"], help="compute capabilities, or gfx and a number")
     parser.add_argument("--vocab", type=int, nargs="+", help="these vocabularies, in bfloat16")
     parser.add_argument("--plain", action="store_true", help="only the main kernels, without options")
-    parser.add_argument("--all", action="store_true", help="every dtype, option and vocabulary")
+    parser.add_argument("--all", action="store_true", help="every dtype and option")
     parser.add_argument("--peers", action="store_true", help="Liger's kernels too, without options")
     parser.add_argument("--loops", action="store_true", help="list every loop that was found")
     parser.add_argument("--out", type=Path, help="file for the numbers as JSON")

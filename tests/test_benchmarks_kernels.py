@@ -1,6 +1,7 @@
 """Counting in machine code, and what the kernels may take."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from triton import __version__ as triton_version
 
 from benchmarks.assembly import Body, blocks, bodies, main_bodies, read_amdgcn, read_sass
 
@@ -68,6 +70,7 @@ PIPELINE = """
         /*3400*/              @!P3 STG.E.128 [R12.64], R8 ;
         /*3430*/              @!P2 STG.E.128 [R14.64+0x4000], R4 ;
         /*3440*/              @!P0 CALL.REL.NOINC `(.L_x_8) ;
+        /*3448*/                   IADD3 R26, R26, -0x1, RZ ;
         /*3450*/                   BRA `(.L_x_9) ;
 .L_x_8:
         /*3460*/                   EXIT ;
@@ -130,7 +133,8 @@ def test_loop() -> None:
 def test_pipeline_and_its_loads_ahead() -> None:
     """The loads before a loop are not in it. A call that does not come back is a branch."""
     whole, *loops = of_sass(PIPELINE.replace("P3   LDGSTS", "     LDGSTS"))
-    assert [len(b.instructions) for b in loops] == [8, 7]
+    assert [len(b.instructions) for b in loops] == [8, 8]
+    assert [i.opcode for i in whole.instructions[-2:]] == ["CALL.REL.NOINC", "EXIT"]
     assert [(b.loads, b.stores) for b in loops] == [({16: 2}, {}), ({16: 2}, {16: 2})]
     assert main_bodies([whole, *loops], elements=16, bytes_read=2) == loops
 
@@ -143,17 +147,24 @@ def test_straight_line() -> None:
     assert main_bodies([whole], elements=16, bytes_read=2) == [whole]
 
 
+def test_rows_without_a_label_are_not_followed() -> None:
+    """They are zeroed in wider accesses than the others may have."""
+    load = "        /*0830*/              @!P6 LDG.E.U16 R4, desc[UR4][R34.64] ;\n"
+    (whole,) = of_sass(STRAIGHT.replace(".L_x_0:\n", ".L_x_0:\n" + 40 * load))
+    assert (whole.loads[2], whole.bytes_loaded, len(whole.instructions)) == (40, 80, 50)
+
+
 def test_whole_blocks_are_followed() -> None:
     """Of two ways through a loop with the same loads the one without masks; an edge apart is left out."""
     whole, loop = of_sass("""
 .L_x_0:
         /*0000*/                   BRA.U UP0, `(.L_x_1) ;
-        /*0010*/               @P0 LDG.E.128 R4, desc[UR4][R34.64] ;
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R34.64] ;
         /*0020*/                   FADD R1, R1, R1 ;
-        /*0030*/                   FADD R1, R1, R1 ;
-        /*0040*/                   BRA `(.L_x_2) ;
+        /*0030*/                   BRA `(.L_x_2) ;
 .L_x_1:
-        /*0050*/                   LDG.E.128 R4, desc[UR4][R34.64] ;
+        /*0040*/               @P0 LDG.E.128 R4, desc[UR4][R34.64] ;
+        /*0050*/                   FADD R1, R1, R1 ;
         /*0060*/                   FADD R1, R1, R1 ;
 .L_x_2:
         /*0070*/               @P1 BRA `(.L_x_3) ;
@@ -162,24 +173,30 @@ def test_whole_blocks_are_followed() -> None:
         /*0090*/               @P2 BRA `(.L_x_0) ;
         /*00a0*/                   EXIT ;
 """)
-    assert (len(loop.instructions), loop.predicated, loop.loads) == (5, 0, {16: 1})
-    assert len(whole.instructions) == 6
+    assert (len(loop.instructions), loop.predicated, loop.loads) == (6, 0, {16: 1})
+    assert len(whole.instructions) == 7
 
 
 def test_remainders_and_edges_are_not_main() -> None:
     """Of loops of a kind the one with the widest loads, without masks; too small ones are none."""
-
-    listing = "".join(
-        f" {line}\n"
-        for line in (
-            ".L_x_1:", "/*0000*/ @P1 LDG.E.128 R4, [R34.64] ;", "/*0010*/ @P0 BRA `(.L_x_1) ;",
-            ".L_x_2:", "/*0020*/ LDG.E.128 R4, [R34.64] ;", "/*0030*/ @P0 BRA `(.L_x_2) ;",
-            ".L_x_3:", "/*0040*/ LDG.E.U16 R4, [R34.64] ;", "/*0050*/ @P0 BRA `(.L_x_3) ;",
-            "/*0060*/ EXIT ;",
-        )
-    ).replace(" .L", ".L")  # fmt: skip
-    whole, masked, main, edge = of_sass(listing)
-    assert main_bodies([whole, masked, main, edge], elements=8, bytes_read=2) == [main]
+    whole, masked, main, narrow, edge = of_sass("""
+.L_x_1:
+        /*0000*/               @P1 LDG.E.128 R4, desc[UR4][R34.64] ;
+        /*0010*/               @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R34.64] ;
+        /*0030*/               @P0 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0040*/                   LDG.E.64 R4, desc[UR4][R34.64] ;
+        /*0050*/                   LDG.E.64 R4, desc[UR4][R34.64] ;
+        /*0060*/                   LDG.E.64 R4, desc[UR4][R34.64] ;
+        /*0070*/               @P0 BRA `(.L_x_3) ;
+.L_x_4:
+        /*0080*/                   LDG.E.U16 R4, desc[UR4][R34.64] ;
+        /*0090*/               @P0 BRA `(.L_x_4) ;
+        /*00a0*/                   EXIT ;
+""")
+    assert main_bodies([whole, masked, main, narrow, edge], elements=8, bytes_read=2) == [main]
     assert main_bodies([whole, edge], elements=8, bytes_read=2) == [whole]
 
 
@@ -191,15 +208,17 @@ def test_amd() -> None:
 
 # What the kernels take ---------------------------------------------------------------------------------
 
-# Instructions for each element of plain bfloat16 logits, whatever the vocabulary: for compute capability 9.0
-# the goals, and no more than was reached; for the others what was reached, and a twentieth.
+# Instructions for each element of plain bfloat16 logits, whatever the vocabulary, by Triton 3.9. For compute
+# capability 9.0 they are goals, and no more than was reached; for the others what was reached, and a twentieth.
+GOALS = {"nll": 8.0, "gradient": 14.0, "unit gradient": 17.0}
 MOST = {
-    "80": {"nll": 8.5, "gradient": 15.0, "unit gradient": 18.0},
-    "90": {"nll": 8.0, "gradient": 14.0, "unit gradient": 17.0},
-    "100": {"nll": 8.5, "gradient": 15.0, "unit gradient": 18.0},
-    "120": {"nll": 8.5, "gradient": 15.0, "unit gradient": 18.0},
+    "80": {"nll": 7.8, "gradient": 14.0, "unit gradient": 17.6},
+    "90": {"nll": 7.55, "gradient": 13.65, "unit gradient": 16.75},
+    "100": {"nll": 6.9, "gradient": 13.4, "unit gradient": 14.1},
+    "120": {"nll": 7.6, "gradient": 13.0, "unit gradient": 15.1},
 }
-TINY = 8  # a vocabulary that leaves most threads idle
+VOCABULARIES = ["8", "32008", "50257", "50264", "50280", "128256", "262144"]
+TINY = 8  # one vector, which lanes share, so that neither counts nor widths for a thread say anything
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -221,27 +240,38 @@ def named(usage: dict[str, Any]) -> str:
     return f"{usage['launch']}, {usage['vocab']} {usage['layout']}: "
 
 
+def shortcomings(usage: dict[str, Any], most: float) -> list[str]:
+    """What decides speed and is not as it should be."""
+    total = sum(usage["instructions"])
+    widths = {usage["load_width"]} | ({usage["store_width"]} if usage["launch"] != "nll" else set())
+    found = {
+        "uses float64": usage["has_float64"],
+        f"spills {usage['local_bytes']} bytes": usage["local_bytes"] > 0,
+    }
+    if usage["vocab"] > TINY:
+        found |= {
+            f"has {total} instructions, {most} allowed": total > most,
+            f"accesses {widths} bytes": widths != {16},
+            "has loads that are not whole blocks": not usage["whole_blocks"],
+        }
+    where = f"{usage['launch']}, {usage['vocab']}, {usage['layout']}"
+    return [f"{where}: {what}" for what, is_so in found.items() if is_so]
+
+
+@pytest.mark.skipif(not triton_version.startswith("3.9."), reason="another compiler than the recorded one")
 @pytest.mark.parametrize("architecture", list(MOST))
 def test_what_decides_speed(architecture: str, tmp_path: Path) -> None:
     """Few instructions for each element, accesses of 16 bytes, no spills, whatever the vocabulary."""
-    vocabularies = ["8", "32008", "50257", "50264", "50280", "128256", "262144"]
-    found = count("--plain", "--arch", architecture, "--vocab", *vocabularies, out=tmp_path / "kernels.json")
-    assert {u["launch"] for u in found} == set(MOST[architecture])
-    missed = []
-    for u in found:
-        most = MOST[architecture][u["launch"]]
-        wide = (u["load_width"], u["store_width"]) == (16, 0 if u["launch"] == "nll" else 16)
-        total = sum(u["instructions"])
-        missed += [named(u) + f"{total:.1f} instructions, at most {most}"] * (
-            u["vocab"] > TINY and total > most
-        )
-        missed += [named(u) + f"accesses of {u['load_width']} and {u['store_width']} bytes"] * (not wide)
-        missed += [named(u) + "float64"] * u["has_float64"]
-        missed += [named(u) + "spills"] * (u["local_bytes"] > 0)
-        missed += [named(u) + "loads that are not whole blocks"] * (
-            u["vocab"] > TINY and not u["whole_blocks"]
-        )
+    args = ("--plain", "--arch", architecture, "--vocab", *VOCABULARIES)
+    found = count(*args, out=tmp_path / "kernels.json")
+    assert {u["launch"] for u in found} == set(GOALS)
+    assert {u["layout"] for u in found} == {"contiguous", "padded", "few rows"}
+    missed = [text for u in found for text in shortcomings(u, MOST[architecture][u["launch"]])]
     assert not missed, "\n".join(missed)
+
+
+def test_what_was_reached_is_within_the_goals() -> None:
+    assert all(MOST["90"][launch] <= goal for launch, goal in GOALS.items())
 
 
 def test_float64_is_for_float64_alone() -> None:
@@ -256,11 +286,13 @@ for dtype in {dtypes}:
     assert done.stdout.splitlines() == ["bfloat16 False", "float32 False", "float64 True"], done.stderr
 
 
-def test_amd_compiles_without_spills(tmp_path: Path) -> None:
+def test_amd_gpus(tmp_path: Path) -> None:
+    """No goals for instructions, but the same widths and no spills."""
     gpus = ("gfx942", "gfx950", "gfx1201")
     found = count("--plain", "--vocab", "50257", "--arch", *gpus, out=tmp_path / "kernels.json")
     assert {u["architecture"] for u in found} == set(gpus)
-    assert [u for u in found if u["local_bytes"] or u["load_width"] < 16] == []
+    missed = [f"{u['architecture']}, {text}" for u in found for text in shortcomings(u, math.inf)]
+    assert not missed, "\n".join(missed)
 
 
 def test_peers(tmp_path: Path) -> None:
