@@ -41,10 +41,10 @@ def _number(option, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _row(ptr, row, inner, stride_outer, stride_inner):
-    """Where row `row` of logits [outer, inner, V] begins."""
+def _row(row, inner, stride_outer, stride_inner):
+    """The offset of row `row` of logits [outer, inner, V]."""
     outer = row // inner
-    return ptr + outer * stride_outer + (row - outer * inner) * stride_inner
+    return outer * stride_outer + (row - outer * inner) * stride_inner
 
 
 @triton.jit
@@ -89,9 +89,15 @@ def _offsets(columns, stride_vocab, ADJACENT: tl.constexpr):
 
 
 @triton.jit
-def _body(ptr, head, ALIGNED: tl.constexpr):
-    """Where the whole vectors of a row begin. Triton has to be told that it is a boundary of 16 bytes."""
-    body_ptr = ptr + head
+def _body(ptr, row, head, ALIGNED: tl.constexpr, VECTOR: tl.constexpr):
+    """Where the whole vectors of the row at an offset begin. Triton has to be told that it is a boundary.
+
+    It is told twice: for AMD's GPUs it looks at offsets alone, and takes `ptr` for what it is.
+    """
+    start = row + head
+    if ALIGNED:
+        start = tl.multiple_of(start, VECTOR)
+    body_ptr = ptr + start
     if ALIGNED:
         body_ptr = tl.multiple_of(body_ptr, 16)
     return body_ptr
@@ -174,7 +180,8 @@ def _with_block(z, top, total, weighted, METRICS: tl.constexpr):
 
 @triton.jit
 def _statistics(
-    x_ptr,
+    logits_ptr,
+    row,
     label,
     vocab,
     stride_vocab,
@@ -195,6 +202,7 @@ def _statistics(
     """One pass over a row: largest z, Σ exp(z − largest), z of the label; if asked for, Σ (z − anchor),
     with PART Σ z, the entropy, and whether the label has the largest z.
     """
+    x_ptr = logits_ptr + row
     x = tl.load(x_ptr + label * stride_vocab)
     at_label, _ = _z_and_slope(x, softcap, logit_scale, WIDE, CAPPED, SCALED)
     anchor = _anchor(at_label)
@@ -203,7 +211,7 @@ def _statistics(
     head, body = _whole_vectors(x_ptr, vocab, ADJACENT, VECTOR)
     edges = _edges(head, body, vocab, VECTOR)
     z_edges = _load_z(x_ptr + edges, edges >= 0, softcap, logit_scale, WIDE, CAPPED, SCALED)
-    body_ptr = _body(x_ptr, head, ADJACENT)
+    body_ptr = _body(logits_ptr, row, head, ADJACENT, VECTOR)
     columns = _columns(BLOCK, LANES, VECTOR)
     top = tl.full((LANES,), float("-inf"), WIDE)
     total = tl.full((LANES,), 0, WIDE)  # Σ exp(z − top)
@@ -378,9 +386,9 @@ def nll_kernel(
         return
     valid = (label >= 0) & (label < vocab)
     label = tl.where(valid, label, 0)
-    x_ptr = _row(x_ptr, row, inner, stride_outer, stride_inner)
+    x_row = _row(row, inner, stride_outer, stride_inner)
     top, total, at_label, sum_z, entropy, correct = _statistics(
-        x_ptr, label, vocab, stride_vocab, softcap, logit_scale,
+        x_ptr, x_row, label, vocab, stride_vocab, softcap, logit_scale,
         WIDE, CAPPED, SCALED, SMOOTHED, METRICS, PART, ADJACENT, 1, BLOCK, LANES, VECTOR,
     )  # fmt: skip
     tl.store(norm_ptr + 2 * row, top)
@@ -441,13 +449,15 @@ def gradient_kernel(
     blocks = tl.cdiv(vocab, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks) * BLOCK
-    out_ptr = _row(out_ptr, row, inner, out_stride_outer, out_stride_inner)
-    head, body = _whole_vectors(out_ptr, vocab, ADJACENT, VECTOR)
+    out_row = _row(row, inner, out_stride_outer, out_stride_inner)
+    head, body = _whole_vectors(out_ptr + out_row, vocab, ADJACENT, VECTOR)
     edges = _edges(head, body, vocab, VECTOR)
     edges = tl.where(start == 0, edges, -1)
     columns = start + _columns(BLOCK, LANES, VECTOR)
     inside = columns < body
-    body_out_ptr = _body(out_ptr, head, ADJACENT) + _offsets(columns, out_stride_vocab, ADJACENT)
+    body_out_ptr = _body(out_ptr, out_row, head, ADJACENT, VECTOR)
+    body_out_ptr += _offsets(columns, out_stride_vocab, ADJACENT)
+    out_ptr += out_row
     label = tl.load(label_ptr + row).to(tl.int64)
     if label == ignore_index:
         zero = out_ptr.dtype.element_ty
@@ -465,11 +475,13 @@ def gradient_kernel(
     in_block = (label >= head + start) & (label < tl.minimum(head + start + BLOCK, head + body))
     in_edges = (start == 0) & ((label < head) | (label >= head + body))
     here = here & (in_block | in_edges)
-    x_ptr = _row(x_ptr, row, inner, stride_outer, stride_inner)
+    x_row = _row(row, inner, stride_outer, stride_inner)
+    body_ptr = _body(x_ptr, x_row, head, ADJACENT and ALIKE, VECTOR)
+    body_ptr += _offsets(columns, stride_vocab, ADJACENT)
+    x_ptr += x_row
     x_label = tl.load(x_ptr + label * stride_vocab, mask=here, other=0)
     top, log_sum = tl.load(norm_ptr + 2 * row), tl.load(norm_ptr + 2 * row + 1)
     a, b, c = _factors(top, log_sum, weight, classes, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
-    body_ptr = _body(x_ptr, head, ADJACENT and ALIKE) + _offsets(columns, stride_vocab, ADJACENT)
     x = tl.load(body_ptr, mask=inside, other=0)
     x_edges = tl.load(x_ptr + edges, mask=edges >= 0, other=0)
     tl.debug_barrier()  # the logit of the label has been read by all before one overwrites it
@@ -512,10 +524,11 @@ def unit_gradient_kernel(
     the next two blocks are on their way while one is worked on: no other program is there to fill the wait.
     """
     row = tl.program_id(0).to(tl.int64)
+    logits_ptr = x_ptr
     x_ptr += row * pitch
     head, body = _whole_vectors(x_ptr, vocab, True, VECTOR)
     edges = _edges(head, body, vocab, VECTOR)
-    body_ptr = _body(x_ptr, head, True)
+    body_ptr = _body(logits_ptr, row * pitch, head, True, VECTOR)
     columns = _columns(BLOCK, LANES, VECTOR)
     label = tl.load(label_ptr + row).to(tl.int64)
     narrow = x_ptr.dtype.element_ty
@@ -529,7 +542,7 @@ def unit_gradient_kernel(
     weight = tl.where((label >= 0) & (label < vocab), tl.full((), 1, WIDE), float("nan"))
     label = tl.where((label >= 0) & (label < vocab), label, 0)
     top, total, at_label, sum_z, _entropy, _correct = _statistics(
-        x_ptr, label, vocab, 1, softcap, logit_scale,
+        logits_ptr, row * pitch, label, vocab, 1, softcap, logit_scale,
         WIDE, CAPPED, SCALED, SMOOTHED, False, False, True, 3, BLOCK, LANES, VECTOR,
     )  # fmt: skip
     log_sum = tl.log(total)
