@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from nvamp import fused, objective
 from nvamp.cross_entropy import backends, triton
@@ -400,3 +402,28 @@ def test_losses_of_one_gpu_are_judged_by_the_kernel(
     )
     torch.testing.assert_close(run(), expected)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("per_token", [True, False])
+def test_opcheck_of_the_kernel(gradient: Gradient, dtype: torch.dtype, per_token: bool) -> None:
+    ell, labels = torch.tensor([1.0, 4.0, 2.0], dtype=dtype), torch.tensor([0, 1, -100])
+    for items in ((None, None), (torch.tensor(9), None), (None, 9.0)):
+        arguments = (ell, labels, *items, -100, 1.0, 0.02, 0.001, 1e-6, gradient, per_token)
+        torch.library.opcheck(torch.ops.nvamp.objective.default, arguments)
+
+
+@pytest.mark.parametrize("kind", [int, float, torch.tensor])
+def test_other_numbers_of_items_compile_the_kernel_once_more_at_most(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setitem(backends.OF_DEVICE, "cpu", ("triton",))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(token_nvamp_loss, backend=counter, fullgraph=True)
+    for i in range(5):
+        ell = torch.rand(5 + i)
+        got = compiled(ell, num_items_in_batch=kind(50 + i))
+        torch.testing.assert_close(got, token_nvamp_loss(ell, num_items_in_batch=50 + i))
+    assert counter.frame_count <= 2

@@ -44,7 +44,7 @@ def evaluate(
     if isinstance(num_items_in_batch, Tensor):
         items = num_items_in_batch
     elif num_items_in_batch is not None and torch.compiler.is_compiling():
-        items = nll.new_full((), num_items_in_batch)  # for another constant the graph would be compiled again
+        items = nll.new_ones(()) * num_items_in_batch  # a number as it is would be a constant of the graph
     elif num_items_in_batch is not None:
         number = float(num_items_in_batch)
     loss, weights, scalars, index = objective(
