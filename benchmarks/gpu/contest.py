@@ -348,20 +348,8 @@ def linear_bars(
     if d >= 2048:
         contest.bar("nvamp: token", FOUR, 1.25)
     contest.bar("nvamp: scalar", "nvamp: cross-entropy", 1.02)
-    memory = contest.extra_bytes
-    if chunks and memory.get(LIGER_FLOAT32) and "nvamp: scalar" in memory:
-        own, theirs = max(chunks), liger_chunk_bytes(shape)
-        what = (
-            f"memory of nvamp: scalar, {memory['nvamp: scalar'] / MiB:.0f} MiB with chunks of {own / MiB:.0f}"
-        )
-        what += f", over Liger's {memory[LIGER_FLOAT32] / MiB:.0f} with chunks of {theirs / MiB:.0f}"
-        what += " and the difference of the chunks"
-        allowed = memory[LIGER_FLOAT32] + max(own - theirs, 0)
-        contest.bench.rows.bar(what, memory["nvamp: scalar"] / allowed, 1.0, "bytes")
-
-
-def liger_chunk_bytes(shape: Shape) -> int:
-    """Liger 0.8's chunk of bfloat16 logits holds as much as all hidden states, rounded up to a power of 2."""
-    n, d, vocab = shape
-    rows = -(-n // -(-vocab // d))
-    return int(2 * vocab * min(1 << (rows - 1).bit_length(), n))
+    if chunks and "nvamp: scalar" in contest.extra_bytes:
+        # What Liger holds with a float32 sum: that sum, both gradients, and a chunk.
+        allowed = 6 * vocab * d + 2 * n * d + max(chunks)
+        what = f"memory of nvamp: scalar, over 6·V·D + 2·N·D bytes and a chunk of {max(chunks) / MiB:.0f} MiB"
+        contest.bench.rows.bar(what, contest.extra_bytes["nvamp: scalar"] / allowed, 1.0, "bytes")

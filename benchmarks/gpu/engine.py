@@ -22,6 +22,7 @@ def sizes_of(block: int, num_warps: int) -> Iterator[None]:
         return triton.Launch(block, num_warps)
 
     with (
+        mock.patch.object(triton, "reading", sizes),
         mock.patch.object(triton, "streaming", sizes),
         mock.patch.object(triton, "revisiting", sizes),
     ):

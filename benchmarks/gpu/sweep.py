@@ -20,8 +20,8 @@ from benchmarks.measure import PLAIN
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 
 Size = tuple[int, int]  # columns of a program at a time, and its warps
-STREAMING: list[Size] = [(4096, 4), (8192, 8), (8192, 4), (16384, 16), (2048, 2), (2048, 4), (4096, 8)]
-REVISITING: list[Size] = [(16384, 32), (32768, 32), (16384, 16), (8192, 16), (8192, 8), (4096, 4), (4096, 8)]
+STREAMING: list[Size] = [(8192, 16), (8192, 8), (4096, 8), (2048, 8), (4096, 16), (2048, 4), (16384, 16)]
+REVISITING: list[Size] = [(16384, 32), (8192, 32), (32768, 32), (8192, 16), (4096, 16)]
 FEW_ROWS: list[Size] = [(8192, 8), (16384, 16), (16384, 32), (32768, 32)]
 
 
@@ -106,11 +106,16 @@ def launches(x: Tensor, y: Tensor, out: Tensor) -> dict[str, tuple[Run, Callable
     _, norm, *_ = triton.token_nll(x, y, False, Options())
     weights = torch.ones(len(x), device=x.device)
     return {
-        "nll": (lambda: triton.token_nll(x, y, False, Options()), triton.streaming, STREAMING, 2),
+        "nll": (
+            lambda: triton.token_nll(x, y, False, Options()),
+            partial(triton.reading, rows=len(x)),
+            STREAMING,
+            2,
+        ),
         "nll with metrics": (
             lambda: triton.token_nll(x, y, True, Options()),
-            triton.streaming,
-            STREAMING[:3],
+            partial(triton.reading, rows=len(x), metrics=True),
+            STREAMING,
             2,
         ),
         "gradient": (

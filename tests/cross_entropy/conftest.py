@@ -54,6 +54,8 @@ def at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(chunked, "block_rows", lambda *_: rows)
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: 2 * rows)
     if rows < 1000:  # kernels take blocks of columns
+        monkeypatch.setattr(triton, "WARP", 2)  # and several lanes
+        monkeypatch.setattr(triton, "reading", lambda *_, **__: triton.Launch(16, 1))
         monkeypatch.setattr(triton, "streaming", lambda *_, **__: triton.Launch(16, 1))
         monkeypatch.setattr(triton, "revisiting", lambda *_, **__: triton.Launch(32, 1))
     return rows

@@ -18,7 +18,7 @@ from nvamp.functional import (
     token_weights,
 )
 from tests import oracle
-from tests.cross_entropy.problems import DTYPES, IGNORED, OPTIONS, gradients, layouts, make_problem
+from tests.cross_entropy.problems import DTYPES, HALF, IGNORED, OPTIONS, gradients, layouts, make_problem
 
 BACKENDS = ["reference", "chunked", "triton"]
 with_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -219,6 +219,30 @@ def scaled_gradients(
         total, largest = losses(*leaves)
         found.append(torch.autograd.grad(scale * (total + largest), leaves))
     return [torch.stack(gradients) for gradients in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("ignored", [0, 0.3])
+@pytest.mark.usefixtures("device_kind")
+def test_a_product_in_two_parts_is_rounded_once(
+    dtype: torch.dtype, ignored: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products add up in float32, as on a GPU, and a few classes have one of their own."""
+
+    def add_product(total: Tensor, a: Tensor, b: Tensor, started: bool) -> None:
+        total.copy_((total.float() if started else 0) + a.float() @ b.float())
+
+    monkeypatch.setattr(linear, "_add_product", add_product)
+    p = make_problem(n=64, d=16, v=203, dtype=dtype, ignored=ignored)
+
+    def gradients_with(parts: list[slice]) -> list[Tensor]:
+        monkeypatch.setattr(linear, "_parts", lambda _: parts)
+        return gradients(lambda h, w: linear_token_nll(h, w, p.labels).sum(), p.hidden, p.weight)[1]
+
+    exact = gradients(lambda h, w: p.exact(h @ w.T).sum(), p.hidden.double(), p.weight.double())[1]
+    whole, split = gradients_with([slice(0, 203)]), gradients_with([slice(0, 200), slice(200, 203)])
+    for x, y, truth in zip(split, whole, exact, strict=True):
+        assert oracle.relative_error(x, truth) <= 1.05 * oracle.relative_error(y, truth)
 
 
 @pytest.mark.parametrize("one_pass", [True, False])

@@ -20,7 +20,7 @@ MiB = 2**20
 FEW_CHUNKS = 4
 TILE = 128  # rows that a matrix product takes at a time on an accelerator
 ALLOWANCE = 512 * MiB  # that a chunk of logits may take on an accelerator, however small the head
-EIGHT = 8  # cuBLAS is up to seven times slower for a vocabulary that is no multiple of 8
+EIGHT = 8  # cuBLAS is up to seven times slower in half precision for a vocabulary that is no multiple of 8
 
 
 def chunk_rows(
@@ -30,17 +30,17 @@ def chunk_rows(
 
     On a CPU, room is for a row of logits, a copy of its hidden state and a gradient of that. On an
     accelerator each chunk reads and writes the float32 gradient of the weight once, so few chunks are best. A
-    chunk may take what the backward takes anyway once it is gone, `spare_bytes`, or 512 MiB if that is more.
-    With `accum_dtype` that of the weight, memory comes first: a chunk is as large as `hidden`.
+    chunk may take what the backward takes anyway once it is gone, `spare_bytes`, or 512 MiB if that is more,
+    rounded up to what fills a card with tiles of a product. With `accum_dtype` that of the weight, memory
+    comes first: a chunk is as large as `hidden`.
     """
     vocab, features = weight.shape
     if devices.can_look(weight):
         return max(52 * MiB // ((vocab + 2 * features) * weight.itemsize), 1)
-    size = max(spare_bytes(hidden, weight, one_pass), ALLOWANCE)
+    row = _pitch(vocab) * weight.itemsize
     if accum_dtype not in (None, accumulate_dtype(weight.dtype)):
-        size = hidden.nbytes
-    tiles = size // (_pitch(vocab) * weight.itemsize) // TILE
-    return TILE * max(tiles, 1)
+        return TILE * max(hidden.nbytes // row // TILE, 1)
+    return -(-max(spare_bytes(hidden, weight, one_pass), ALLOWANCE) // (2 * TILE * row)) * 2 * TILE
 
 
 def spare_bytes(hidden: Tensor, weight: Tensor, one_pass: bool) -> int:
@@ -141,12 +141,12 @@ def _pitch(vocab: int) -> int:
 
 
 def _parts(weight: Tensor) -> list[slice]:
-    """The classes of a weight [V, D] that a matrix product takes at once; first the few that do not fit."""
+    """The classes of a weight [V, D] that a product takes at once: whole eights, and the few others."""
     vocab = len(weight)
     whole = vocab // EIGHT * EIGHT
-    if devices.can_look(weight) or whole in (0, vocab):
+    if whole in (0, vocab) or weight.itemsize != 2 or not _can_add_to_wider(weight):
         return [slice(0, vocab)]
-    return [slice(whole, vocab), slice(0, whole)]
+    return [slice(0, whole), slice(whole, vocab)]
 
 
 def _even(n: int, most: int) -> int:
@@ -175,12 +175,15 @@ class _Gradients:
         weight, where = self.rows.head.weight, self.rows.where
         parts = _parts(weight)
         if self.needs.hidden:
-            # The few classes come first: what is rounded before it is added up is theirs, and small.
-            total = self.hidden[at] if where is None else self.hidden.new_empty(hidden.shape)
+            dtype = self.hidden.dtype if len(parts) == 1 else accumulate_dtype(weight.dtype)  # to round once
+            in_place = where is None and dtype == self.hidden.dtype
+            total = self.hidden[at] if in_place else self.hidden.new_empty(hidden.shape, dtype=dtype)
             for i, part in enumerate(parts):
                 _add_product(total, grad[:, part], weight[part], started=i > 0)
             if where is not None:
-                self.hidden.index_copy_(0, where[at], total)
+                self.hidden.index_copy_(0, where[at], total.to(self.hidden.dtype))
+            elif not in_place:
+                self.hidden[at] = total
         if self.needs.weight:
             for part in parts:
                 _add_product(self.weight[part], grad[:, part].T, hidden, self.started)

@@ -43,15 +43,23 @@ class Launch(NamedTuple):
 FEW_ROWS = 256  # the multiprocessors of the largest GPUs, rounded up
 
 
-def streaming(columns: int, dtype: torch.dtype, capped: bool, rows: int | None = None) -> Launch:
-    """The launch of a kernel that touches everything once: many programs, which hide each other's waiting.
+# Sizes are the fastest on an H100, of those that `python -m benchmarks.gpu --only kernels` tries.
 
-    At most 16 KiB by 256 threads: 64 bytes of loads in flight a thread. The arithmetic of a softcap takes
-    registers: half the columns. A kernel with a program a row has few programs if it has few rows: then they
-    are as large as they get.
+
+def reading(columns: int, dtype: torch.dtype, capped: bool, rows: int, metrics: bool = False) -> Launch:
+    """The launch of the kernel that reads a row once: many programs, which hide each other's waiting.
+
+    16 KiB by 512 threads; metrics take registers, so 4 KiB by 256. Few rows are few programs: then each is as
+    large as it gets.
     """
-    if rows is not None and rows <= FEW_ROWS:
+    if rows <= FEW_ROWS:
         return revisiting(columns, dtype, capped)
+    most, threads = (4096, 256) if metrics else (16384, 512)
+    return _launch_of(columns, dtype, most, threads, capped)
+
+
+def streaming(columns: int, dtype: torch.dtype, capped: bool) -> Launch:
+    """The launch of kernels with a program a block, which they read and write: 16 KiB by 256 threads."""
     return _launch_of(columns, dtype, most=16384, threads=256, capped=capped)
 
 
@@ -59,9 +67,11 @@ def revisiting(columns: int, dtype: torch.dtype, capped: bool) -> Launch:
     """The launch of the kernel that reads rows twice: the largest programs, one to a multiprocessor.
 
     The rows underway then stay in the L2 cache. On an H100 they are 132, 33 MiB for a vocabulary of 128k in
-    half precision, and the cache has 50 MiB.
+    half precision, and the cache has 50 MiB. A row takes several blocks, so that some are on their way while
+    one is worked on.
     """
-    return _launch_of(columns, dtype, most=32768, threads=1024, capped=capped)
+    most = 32768 if columns * dtype.itemsize > 128 * 1024 else 16384
+    return _launch_of(columns, dtype, most, threads=1024, capped=capped)
 
 
 def _launch_of(columns: int, dtype: torch.dtype, most: int, threads: int, capped: bool) -> Launch:
@@ -158,7 +168,7 @@ def _pass_over(
     entropy = torch.empty_like(nll) if METRICS or PART else nll
     correct = torch.empty_like(nll, dtype=torch.bool) if METRICS else nll
     flat = [t.contiguous().flatten(0, labels.dim() - 1) for t in (labels, nll, norm, entropy, correct)]
-    sizes = streaming(vocab, logits.dtype, opt.softcap is not None, rows=labels.numel())
+    sizes = reading(vocab, logits.dtype, opt.softcap is not None, labels.numel(), METRICS)
     for x, rows in _planes(logits):
         launch(
             kernels.nll_kernel,
