@@ -52,9 +52,7 @@ def reading(columns: int, dtype: torch.dtype, capped: bool, rows: int, metrics: 
     16 KiB by 512 threads; metrics take registers, so 4 KiB by 256. Few rows are few programs: then each is as
     large as it gets.
     """
-    if rows <= FEW_ROWS:
-        return revisiting(columns, dtype, capped)
-    most, threads = (4096, 256) if metrics else (16384, 512)
+    most, threads = (32768, 1024) if rows <= FEW_ROWS else (4096, 256) if metrics else (16384, 512)
     return _launch_of(columns, dtype, most, threads, capped)
 
 
