@@ -262,6 +262,7 @@ WATCHERS: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], An
     "subclass": lambda f: lambda x: f(x.as_subclass(Subclass)),
     "no data": lambda f: lambda x: f(x.to("meta")),
     "vmap": lambda f: lambda x: torch.func.vmap(f)(x[None]),
+    "vmap of something else": lambda f: lambda x: torch.func.vmap(lambda z: f(x) + z)(torch.zeros(3)),
     "functionalize": lambda f: torch.func.functionalize(f),
     "make_fx": lambda f: make_fx(f),
     "jit": lambda f: lambda x: torch.jit.trace(f, x),

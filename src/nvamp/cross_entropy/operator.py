@@ -11,11 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
-    get_interpreter_stack,
-    is_functorch_wrapped_tensor,
-    is_legacy_batchedtensor,
-)
+from torch._C._functorch import get_interpreter_stack, is_legacy_batchedtensor
 
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 
@@ -72,10 +68,7 @@ def is_plain(args: tuple[Any, ...]) -> bool:
     """Whether nothing but autograd wants to know of a call with these arguments."""
     for x in args:
         if isinstance(x, Tensor) and (
-            type(x) not in (Tensor, torch.nn.Parameter)
-            or x.is_meta
-            or is_functorch_wrapped_tensor(x)
-            or is_legacy_batchedtensor(x)
+            type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or is_legacy_batchedtensor(x)
         ):
             return False
     return not (
