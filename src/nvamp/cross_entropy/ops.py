@@ -279,6 +279,7 @@ def linear_nll_sum_max(*args: Any) -> Tensors:
     check_label_range(head.labels, len(head.weight), opt.ignore_index)
     with _as_is(head.hidden):
         nll, index, *units = linear.unit_gradients(backend, head, needs, args[8], opt)
+    index = index.clone()  # no view: a fake tensor knows nothing of what else its memory holds
     # Where no row has a label, the first row is an ignored one: its loss is 0.
     largest = nll.gather(0, index[None])[0] if len(nll) else nll.new_zeros(())
     return nll.sum(), largest, nll, index, *units
