@@ -217,6 +217,9 @@ MOST = {
     "100": {"nll": 6.9, "gradient": 13.4, "unit gradient": 14.1},
     "120": {"nll": 7.6, "gradient": 13.0, "unit gradient": 15.1},
 }
+# In rows of up to 128 KiB half the block was a tenth faster on an H100, and costs more instructions.
+SHORT = 65536
+MOST_IN_SHORT_ROWS = {"80": 19.6, "90": 18.65, "100": 17.4, "120": 16.8}
 VOCABULARIES = ["8", "32008", "50257", "50264", "50280", "128256", "262144"]
 TINY = 8  # one vector, which lanes share, so that neither counts nor widths for a thread say anything
 
@@ -258,6 +261,12 @@ def shortcomings(usage: dict[str, Any], most: float) -> list[str]:
     return [f"{where}: {what}" for what, is_so in found.items() if is_so]
 
 
+def most(architecture: str, usage: dict[str, Any]) -> float:
+    if usage["launch"] == "unit gradient" and usage["vocab"] <= SHORT:
+        return MOST_IN_SHORT_ROWS[architecture]
+    return MOST[architecture][usage["launch"]]
+
+
 @pytest.mark.skipif(not triton_version.startswith("3.9."), reason="another compiler than the recorded one")
 @pytest.mark.parametrize("architecture", list(MOST))
 def test_what_decides_speed(architecture: str, tmp_path: Path) -> None:
@@ -266,7 +275,7 @@ def test_what_decides_speed(architecture: str, tmp_path: Path) -> None:
     found = count(*args, out=tmp_path / "kernels.json")
     assert {u["launch"] for u in found} == set(GOALS)
     assert {u["layout"] for u in found} == {"contiguous", "padded", "few rows"}
-    missed = [text for u in found for text in shortcomings(u, MOST[architecture][u["launch"]])]
+    missed = [text for u in found for text in shortcomings(u, most(architecture, u))]
     assert not missed, "\n".join(missed)
 
 

@@ -39,7 +39,7 @@ def chunk_rows(
         return max(52 * MiB // ((vocab + 2 * features) * weight.itemsize), 1)
     row = _pitch(vocab) * weight.itemsize
     if accum_dtype not in (None, accumulate_dtype(weight.dtype)):
-        return TILE * max(hidden.nbytes // row // TILE, 1)
+        return TILE * max((hidden.nbytes // row + TILE // 2) // TILE, 1)
     return -(-max(spare_bytes(hidden, weight, one_pass), ALLOWANCE) // (2 * TILE * row)) * 2 * TILE
 
 
