@@ -213,7 +213,7 @@ def test_amd() -> None:
 GOALS = {"nll": 8.0, "gradient": 14.0, "unit gradient": 17.0}
 MOST = {
     "80": {"nll": 7.8, "gradient": 14.0, "unit gradient": 17.6},
-    "90": {"nll": 7.55, "gradient": 13.65, "unit gradient": 16.75},
+    "90": {"nll": 7.65, "gradient": 13.65, "unit gradient": 16.75},
     "100": {"nll": 6.9, "gradient": 13.4, "unit gradient": 14.1},
     "120": {"nll": 7.6, "gradient": 13.0, "unit gradient": 15.1},
 }

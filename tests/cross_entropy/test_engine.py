@@ -131,7 +131,7 @@ def test_frozen_inputs_get_no_gradient(backend: str, frozen: str, one_pass: bool
 # Accuracy ----------------------------------------------------------------------------------------------
 
 # Both round in the same operations; where not the same to the bit, their errors scatter around each other. In
-# Triton's interpreter NumPy's exp and log add theirs: a few units in the last place. `benchmarks/gpu.py` holds
+# Triton's interpreter NumPy's exp and log add theirs: a few units in the last place. `benchmarks/gpu` holds
 # compiled kernels to 1.1.
 NO_WORSE = {"chunked": 1.1, "triton": 1.25}
 # The gradient of the weight in bfloat16, added up over chunks each of which is rounded: docs/engine.md.
