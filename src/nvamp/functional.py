@@ -286,7 +286,7 @@ def token_nvamp_loss(
         alpha, beta, gamma, eps, gradient=gradient, process_group=process_group, on_stats=on_stats
     ).check()
     ranks = c.ranks
-    batch = _taking_part(ranks, nll, lambda: _Batch(*_flat(nll, valid), False, _items(num_items_in_batch)))
+    batch = _taking_part(ranks, nll, lambda: _Batch(*_flat(nll, valid), 0, _items(num_items_in_batch)))
     return _loss(batch, return_stats, c, ranks)
 
 
@@ -320,7 +320,7 @@ def token_weights(
     """
     c = Settings(alpha, beta, gamma, eps, gradient=gradient, process_group=process_group).check()
     ranks = c.ranks
-    batch = _taking_part(ranks, nll, lambda: _Batch(*_flat(nll, valid), False, _items(num_items_in_batch)))
+    batch = _taking_part(ranks, nll, lambda: _Batch(*_flat(nll, valid), 0, _items(num_items_in_batch)))
     return _evaluate(batch, c, ranks, stats=False).weights.view(nll.shape)
 
 
@@ -345,7 +345,7 @@ class _Batch(NamedTuple):
     """The losses of a batch, and which of them count."""
 
     nll: Tensor  # [tokens], with their gradient unless `sum_and_max` has it
-    labels: Tensor  # [tokens] integers or bool
+    labels: Tensor  # [tokens] integers, or bool: whether it counts
     ignore_index: int  # the label of those that do not count, whose losses are 0
     items: Items
     sum_and_max: tuple[Tensor, Tensor] | None = None
