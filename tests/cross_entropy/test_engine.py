@@ -359,6 +359,19 @@ def test_entropy_keeps_its_digits(backend: str, offset: float, spread: float) ->
     assert ((metrics.entropy - exact).abs() <= 1e-5 * exact + 1e-6).all()
 
 
+def test_label_smoothing_keeps_its_digits() -> None:
+    """What all logits have in common is not added up a thousand times."""
+    x = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)) + 1e4
+    labels = torch.arange(8)
+
+    def smoothed(x: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(x, labels, label_smoothing=0.1, reduction="none")
+
+    nll = token_nll(x, labels, label_smoothing=0.1, backend="triton")
+    error, eager = (oracle.relative_error(y, smoothed(x.double())) for y in (nll, smoothed(x)))
+    assert error <= NO_WORSE["triton"] * eager
+
+
 # Edges -------------------------------------------------------------------------------------------------
 
 
