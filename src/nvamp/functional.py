@@ -27,7 +27,7 @@ from nvamp.cross_entropy.checks import (
 )
 from nvamp.cross_entropy.options import Options, TokenOptions, accumulate_dtype, checked
 from nvamp.cross_entropy.parts import has_dtensors
-from nvamp.objective import ALONE, GRADIENTS, Gradient, Ranks, Result, Statistics
+from nvamp.objective import ALONE, GRADIENTS, Gradient, Ranks, Result
 
 if TYPE_CHECKING:
     from nvamp.distributed import Group
@@ -370,7 +370,7 @@ def _loss(batch: _Batch, return_stats: bool, c: Settings, ranks: Ranks) -> Tenso
     loss = _value_with_gradient(result.loss, terms)
     if not stats_wanted:
         return loss
-    stats = _stats(batch, result.statistics(), c)
+    stats = _stats(batch, result, c)
     if c.on_stats is not None:
         c.on_stats(stats)
     return (loss, stats) if return_stats else loss
@@ -431,9 +431,10 @@ def _items(num_items_in_batch: Items) -> Items:
     return num_items_in_batch
 
 
-def _stats(batch: _Batch, s: Statistics, c: Settings) -> NVAMPStats:
-    ell, valid = batch.nll.detach(), batch.valid
-    weights = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
+def _stats(batch: _Batch, result: Result, c: Settings) -> NVAMPStats:
+    ell, valid, s, weights = batch.nll.detach(), batch.valid, result.statistics(), result.weights
+    if batch.sum_and_max is not None:  # there are none of single tokens yet
+        weights = objective.weights(ell, valid, s, **c.coefficients, gradient=c.gradient)
     some = valid.any()
 
     def over_valid(extreme: Any, elsewhere: float) -> Tensor:
