@@ -166,9 +166,8 @@ def test_an_empty_step_divides_by_nothing() -> None:
     assert objective.value(s, **WEIGHTS) == 0
 
 
-def test_compiled_for_a_number_of_tokens_that_the_data_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
-
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compiled_for_a_number_of_tokens_that_the_data_decide() -> None:
     def loss(ell: Tensor, valid: Tensor) -> Tensor:
         return token_nvamp_loss(ell[valid], alpha=2.0, gradient="full")
 

@@ -9,6 +9,7 @@ Triton serves; with TRITON_INTERPRET=1 they run on CPU tensors too, slowly.
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +73,7 @@ def revisiting(columns: int, dtype: torch.dtype, capped: bool) -> Launch:
     return _launch_of(columns, dtype, most, threads=1024, capped=capped)
 
 
+@cache  # it costs the host more than a small kernel
 def _launch_of(columns: int, dtype: torch.dtype, most: int, threads: int, capped: bool) -> Launch:
     """Blocks of at most so many bytes, half of them where capped, by so many threads, fewer if smaller."""
     most_columns = most // dtype.itemsize // (1 + capped)
