@@ -153,6 +153,33 @@ def test_checkpointing() -> None:
         torch.testing.assert_close(got, gradients(loss, *inputs))
 
 
+def test_what_a_hook_saved_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward finishes gradients in place, and frees one that it has rounded; not if a hook keeps them."""
+    monkeypatch.setattr(linear, "held_dtype", lambda *_: torch.float32)  # as on a GPU
+    p = make_problem(dtype=torch.bfloat16)
+    h, w = p.hidden.requires_grad_(), p.weight.requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
+        loss = one_pass(h, w, p.labels)
+    before = [x.clone() for x in kept]
+    loss.backward()
+    for x, same in zip(kept, before, strict=True):
+        assert x.untyped_storage().nbytes() >= x.nbytes
+        assert torch.equal(x, same)
+
+
+@with_backend
+def test_negative_views(backend: str) -> None:
+    """PyTorch hands over tensors whose numbers are the negative of what their memory holds."""
+    x, labels, weights = torch.randn(3, 9), torch.tensor([1, 2, 3]), torch.tensor([0.5, 1.0, 2.0])
+    (plain,) = gradients(lambda x: (token_nll(x, labels, backend=backend) * weights).sum(), -x)[1]
+    negative = torch._neg_view(x).requires_grad_()
+    nll = token_nll(negative, labels, backend=backend)
+    torch.testing.assert_close(nll, token_nll(-x, labels, backend=backend))
+    (grad,) = torch.autograd.grad(nll, negative, torch._neg_view(-weights))
+    torch.testing.assert_close(grad, plain)
+
+
 # Round the dispatcher -----------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 A custom operator is what a compiler, an exporter, `torch.func` and every mode see of a function. A plain call
 in eager mode needs none of that, and going through PyTorch's Python layers for them takes some 50 µs, longer
-than many a function itself. An `Operator` goes round them there: it calls the function, by way of an
+than many a function itself. An `Operator` bypasses them in that case: it calls the function, by way of an
 `autograd.Function` of the same formulas if there are gradients to take.
 """
 
@@ -64,13 +64,22 @@ class Operator:
         return self.function(*args)
 
 
+def is_ordinary(x: Tensor) -> bool:
+    """Whether the memory of x holds its numbers, and nothing but x itself stands between."""
+    return not (
+        type(x) not in (Tensor, torch.nn.Parameter)
+        or x.is_meta
+        or x.is_neg()
+        or x._is_zerotensor()
+        or is_legacy_batchedtensor(x)
+        or torch._is_functional_tensor(x)
+    )
+
+
 def is_plain(args: tuple[Any, ...]) -> bool:
-    """Whether nothing but autograd wants to know of a call with these arguments."""
-    for x in args:
-        if isinstance(x, Tensor) and (
-            type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or is_legacy_batchedtensor(x)
-        ):
-            return False
+    """Whether only autograd needs to see a call with these arguments."""
+    if not all(is_ordinary(x) for x in args if isinstance(x, Tensor)):
+        return False
     return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()

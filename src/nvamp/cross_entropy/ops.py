@@ -19,14 +19,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from nvamp.cross_entropy import linear
 from nvamp.cross_entropy.backend import Backend
 from nvamp.cross_entropy.backends import load
 from nvamp.cross_entropy.checks import check_label_range
 from nvamp.cross_entropy.hugepages import in_huge_pages
-from nvamp.cross_entropy.operator import operator
+from nvamp.cross_entropy.operator import is_ordinary, operator
 from nvamp.cross_entropy.options import Head, Needs, Options, accumulate_dtype
 
 Tensors = tuple[Tensor, ...]
@@ -162,7 +162,9 @@ def _may_use_up(saved: Tensor, grad: Tensor) -> bool:
     Not a compiled one, nor one that keeps the graph, nor one of a batch of gradients, nor one that is
     differentiated itself.
     """
-    if type(saved) is not Tensor or is_functorch_wrapped_tensor(grad) or is_legacy_batchedtensor(grad):
+    if type(saved) is not Tensor or not is_ordinary(saved) or not is_ordinary(grad):
+        return False
+    if is_functorch_wrapped_tensor(grad):
         return False
     return not _graph_is_kept() and not torch.is_grad_enabled()
 
@@ -355,7 +357,8 @@ def _scale_unit_gradients(
 
 
 def _linear_nll_sum_max_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    ctx.needs, ctx.use_up, ctx.backend = inputs[4:7], inputs[7], inputs[9]
+    ctx.needs, ctx.backend = inputs[4:7], inputs[9]
+    ctx.use_up = inputs[7] and not _saving_is_hooked()  # a hook may keep what it saves
     ctx.num_options = len(inputs) - 4
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*output[3:], *inputs[:3])

@@ -44,7 +44,7 @@ class Launch(NamedTuple):
 FEW_ROWS = 256  # the multiprocessors of the largest GPUs, rounded up
 
 
-# Sizes are the fastest on an H100, of those that `python -m benchmarks.gpu --only kernels` tries.
+# Sizes are those that an H100 was fastest with, or within 4% of it: docs/engine.md.
 
 
 def reading(columns: int, dtype: torch.dtype, capped: bool, rows: int, metrics: bool = False) -> Launch:
@@ -65,7 +65,7 @@ def streaming(columns: int, dtype: torch.dtype, capped: bool) -> Launch:
 def revisiting(columns: int, dtype: torch.dtype, capped: bool) -> Launch:
     """The launch of the kernel that reads rows twice: the largest programs, one to a multiprocessor.
 
-    The rows underway then stay in the L2 cache. On an H100 they are 132, 33 MiB for a vocabulary of 128k in
+    The rows underway then stay in the L2 cache. On an H100 they are 132, 32 MiB for a vocabulary of 128k in
     half precision, and the cache has 50 MiB. A row takes several blocks, so that some are on their way while
     one is worked on.
     """
