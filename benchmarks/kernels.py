@@ -35,7 +35,8 @@ from triton.runtime.jit import MockTensor
 
 from benchmarks.assembly import Body, blocks, bodies, main_bodies, read_amdgcn, read_sass
 from nvamp.cross_entropy import triton as backend
-from nvamp.cross_entropy.backend import Largest
+from nvamp.cross_entropy.backend import Chunk, Largest
+from nvamp.cross_entropy.linear import pitch_of
 from nvamp.cross_entropy.options import Options, accumulate_dtype
 
 OPTIONS = {
@@ -66,7 +67,7 @@ class Case(NamedTuple):
         rows = FEW_ROWS if self.layout == "few rows" else MANY_ROWS
         if self.layout == "transposed":
             return torch.empty(2, self.vocab, rows, dtype=self.dtype, device="meta").mT
-        pitch = _pitch(self.vocab) if self.layout == "padded" else self.vocab
+        pitch = pitch_of(self.vocab) if self.layout == "padded" else self.vocab
         return torch.empty(2, rows, pitch, dtype=self.dtype, device="meta")[..., : self.vocab]
 
 
@@ -146,7 +147,7 @@ def launches(logits: Tensor, opt: Options, metrics: bool) -> dict[str, Callable[
     out = logits if padded else torch.empty(logits.shape, dtype=logits.dtype, device="meta")
     classes = labels.new_empty(())
     backward = backend.token_nll_backward
-    chunk = logits.new_empty(MANY_ROWS, _pitch(vocab))[:, :vocab]  # as the linear path has it
+    chunk = logits.new_empty(MANY_ROWS, pitch_of(vocab))[:, :vocab]  # as the linear path has it
     chunk_labels, chunk_nll = labels.new_empty(MANY_ROWS), scale.new_empty(MANY_ROWS)
     hidden, wide = logits.new_empty(MANY_ROWS, FEATURES), scale.new_empty(vocab, FEATURES)
     u, v, weight = chunk[0], hidden[0], logits.new_empty(vocab, FEATURES)
@@ -158,7 +159,7 @@ def launches(logits: Tensor, opt: Options, metrics: bool) -> dict[str, Callable[
         "gradient of a part": lambda: backward(nll, logits, labels, norm, opt, out, classes),
         "unit gradient": lambda: backend.unit_gradient_(chunk, chunk_labels, opt),
         "keep largest": lambda: backend.keep_largest(
-            largest, 0, chunk_nll, chunk_labels, chunk, hidden, 0, opt
+            largest, Chunk(0, 0, chunk_nll, chunk_labels, chunk, hidden), opt
         ),
         "scale and add": lambda: backend.scale_and_add(wide, scale, scale, u, v, out=weight),
     }
@@ -167,11 +168,6 @@ def launches(logits: Tensor, opt: Options, metrics: bool) -> dict[str, Callable[
 def launch_all(logits: Tensor, opt: Options, metrics: bool) -> None:
     for launch in launches(logits, opt, metrics).values():
         launch()
-
-
-def _pitch(vocab: int) -> int:
-    """Of rows as the linear path has them."""
-    return -(-vocab // 16) * 16
 
 
 def daily_cases() -> Iterator[Case]:

@@ -91,11 +91,8 @@ def objective(
             )
         num_items = float(items)
 
-    def number(x: float) -> Any:
-        return nll.new_full((), x) if nll.dtype == torch.float64 else x  # not every GPU takes float64
-
     loss, weights, scalars, index = results = _results(nll, per_token)
-    given = number(num_items) if num_items is not None else items
+    given = triton.number(num_items, nll) if num_items is not None else items
     triton.launch(
         objective_kernels.objective_kernel,
         1,
@@ -109,7 +106,7 @@ def objective(
         weights,
         nll.numel(),
         ignore_index,
-        *map(number, (alpha, beta, gamma, eps)),
+        *(triton.number(x, nll) for x in (alpha, beta, gamma, eps)),
         ITEMS_IN_MEMORY=isinstance(given, Tensor),
         GRADIENT=gradient,
         WEIGHTS=per_token,

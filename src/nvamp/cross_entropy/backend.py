@@ -29,6 +29,17 @@ class Largest(NamedTuple):
         )
 
 
+class Chunk(NamedTuple):
+    """Some rows of the linear path, once their logits have become gradients."""
+
+    number: int  # of chunks before it
+    start: int  # its first row
+    nll: Tensor  # [rows]
+    labels: Tensor  # [rows]
+    grad: Tensor  # [rows, V], with respect to their logits
+    hidden: Tensor  # [rows, D]
+
+
 class Backend(Protocol):
     """Losses, `norm` and the gradients by losses are float32, float64 for float64.
 
@@ -68,21 +79,8 @@ class Backend(Protocol):
     def unit_gradient_(self, logits: Tensor, labels: Tensor, opt: Options) -> Tensor:
         """nll of logits [rows, V], which become the gradient of Σ nll; what lies between rows may change."""
 
-    def keep_largest(
-        self,
-        largest: Largest,
-        chunk: int,
-        nll: Tensor,
-        labels: Tensor,
-        grad: Tensor,
-        hidden: Tensor,
-        start: int,
-        opt: Options,
-    ) -> None:
-        """Takes a chunk into account, whose first row is `start`.
-
-        Its rows have losses [rows], labels [rows], gradients [rows, V] and hidden states [rows, D].
-        """
+    def keep_largest(self, largest: Largest, chunk: Chunk, opt: Options) -> None:
+        """Takes the next chunk into account."""
 
     def scale_and_add(
         self, x: Tensor, a: Tensor, b: Tensor | None, u: Tensor, v: Tensor, out: Tensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nvamp.cross_entropy import devices
-from nvamp.cross_entropy.backend import Largest
+from nvamp.cross_entropy.backend import Chunk, Largest
 from nvamp.cross_entropy.options import Options, accumulate_dtype
 
 MiB = 2**20
@@ -243,25 +243,17 @@ def unit_gradient_(logits: Tensor, labels: Tensor, opt: Options) -> Tensor:
     return nll
 
 
-def keep_largest(
-    largest: Largest,
-    chunk: int,
-    nll: Tensor,
-    labels: Tensor,
-    grad: Tensor,
-    hidden: Tensor,
-    start: int,
-    opt: Options,
-) -> None:
-    before, after = slice(chunk, chunk + 1), slice(chunk + 1, chunk + 2)
-    losses = nll.masked_fill(labels == opt.ignore_index, -torch.inf)
+def keep_largest(largest: Largest, chunk: Chunk, opt: Options) -> None:
+    i = chunk.number
+    before, after = slice(i, i + 1), slice(i + 1, i + 2)
+    losses = chunk.nll.masked_fill(chunk.labels == opt.ignore_index, -torch.inf)
     row = losses.argmax()[None]
     loss, best = losses[row], largest.loss[before]
     better = (loss > best) | (loss.isnan() & ~best.isnan())  # NaN is the largest of all, as argmax has it
     torch.where(better, loss, best, out=largest.loss[after])
-    torch.where(better, row + start, largest.row[before], out=largest.row[after])
-    torch.where(better, grad[row][0], largest.grad, out=largest.grad)
-    torch.where(better, hidden[row][0], largest.hidden, out=largest.hidden)
+    torch.where(better, row + chunk.start, largest.row[before], out=largest.row[after])
+    torch.where(better, chunk.grad[row][0], largest.grad, out=largest.grad)
+    torch.where(better, chunk.hidden[row][0], largest.hidden, out=largest.hidden)
 
 
 def scale_and_add(x: Tensor, a: Tensor, b: Tensor | None, u: Tensor, v: Tensor, out: Tensor) -> None:

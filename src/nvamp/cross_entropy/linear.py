@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nvamp.cross_entropy import devices
-from nvamp.cross_entropy.backend import Backend, Largest
+from nvamp.cross_entropy.backend import Backend, Chunk, Largest
 from nvamp.cross_entropy.hugepages import in_huge_pages
 from nvamp.cross_entropy.options import Head, Needs, Options, accumulate_dtype
 
@@ -37,7 +37,7 @@ def chunk_rows(
     vocab, features = weight.shape
     if devices.can_look(weight):
         return max(52 * MiB // ((vocab + 2 * features) * weight.itemsize), 1)
-    row = _pitch(vocab) * weight.itemsize
+    row = pitch_of(vocab) * weight.itemsize
     if accum_dtype not in (None, accumulate_dtype(weight.dtype)):
         return TILE * max((hidden.nbytes // row + TILE // 2) // TILE, 1)
     return -(-max(spare_bytes(hidden, weight, one_pass), ALLOWANCE) // (2 * TILE * row)) * 2 * TILE
@@ -121,7 +121,7 @@ class _Rows(NamedTuple):
         _, weight, bias, _ = self.head
         vocab = len(weight)
         # On an accelerator rows start at whole 32 bytes, for vector loads and for the matrix products.
-        pitch = vocab if devices.can_look(weight) else _pitch(vocab)
+        pitch = vocab if devices.can_look(weight) else pitch_of(vocab)
         rows = slices[0].stop if slices else 0
         buffer = in_huge_pages(weight.new_empty((rows, pitch)))
         for at in slices:
@@ -135,7 +135,7 @@ class _Rows(NamedTuple):
             yield out, hidden, at
 
 
-def _pitch(vocab: int) -> int:
+def pitch_of(vocab: int) -> int:
     """Elements from one row of logits to the next, on an accelerator."""
     return -(-vocab // 16) * 16
 
@@ -300,7 +300,7 @@ def unit_gradients(
         for i, (x, h, at) in enumerate(rows.chunks(slices)):
             labels = rows.labels[at]
             losses.append(backend.unit_gradient_(x, labels, opt))
-            backend.keep_largest(largest, i, losses[-1], labels, x, h, at.start, opt)
+            backend.keep_largest(largest, Chunk(i, at.start, losses[-1], labels, x, h), opt)
             grads.add(x, h, at)
 
     take_chunks()

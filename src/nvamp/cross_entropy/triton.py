@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from nvamp.cross_entropy import kernels
-from nvamp.cross_entropy.backend import Largest
+from nvamp.cross_entropy.backend import Chunk, Largest
 from nvamp.cross_entropy.options import Options, accumulate_dtype
 
 INTERPRETED = not isinstance(kernels.nll_kernel, triton.JITFunction)
@@ -81,18 +81,19 @@ def _launch_of(columns: int, dtype: torch.dtype, most: int, threads: int, capped
     return Launch(block, max(threads * block // most_columns // WARP, 1))
 
 
+def number(x: float, like: Tensor) -> Any:
+    """An argument of a kernel, in the dtype of `like`: a float64 lies in memory, for GPUs without them."""
+    return like.new_full((), x) if like.dtype == torch.float64 else x
+
+
 def options_of(opt: Options, like: Tensor) -> dict[str, Any]:
     """The arguments that every kernel on logits takes; numbers in the dtype of `like`, that of the losses."""
-
-    def number(x: float) -> Any:  # there is no float64 among the arguments of a kernel for float32
-        return x if like.dtype == torch.float32 else torch.full((), x, dtype=like.dtype, device=like.device)
-
     return {
         "ignore_index": opt.ignore_index,
-        "label_smoothing": number(opt.label_smoothing),
-        "z_loss": number(opt.z_loss),
-        "softcap": number(opt.softcap or 0.0),
-        "logit_scale": number(opt.logit_scale),
+        "label_smoothing": number(opt.label_smoothing, like),
+        "z_loss": number(opt.z_loss, like),
+        "softcap": number(opt.softcap or 0.0, like),
+        "logit_scale": number(opt.logit_scale, like),
         "WIDE": WIDE[like.dtype],
         "CAPPED": opt.softcap is not None,
         "SCALED": opt.logit_scale != 1,
@@ -241,35 +242,26 @@ def unit_gradient_(logits: Tensor, labels: Tensor, opt: Options) -> Tensor:
     return nll
 
 
-def keep_largest(
-    largest: Largest,
-    chunk: int,
-    nll: Tensor,
-    labels: Tensor,
-    grad: Tensor,
-    hidden: Tensor,
-    start: int,
-    opt: Options,
-) -> None:
-    (rows, vocab), features = grad.shape, hidden.shape[1]
+def keep_largest(largest: Largest, chunk: Chunk, opt: Options) -> None:
+    (rows, vocab), features = chunk.grad.shape, chunk.hidden.shape[1]
     sizes = Launch(1024, 4)
     launch(
         kernels.keep_largest_kernel,
         triton.cdiv(max(vocab, features), sizes.block),
         sizes,
-        nll,
-        labels.contiguous(),
-        grad,
-        hidden,
+        chunk.nll,
+        chunk.labels.contiguous(),
+        chunk.grad,
+        chunk.hidden,
         largest.loss,
         largest.row,
         largest.grad,
         largest.hidden,
-        chunk,
-        start,
+        chunk.number,
+        chunk.start,
         rows,
-        grad.stride(0),
-        *hidden.stride(),
+        chunk.grad.stride(0),
+        *chunk.hidden.stride(),
         vocab,
         features,
         opt.ignore_index,
