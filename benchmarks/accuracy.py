@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import machine, show_rows
-from nvamp.cross_entropy import linear, linear_nll_sum_max
+from nvamp.engine import linear, linear_nll_sum_max
 from nvamp.functional import linear_token_nll
 
 N, D, V = 2048, 256, 16384

@@ -33,7 +33,7 @@ from benchmarks.measure import (
 )
 from benchmarks.original import original_nvamp
 from nvamp import LinearNVAMPLoss, NVAMPLoss
-from nvamp.cross_entropy.hugepages import in_huge_pages
+from nvamp.engine.hugepages import in_huge_pages
 
 MiB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -34,10 +34,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
 from benchmarks.assembly import Body, blocks, bodies, main_bodies, read_amdgcn, read_sass
-from nvamp.cross_entropy import triton as backend
-from nvamp.cross_entropy.backend import Chunk, Largest
-from nvamp.cross_entropy.linear import pitch_of
-from nvamp.cross_entropy.options import Options, accumulate_dtype
+from nvamp.engine import triton as backend
+from nvamp.engine.backend import Chunk, Largest
+from nvamp.engine.linear import pitch_of
+from nvamp.engine.options import Options, accumulate_dtype
 
 OPTIONS = {
     "plain": Options(),

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss, fused
-from nvamp.cross_entropy import devices, ops
-from nvamp.cross_entropy.backends import HAS_TRITON
-from nvamp.cross_entropy.operator import Operator
+from nvamp.engine import devices, ops
+from nvamp.engine.backends import HAS_TRITON
+from nvamp.engine.operator import Operator
 from nvamp.functional import linear_token_nll, token_nll
 
 OPERATORS = {
@@ -105,7 +105,7 @@ def counting() -> Iterator[Counting]:
             function = mode.looked_into(getattr(ops, name), name)
             stack.enter_context(mock.patch.object(ops, name, function))
         if HAS_TRITON:
-            from nvamp.cross_entropy import triton
+            from nvamp.engine import triton
 
             stack.enter_context(mock.patch.object(triton, "launch", mode.recorded(triton.launch)))
         stack.enter_context(mode)

@@ -18,7 +18,7 @@ FILES = [
     "tests/test_properties.py",
     "tests/test_objective.py",
     "tests/test_losses.py",
-    "tests/cross_entropy/test_parts.py",
+    "tests/engine/test_parts.py",
 ]
 
 

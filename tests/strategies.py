@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import oracle
-from tests.cross_entropy.conftest import at_a_time
-from tests.cross_entropy.problems import DTYPES, layouts
+from tests.engine.conftest import at_a_time
+from tests.engine.problems import DTYPES, layouts
 
 BACKENDS = ["reference", "chunked", "triton"]
 FUZZ = int(os.environ.get("NVAMP_FUZZ", "0"))  # so many times the examples; `tests.fuzz` sets it

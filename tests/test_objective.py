@@ -12,11 +12,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from nvamp import fused, objective
-from nvamp.cross_entropy import backends, triton
+from nvamp.engine import backends, triton
 from nvamp.functional import token_nvamp_loss, token_weights
-from nvamp.objective import ALONE, GRADIENTS, Gradient, Result
+from nvamp.objective import GRADIENTS, Gradient, Result
+from nvamp.ranks import ALONE
 from tests import oracle
-from tests.cross_entropy.test_triton import run
+from tests.engine.test_triton import run
 from tests.strategies import examples
 
 WEIGHTS = {"alpha": 1.0, "beta": 0.02, "gamma": 0.001}

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nvamp.cross_entropy import linear_nll_sum_max
+from nvamp.engine import linear_nll_sum_max
 from nvamp.functional import linear_nvamp_loss, linear_token_nll, nvamp_loss, token_nll, token_weights
 from nvamp.objective import GRADIENTS, Gradient
 from tests import oracle

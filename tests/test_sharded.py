@@ -19,10 +19,10 @@ from torch.distributed.tensor.parallel import loss_parallel
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import linear_token_nll, token_nll
 from nvamp.objective import GRADIENTS
-from tests.cross_entropy.problems import OPTIONS
+from tests.engine.problems import OPTIONS
 from tests.test_distributed import IGNORED, RELATIVE, WEIGHTS, D, V, assert_same, batch, on_ranks
 
-# Every backend with all options is in tests/cross_entropy/test_parts.py.
+# Every backend with all options is in tests/engine/test_parts.py.
 BACKENDS = [("chunked", gradient) for gradient in GRADIENTS] + [("reference", "token"), ("triton", "token")]
 TOKENS = (2, 7)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
-from nvamp.cross_entropy import linear_nll_sum_max
+from nvamp.engine import linear_nll_sum_max
 from nvamp.functional import linear_nvamp_loss, linear_token_nll, nvamp_loss, token_nll, token_weights
 from nvamp.objective import GRADIENTS, Gradient
 

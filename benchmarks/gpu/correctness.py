@@ -15,7 +15,7 @@ from benchmarks.gpu.plan import Shape
 from benchmarks.measure import Bar
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import linear_token_nll, token_nll
-from nvamp.objective import ALONE
+from nvamp.ranks import ALONE
 
 CHECKED: list[Shape] = [(333, 96, 1003), (3001, 192, 50257)]  # the second in several chunks
 TOY_CHECKED: list[Shape] = [(40, 8, 65), (70, 8, 130)]

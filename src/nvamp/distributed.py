@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from nvamp.objective import Ranks
+from nvamp.ranks import Ranks
 
 Group = dist.ProcessGroup | DeviceMesh
 

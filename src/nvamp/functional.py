@@ -10,24 +10,25 @@ from torch.nn.functional import pad
 from typing_extensions import Unpack
 
 from nvamp import fused, objective
-from nvamp.cross_entropy import (
+from nvamp.engine import (
     TokenMetrics,
     can_one_pass,
     linear_nll_sum_max,
     linear_token_nll,
     token_nll,
 )
-from nvamp.cross_entropy.backends import check_backend
-from nvamp.cross_entropy.checks import (
+from nvamp.engine.backends import check_backend
+from nvamp.engine.checks import (
     check_floating,
     check_labels,
     check_linear,
     check_logits,
     has_transforms,
 )
-from nvamp.cross_entropy.options import Options, TokenOptions, accumulate_dtype, checked
-from nvamp.cross_entropy.parts import has_dtensors
-from nvamp.objective import ALONE, GRADIENTS, Gradient, Ranks, Result
+from nvamp.engine.options import Options, TokenOptions, accumulate_dtype, checked
+from nvamp.engine.parts import has_dtensors
+from nvamp.objective import GRADIENTS, Gradient, Result
+from nvamp.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from nvamp.distributed import Group

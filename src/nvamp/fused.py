@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvamp.cross_entropy.backends import backend_for
-from nvamp.cross_entropy.checks import has_transforms
-from nvamp.cross_entropy.operator import operator
-from nvamp.objective import ALONE, Gradient, Ranks, Result, Statistics
+from nvamp.engine.backends import backend_for
+from nvamp.engine.checks import has_transforms
+from nvamp.engine.operator import operator
+from nvamp.objective import Gradient, Result, Statistics
+from nvamp.ranks import ALONE, Ranks
 
 THREADS = 1024  # of the one program
 BLOCK_BYTES = 16 * THREADS  # of losses, that it takes at a time
@@ -80,7 +81,7 @@ def objective(
     per_token: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from nvamp import objective_kernels  # only here: they need the package triton
-    from nvamp.cross_entropy import triton
+    from nvamp.engine import triton
 
     nll, labels = nll.contiguous(), labels.contiguous()
     if items is not None and items.device != nll.device:

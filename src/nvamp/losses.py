@@ -98,7 +98,7 @@ class NVAMPLoss(_NVAMP):
             equally bad lowers d, and that is easier than learning.
         shift: score position t against label t+1, as causal language models need; `False` for labels that are
             shifted already.
-        label_smoothing, z_loss, softcap, logit_scale: see `nvamp.cross_entropy.options.TokenOptions`.
+        label_smoothing, z_loss, softcap, logit_scale: see `nvamp.engine.options.TokenOptions`.
         inplace_backward: let the backward overwrite the logits; see `nvamp.functional.token_nll`. A linear
             loss, which never has them all, always does.
         accum_dtype: of a linear loss, in which its weight's gradient is added up; see

@@ -22,21 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nvamp.ranks import ALONE, Ranks
+
 Gradient = Literal["scalar", "token", "detached", "full"]
 GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
-
-
-class Ranks(NamedTuple):
-    """The ranks that hold something together, as seen by one of them. By default it holds all of it."""
-
-    rank: int = 0
-    size: int = 1
-    gather: Callable[[Tensor], Tensor] = lambda x: x[None]  # [k] of every rank -> [size, k]
-    total: Callable[[Tensor], Tensor] = lambda x: x  # the sum of an x of every rank
-    maximum: Callable[[Tensor], Tensor] = lambda x: x  # the largest of every rank, by element
-
-
-ALONE = Ranks()
 
 
 class Statistics(NamedTuple):

@@ -5,8 +5,8 @@ from typing import cast
 
 from torch import Tensor
 
-from nvamp.cross_entropy import chunked
-from nvamp.cross_entropy.backend import Backend
+from nvamp.engine import chunked
+from nvamp.engine.backend import Backend
 
 NAMES = ("reference", "chunked", "triton")
 # The first that can serve tensors of a device, unless the caller says otherwise.
@@ -32,7 +32,7 @@ def backend_for(x: Tensor, backend: str | None) -> str:
 def load(name: str) -> Backend:
     """A backend of the engine by its name; `"reference"` is none: autograd differentiates it."""
     if name == "triton":
-        from nvamp.cross_entropy import triton  # only here: it needs the package of that name
+        from nvamp.engine import triton  # only here: it needs the package of that name
 
         return cast(Backend, triton)
     return cast(Backend, chunked)

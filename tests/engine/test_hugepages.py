@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvamp.cross_entropy.hugepages import in_huge_pages
+from nvamp.engine.hugepages import in_huge_pages
 
 
 def flags_of_memory(x: Tensor) -> list[str]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvamp.cross_entropy import devices, linear, linear_nll_sum_max, triton
-from nvamp.cross_entropy.options import Options
+from nvamp.engine import devices, linear, linear_nll_sum_max, triton
+from nvamp.engine.options import Options
 from nvamp.functional import (
     linear_nvamp_loss,
     linear_token_nll,
@@ -18,7 +18,7 @@ from nvamp.functional import (
     token_weights,
 )
 from tests import oracle
-from tests.cross_entropy.problems import DTYPES, HALF, IGNORED, OPTIONS, gradients, layouts, make_problem
+from tests.engine.problems import DTYPES, HALF, IGNORED, OPTIONS, gradients, layouts, make_problem
 
 BACKENDS = ["reference", "chunked", "triton"]
 with_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

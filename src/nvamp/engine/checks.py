@@ -5,8 +5,8 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
-from nvamp.cross_entropy import devices
-from nvamp.cross_entropy.options import accumulate_dtype
+from nvamp.engine import devices
+from nvamp.engine.options import accumulate_dtype
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -3,7 +3,7 @@
 Forward: the logits are read once. Backward: read once, and the gradient written once. In the linear path a
 chunk is read, its second read hits the cache, and written once.
 
-The kernels are `nvamp.cross_entropy.kernels`; here are their launches. They are written for any GPU that
+The kernels are `nvamp.engine.kernels`; here are their launches. They are written for any GPU that
 Triton serves; with TRITON_INTERPRET=1 they run on CPU tensors too, slowly.
 """
 
@@ -16,9 +16,9 @@ import torch
 import triton
 from torch import Tensor
 
-from nvamp.cross_entropy import kernels
-from nvamp.cross_entropy.backend import Chunk, Largest
-from nvamp.cross_entropy.options import Options, accumulate_dtype
+from nvamp.engine import kernels
+from nvamp.engine.backend import Chunk, Largest
+from nvamp.engine.options import Options, accumulate_dtype
 
 INTERPRETED = not isinstance(kernels.nll_kernel, triton.JITFunction)
 WARP = 64 if torch.version.hip else 32

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nvamp.cross_entropy import devices
-from nvamp.cross_entropy.backend import Backend, Chunk, Largest
-from nvamp.cross_entropy.hugepages import in_huge_pages
-from nvamp.cross_entropy.options import Head, Needs, Options, accumulate_dtype
+from nvamp.engine import devices
+from nvamp.engine.backend import Backend, Chunk, Largest
+from nvamp.engine.hugepages import in_huge_pages
+from nvamp.engine.options import Head, Needs, Options, accumulate_dtype
 
 MiB = 2**20
 # A CPU rounds a half-precision product to half precision before it can be added up. Up to this many chunks,

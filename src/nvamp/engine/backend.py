@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nvamp.cross_entropy.options import Head, Options, accumulate_dtype
+from nvamp.engine.options import Head, Options, accumulate_dtype
 
 
 class Largest(NamedTuple):

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nvamp.cross_entropy import parts
-from nvamp.cross_entropy.options import Head, Options
 from nvamp.distributed import map_gradient
+from nvamp.engine import parts
+from nvamp.engine.options import Head, Options
 from nvamp.functional import token_nll
-from nvamp.objective import Ranks
+from nvamp.ranks import Ranks
 from tests import oracle
-from tests.cross_entropy.problems import HALF, IGNORED, OPTIONS, Problem, gradients, make_problem
+from tests.engine.problems import HALF, IGNORED, OPTIONS, Problem, gradients, make_problem
 from tests.strategies import examples
 
 T = TypeVar("T")

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import nvamp
-from nvamp.cross_entropy import chunked, linear, linear_nll_sum_max, operator
-from nvamp.cross_entropy import ops as engine
+from nvamp.engine import chunked, linear, linear_nll_sum_max, operator
+from nvamp.engine import ops as engine
 from nvamp.functional import linear_token_nll, token_nll
-from tests.cross_entropy.problems import HALF, IGNORED, OPTIONS, gradients, make_problem
+from tests.engine.problems import HALF, IGNORED, OPTIONS, gradients, make_problem
 
 ops = torch.ops.nvamp
 
@@ -35,7 +35,7 @@ both_ways = pytest.mark.usefixtures("way")
 
 
 def flat(backend: str = "chunked", **options: Any) -> tuple[Any, ...]:
-    return backend, *nvamp.cross_entropy.options.Options(IGNORED, **options)
+    return backend, *nvamp.engine.options.Options(IGNORED, **options)
 
 
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])

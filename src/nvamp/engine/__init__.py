@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from nvamp.cross_entropy import ops, parts, reference
-from nvamp.cross_entropy.backends import backend_for
-from nvamp.cross_entropy.checks import (
+from nvamp.engine import ops, parts, reference
+from nvamp.engine.backends import backend_for
+from nvamp.engine.checks import (
     check_accum_dtype,
     check_head,
     check_labels,
@@ -20,8 +20,8 @@ from nvamp.cross_entropy.checks import (
     check_logits,
     check_transforms,
 )
-from nvamp.cross_entropy.options import Head, Needs, Options, TokenOptions, checked
-from nvamp.objective import Ranks
+from nvamp.engine.options import Head, Needs, Options, TokenOptions, checked
+from nvamp.ranks import Ranks
 
 if TYPE_CHECKING:
     from nvamp.distributed import Group

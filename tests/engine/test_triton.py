@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton import __version__ as triton_version
 
-from nvamp.cross_entropy import backends, devices, linear, ops, parts, triton
-from nvamp.cross_entropy.options import Head, Needs, Options
-from nvamp.objective import ALONE
+from nvamp.engine import backends, devices, linear, ops, parts, triton
+from nvamp.engine.options import Head, Needs, Options
+from nvamp.ranks import ALONE
 
 KERNELS = {
     "nll_kernel",

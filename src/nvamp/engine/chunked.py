@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nvamp.cross_entropy import devices
-from nvamp.cross_entropy.backend import Chunk, Largest
-from nvamp.cross_entropy.options import Options, accumulate_dtype
+from nvamp.engine import devices
+from nvamp.engine.backend import Chunk, Largest
+from nvamp.engine.options import Options, accumulate_dtype
 
 MiB = 2**20
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from nvamp.cross_entropy import chunked, devices, linear, triton
+from nvamp.engine import chunked, devices, linear, triton
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nvamp.cross_entropy import ops, reference
-from nvamp.cross_entropy.checks import check_label_range
-from nvamp.cross_entropy.options import Head, Options
-from nvamp.objective import Ranks
+from nvamp.engine import ops, reference
+from nvamp.engine.checks import check_label_range
+from nvamp.engine.options import Head, Options
+from nvamp.ranks import Ranks
 
 IGNORED, ELSEWHERE = -100, -1
 

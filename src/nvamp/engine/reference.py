@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from nvamp.cross_entropy.checks import check_label_range
-from nvamp.cross_entropy.options import Head, Options, accumulate_dtype
+from nvamp.engine.checks import check_label_range
+from nvamp.engine.options import Head, Options, accumulate_dtype
 
 
 def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ nvamp::linear_nll_sum_max    sum and maximum of the losses from hidden states, i
                              backward scales it and adds the rank-one gradient of the largest loss
 
 The first two have twins for a vocabulary in parts, one on each rank. Between what they do, the parts are put
-together: `nvamp.cross_entropy.parts`.
+together: `nvamp.engine.parts`.
 
 nvamp::part_statistics, nvamp::linear_part_statistics    what the losses follow from, of one part
 nvamp::part_nll, nvamp::linear_part_nll                  the losses, and their gradients by that part
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from nvamp.cross_entropy import linear
-from nvamp.cross_entropy.backend import Backend
-from nvamp.cross_entropy.backends import load
-from nvamp.cross_entropy.checks import check_label_range
-from nvamp.cross_entropy.hugepages import in_huge_pages
-from nvamp.cross_entropy.operator import is_ordinary, operator
-from nvamp.cross_entropy.options import Head, Needs, Options, accumulate_dtype
+from nvamp.engine import linear
+from nvamp.engine.backend import Backend
+from nvamp.engine.backends import load
+from nvamp.engine.checks import check_label_range
+from nvamp.engine.hugepages import in_huge_pages
+from nvamp.engine.operator import is_ordinary, operator
+from nvamp.engine.options import Head, Needs, Options, accumulate_dtype
 
 Tensors = tuple[Tensor, ...]
 
