@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nvamp.objective import Gradient
 from torch import Tensor
 
 from benchmarks.measure import machine, show_rows
 from nvamp import NVAMPLoss
-from nvamp.objective import Gradient
 from nvamp.study.compare import Settings, prepare
 from nvamp.study.training import build_model, quiet
 

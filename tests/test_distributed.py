@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from nvamp.objective import GRADIENTS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -18,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 import nvamp
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import token_nll, token_weights
-from nvamp.objective import GRADIENTS
 
 IGNORED = -100
 D, V = 6, 19

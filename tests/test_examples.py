@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from nvamp.objective import GRADIENTS, Gradient
 from torch import Tensor, nn
 
 from examples import custom_losses, exact_accumulation, lightning_module, trainer
 from examples.custom_losses import IGNORED, dft_loss, focal_loss, weighted_loss
 from nvamp import LinearNVAMPLoss
-from nvamp.objective import GRADIENTS, Gradient
 from tests.study.conftest import documents, text_dir
 
 __all__ = ["documents", "text_dir"]

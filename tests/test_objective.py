@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from nvamp.objective import GRADIENTS, Gradient, Result
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from nvamp import fused, objective
 from nvamp.engine import backends, triton
 from nvamp.functional import token_nvamp_loss, token_weights
-from nvamp.objective import GRADIENTS, Gradient, Result
 from nvamp.ranks import ALONE
 from tests import oracle
 from tests.engine.test_triton import run

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from nvamp.objective import GRADIENTS, Gradient
 from torch import Tensor
 
 from nvamp.engine import linear_nll_sum_max
 from nvamp.functional import linear_nvamp_loss, linear_token_nll, nvamp_loss, token_nll, token_weights
-from nvamp.objective import GRADIENTS, Gradient
 from tests import oracle
 from tests.strategies import BACKENDS, ITEMS, LOSS, Case, cases, examples, linear
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from nvamp.objective import GRADIENTS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -18,7 +19,6 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import linear_token_nll, token_nll
-from nvamp.objective import GRADIENTS
 from tests.engine.problems import OPTIONS
 from tests.test_distributed import IGNORED, RELATIVE, WEIGHTS, D, V, assert_same, batch, on_ranks
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from nvamp.objective import GRADIENTS, Gradient
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
 from nvamp.engine import linear_nll_sum_max
 from nvamp.functional import linear_nvamp_loss, linear_token_nll, nvamp_loss, token_nll, token_weights
-from nvamp.objective import GRADIENTS, Gradient
 
 # PyTorch's own, when it first takes a derivative in forward mode.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

@@ -1,163 +1,253 @@
-"""The losses as modules."""
+"""The losses as modules: any objective, of logits, of hidden states, or of losses computed elsewhere."""
 
 import copy
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
-from nvamp.functional import NVAMPStats, Settings, linear_nvamp_loss, nvamp_loss, token_nvamp_loss
-from nvamp.objective import Gradient
+from nvamp import apply
+from nvamp.apply import Call, Items, Listener, NVAMPStats, TokenInputs
+from nvamp.objectives import NVAMP, Gradient, Objective
+from nvamp.options import (
+    DECLARED,
+    IGNORE_INDEX,
+    LinearOptions,
+    LogitsOptions,
+    TokenLossOptions,
+    check_ignore_index,
+)
 
 if TYPE_CHECKING:
     from nvamp.distributed import Group
 
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., object])
 
-class _NVAMP(nn.Module):
-    def __init__(
-        self,
-        alpha: float = 1.0,
-        beta: float = 0.02,
-        gamma: float = 0.001,
-        eps: float = 1e-6,
-        ignore_index: int = -100,
-        *,
-        gradient: Gradient = "scalar",
-        shift: bool = True,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        inplace_backward: bool = False,
-        accum_dtype: torch.dtype | None = None,
-        process_group: "Group | None" = None,
-        vocab_group: "Group | None" = None,
-        reduce_grad_hidden: bool = True,
-        backend: str | None = None,
-    ) -> None:
+
+def _spelled_out(options: type) -> Callable[[F], F]:
+    """Shows `**options` as the options that they are, to `help` and whatever else reads a signature."""
+
+    def spell_out(function: F) -> F:
+        own = inspect.signature(function)
+        *named, _ = own.parameters.values()
+        more = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=DECLARED[options][name].default,
+                annotation=annotation.__origin__,
+            )
+            for name, annotation in options.__annotations__.items()
+        ]
+        function.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
+        return function
+
+    return spell_out
+
+
+class _Criterion(nn.Module):
+    """An objective, and how the losses of the tokens are computed; all of it may be changed at any time."""
+
+    objective: Objective
+    on_stats: Listener | None
+    process_group: "Group | None"
+    _declared: ClassVar[type]  # the options that this criterion has
+
+    def __init__(self, objective: Objective, options: Mapping[str, object]) -> None:
         super().__init__()
-        self.alpha = alpha
-        self.beta = beta
-        self.gamma = gamma
-        self.eps = eps
-        self.ignore_index = ignore_index
-        self.gradient = gradient
-        self.shift = shift
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.logit_scale = logit_scale
-        self.inplace_backward = inplace_backward
-        self.accum_dtype = accum_dtype
-        self.process_group = process_group
-        self.vocab_group = vocab_group
-        self.reduce_grad_hidden = reduce_grad_hidden
-        self.backend = backend
-        self.on_stats: Callable[[NVAMPStats], None] | None = None
-        Settings(**self._options()).check()
+        self.objective = objective
+        self.on_stats = None
+        declared = DECLARED[self._declared]
+        for name in options:
+            if name not in declared:
+                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
+        for name, option in declared.items():
+            setattr(self, name, options.get(name, option.default))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy with the same groups, which are the processes' and cannot be copied, and who is told."""
-        memo |= {id(shared): shared for shared in (self.process_group, self.vocab_group, self.on_stats)}
+    def __setattr__(self, name: str, value: object) -> None:
+        """Checks an option before it is kept, so that a wrong one is refused where it is given."""
+        if name in DECLARED[self._declared]:
+            value = DECLARED[self._declared][name].check(name, value)
+        elif name == "ignore_index":
+            value = check_ignore_index(name, value)
+        elif name == "objective" and not isinstance(value, Objective):
+            raise TypeError(
+                f"objective must be an objective, such as nvamp.objectives.NVAMP(), got {value!r}"
+            )
+        super().__setattr__(name, cast("Tensor | nn.Module", value))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """A copy with the same groups and listener: groups belong to the process and cannot be copied."""
+        kept = ("process_group", "vocab_group", "on_stats")
+        memo |= {id(shared): shared for shared in map(self.__dict__.get, kept)}
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
         return new
 
-    def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in Settings._fields}
-
     def extra_repr(self) -> str:
-        defaults = Settings._field_defaults
-        always = ("alpha", "beta", "gamma", "gradient")
-        shown = {k: v for k, v in self._options().items() if k in always or v != defaults[k]}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        declared = DECLARED[self._declared]
+        values = {name: (getattr(self, name), option.default) for name, option in declared.items()}
+        if "ignore_index" in self.__dict__:
+            values = {"ignore_index": (self.__dict__["ignore_index"], IGNORE_INDEX), **values}
+        changed = [f"{name}={value!r}" for name, (value, default) in values.items() if value != default]
+        return ", ".join([self._objective_repr(), *changed])
+
+    def _objective_repr(self) -> str:
+        return repr(self.objective)
+
+    def _call(self, items: Items, inputs: TokenInputs, return_stats: bool = False) -> Call:
+        return Call(items, inputs, return_stats, self.on_stats)
 
 
-class NVAMPLoss(_NVAMP):
-    """NVAMP loss of logits: cross-entropy, weighted by how widely the losses spread, and a maximum penalty.
+class _TokenCriterion(_Criterion):
+    """A criterion that computes the losses of the tokens itself."""
 
-    With ℓ the losses of the N valid tokens, M = `num_items_in_batch` or N, and μ, σ² their mean and variance:
+    ignore_index: int
+    shift: bool
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+    vocab_group: "Group | None"
+    backend: str | None
 
-        L = alpha·d·C + beta·C + gamma·X·(N/M)
-        C = Σℓ/M,   X = max ℓ,   d = mean |ℓ − μ| / sqrt(σ² + eps)
+    def _of_logits(self, logits: Tensor, labels: Tensor, call: Call, **changed: object) -> apply.Loss:
+        """The loss of logits; `changed` are options that are others in this call."""
+        options = cast(LogitsOptions, self._options(LogitsOptions) | changed)
+        return apply.of_logits(self.objective, logits, labels, self.ignore_index, options, call)
+
+    def _options(self, of: type) -> dict[str, object]:
+        """The options of the class `of`: this criterion's, or the default of one that it does not have."""
+        return {name: getattr(self, name, option.default) for name, option in DECLARED[of].items()}
+
+
+class Loss(_TokenCriterion):
+    """The loss of logits under an objective.
 
     Args:
-        alpha: weight of the variance-normalized term.
-        beta: weight of the cross-entropy.
-        gamma: weight of the largest loss.
-        eps: added to the variance, in nats².
+        objective: what the losses of the tokens become, one of `nvamp.objectives`.
         ignore_index: the label of tokens that do not count.
-        gradient: what `backward` takes the gradient of; the value is always L.
-            `"scalar"` holds d constant, so that cross-entropy and maximum train, each with its weight.
-            `"token"` gives a token the weight (alpha·|z| + beta)/M, z its own normalized deviation.
-            `"detached"` is the loss as first published: the gradient of alpha·d·C alone, d constant.
-            `"full"` is the exact derivative of L. It does not train a model from scratch: making all tokens
-            equally bad lowers d, and that is easier than learning.
         shift: score position t against label t+1, as causal language models need; `False` for labels that are
             shifted already.
-        label_smoothing, z_loss, softcap, logit_scale: see `nvamp.engine.options.TokenOptions`.
-        inplace_backward: let the backward overwrite the logits; see `nvamp.functional.token_nll`. A linear
-            loss, which never has them all, always does.
-        accum_dtype: of a linear loss, in which its weight's gradient is added up; see
-            `nvamp.functional.linear_token_nll`.
+        label_smoothing, z_loss, softcap, logit_scale: the loss of a token; see
+            `nvamp.functional.TokenOptions`.
+        inplace_backward: let the backward overwrite the logits; see `nvamp.functional.token_nll`.
         process_group: the ranks that hold the batch together, a `ProcessGroup` or a `DeviceMesh` of one
             dimension. Every rank gets the loss of the whole batch, and a gradient whose mean over the ranks,
-            which is what DDP and FSDP make, is that of the whole batch; see docs/distributed.md.
-        vocab_group: the ranks that have the vocabulary together, tensor parallel, each a part of it; see
-            `nvamp.functional.token_nll`. A linear loss then makes its logits again in the backward.
-        reduce_grad_hidden: of a linear loss with `vocab_group`; see `nvamp.functional.linear_token_nll`.
-        backend: the engine's; `None` for the best one of the device.
+            which is what DDP and FSDP make, is the gradient of the whole batch; see docs/distributed.md.
+        vocab_group: the ranks that hold the vocabulary together, tensor parallel, each a part of it; see
+            `nvamp.functional.token_nll`.
+        backend: of the engine, "triton", "chunked" or "reference"; `None` for the best one of the device.
 
     Attributes:
-        on_stats: called with the `NVAMPStats` of every loss, where it is set. So those can be had of a loss
+        on_stats: if set, called with the `NVAMPStats` of every loss. So the statistics can be had of a loss
             that a trainer or a model computes; `nvamp.integrations.stats.log_stats` does.
 
-    Raises:
-        ValueError: an option out of range.
+    All arguments are attributes too, and may be changed between calls.
 
-    References:
-        Mariusz Kurman, NVAMP Loss, 2025: https://github.com/mkurman/nvamp-loss
+    Raises:
+        TypeError, ValueError: an option of another type, or out of range.
+
+    Example:
+        >>> criterion = Loss(Focal(gamma=2), label_smoothing=0.1)
+        >>> loss = criterion(logits, labels)
     """
+
+    _declared = LogitsOptions
+    inplace_backward: bool
+
+    @_spelled_out(LogitsOptions)
+    def __init__(
+        self, objective: Objective, ignore_index: int = IGNORE_INDEX, **options: Unpack[LogitsOptions]
+    ) -> None:
+        super().__init__(objective, options)
+        self.ignore_index = ignore_index
 
     def forward(
         self,
         logits: Tensor,
         labels: Tensor,
-        num_items_in_batch: Tensor | float | None = None,
+        num_items_in_batch: Items = None,
         *,
         return_stats: bool = False,
-    ) -> Any:
+        **inputs: Unpack[TokenInputs],
+    ) -> Tensor | tuple[Tensor, NVAMPStats]:
         """The loss, a scalar in float32 (float64 for float64 logits), in nats.
 
         Args:
             logits: [batch, seq, vocab], or any [..., seq, vocab], of any floating dtype and strides.
-            labels: [batch, seq] int64 or int32; each in [0, vocab) or `ignore_index`.
+            labels: [batch, seq] int64, int32 or uint8; each in [0, vocab) or `ignore_index`.
             num_items_in_batch: the tokens of the whole optimizer step, over which the losses of its
                 micro-batches are to add up. By default those of this call.
             return_stats: return `(loss, NVAMPStats)`.
+            **inputs: what the objective needs of each token, `token_weight` for example, shaped like the
+                labels; see `nvamp.functional.TokenInputs`.
 
         Raises:
             TypeError, ValueError: arguments that do not fit; see `nvamp.functional.token_nll`.
         """
-        return nvamp_loss(  # type: ignore[call-overload]  # which overload, the caller knows
-            logits,
-            labels,
-            num_items_in_batch=num_items_in_batch,
-            return_stats=return_stats,
-            **self._options(),
-        )
+        return self._of_logits(logits, labels, self._call(num_items_in_batch, inputs, return_stats))
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            logits: Tensor,
+            labels: Tensor,
+            num_items_in_batch: Items = ...,
+            *,
+            return_stats: Literal[False] = ...,
+            **inputs: Unpack[TokenInputs],
+        ) -> Tensor: ...
+        @overload
+        def __call__(
+            self,
+            logits: Tensor,
+            labels: Tensor,
+            num_items_in_batch: Items = ...,
+            *,
+            return_stats: Literal[True],
+            **inputs: Unpack[TokenInputs],
+        ) -> tuple[Tensor, NVAMPStats]: ...
+        def __call__(self, *args: object, **kwargs: object) -> object: ...
 
 
-class LinearNVAMPLoss(_NVAMP):
-    """`NVAMPLoss` of `hidden @ weight.T + bias`, without ever holding all logits.
+class LinearLoss(_TokenCriterion):
+    """`Loss` of `hidden @ weight.T + bias`, without ever holding all logits.
 
-    The options are those of `NVAMPLoss`. With `gradient` `"scalar"` or `"detached"` the gradients are made in
-    the forward, in three matrix products. Otherwise, and in float16, where the gradient of a sum could
-    overflow, the backward makes the logits again, which takes four.
+    An objective whose weights are one number for all tokens, and others for a few of them, takes three matrix
+    products: its gradients are made in the forward. Such are cross-entropy, `Tail`, and NVAMP with `gradient`
+    "scalar" or "detached". Any other, and all of them in float16, where the gradient of a sum could overflow,
+    takes four: the backward makes the logits again. So does a `vocab_group`.
+
+    Args:
+        accum_dtype: the dtype in which the gradient of the weight is added up; see
+            `nvamp.functional.linear_token_nll`.
+        reduce_grad_hidden: with `vocab_group`; see `nvamp.functional.linear_token_nll`.
+
+    The other arguments, attributes and errors are those of `Loss`.
+
+    Example:
+        >>> loss = LinearLoss(Tail(share=0.05))(hidden, lm_head.weight, labels)
     """
+
+    _declared = LinearOptions
+    accum_dtype: torch.dtype | None
+    reduce_grad_hidden: bool
+
+    @_spelled_out(LinearOptions)
+    def __init__(
+        self, objective: Objective, ignore_index: int = IGNORE_INDEX, **options: Unpack[LinearOptions]
+    ) -> None:
+        super().__init__(objective, options)
+        self.ignore_index = ignore_index
 
     def forward(
         self,
@@ -166,34 +256,229 @@ class LinearNVAMPLoss(_NVAMP):
         labels: Tensor,
         bias: Tensor | None = None,
         *,
-        num_items_in_batch: Tensor | float | None = None,
+        num_items_in_batch: Items = None,
         return_stats: bool = False,
-    ) -> Any:
-        """The loss, a scalar; arguments and errors not named here are those of `NVAMPLoss`.
+        **inputs: Unpack[TokenInputs],
+    ) -> Tensor | tuple[Tensor, NVAMPStats]:
+        """The loss, a scalar; arguments and errors not named here are those of `Loss`.
 
         Args:
             hidden: [batch, seq, features], the last hidden states.
-            weight: [vocab, features], that of the output layer.
+            weight: [vocab, features], the weight of the output layer.
             labels: [batch, seq].
             bias: [vocab] or None.
         """
-        return linear_nvamp_loss(  # type: ignore[call-overload]  # which overload, the caller knows
-            hidden,
-            weight,
-            labels,
-            bias,
-            num_items_in_batch=num_items_in_batch,
-            return_stats=return_stats,
-            **self._options(),
-        )
+        call = self._call(num_items_in_batch, inputs, return_stats)
+        return self._of_hidden(hidden, weight, labels, bias, call)
+
+    def _of_hidden(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        call: Call,
+        **changed: object,
+    ) -> apply.Loss:
+        """The loss; `changed` are options that are others in this call."""
+        options = cast(LinearOptions, self._options(LinearOptions) | changed)
+        return apply.of_hidden(self.objective, hidden, weight, labels, bias, self.ignore_index, options, call)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            hidden: Tensor,
+            weight: Tensor,
+            labels: Tensor,
+            bias: Tensor | None = ...,
+            *,
+            num_items_in_batch: Items = ...,
+            return_stats: Literal[False] = ...,
+            **inputs: Unpack[TokenInputs],
+        ) -> Tensor: ...
+        @overload
+        def __call__(
+            self,
+            hidden: Tensor,
+            weight: Tensor,
+            labels: Tensor,
+            bias: Tensor | None = ...,
+            *,
+            num_items_in_batch: Items = ...,
+            return_stats: Literal[True],
+            **inputs: Unpack[TokenInputs],
+        ) -> tuple[Tensor, NVAMPStats]: ...
+        def __call__(self, *args: object, **kwargs: object) -> object: ...
 
 
-class TokenNVAMPLoss(_NVAMP):
-    """`NVAMPLoss` of per-token losses that something else has computed, such as a trainer's own fused head.
+class TokenLoss(_Criterion):
+    """`Loss` of per-token losses that something else has computed, such as a trainer's own fused head.
 
-    Of the options of `NVAMPLoss` it takes those of the objective; the others are for whoever computes losses.
+    Args:
+        objective: what the losses become.
+        process_group: as in `Loss`.
+
+    Example:
+        >>> loss = TokenLoss(DFT())(-logprobs, labels != -100)
     """
 
+    _declared = TokenLossOptions
+
+    @_spelled_out(TokenLossOptions)
+    def __init__(self, objective: Objective, **options: Unpack[TokenLossOptions]) -> None:
+        super().__init__(objective, options)
+
+    def forward(
+        self,
+        nll: Tensor,
+        valid: Tensor | None = None,
+        num_items_in_batch: Items = None,
+        *,
+        entropy: Tensor | None = None,
+        return_stats: bool = False,
+        **inputs: Unpack[TokenInputs],
+    ) -> Tensor | tuple[Tensor, NVAMPStats]:
+        """The loss, a scalar in float32 (float64 for float64 losses), in nats.
+
+        Args:
+            nll: [...] losses of the tokens in nats, with their gradient.
+            valid: [...] bool, which of them count; all by default. The others may hold anything.
+            entropy: [...] of the predictions in nats, with its gradient, if the objective needs it.
+            num_items_in_batch, return_stats, inputs: as in `Loss`; inputs are shaped like `nll`.
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit.
+        """
+        call = self._call(num_items_in_batch, inputs, return_stats)
+        return apply.of_tokens(self.objective, nll, valid, entropy, self.process_group, call)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            nll: Tensor,
+            valid: Tensor | None = ...,
+            num_items_in_batch: Items = ...,
+            *,
+            entropy: Tensor | None = ...,
+            return_stats: Literal[False] = ...,
+            **inputs: Unpack[TokenInputs],
+        ) -> Tensor: ...
+        @overload
+        def __call__(
+            self,
+            nll: Tensor,
+            valid: Tensor | None = ...,
+            num_items_in_batch: Items = ...,
+            *,
+            entropy: Tensor | None = ...,
+            return_stats: Literal[True],
+            **inputs: Unpack[TokenInputs],
+        ) -> tuple[Tensor, NVAMPStats]: ...
+        def __call__(self, *args: object, **kwargs: object) -> object: ...
+
+
+# NVAMP -------------------------------------------------------------------------------------------------
+
+
+class _Field(Generic[T]):
+    """An option of a criterion's objective, as an attribute of the criterion."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, criterion: _Criterion, owner: type | None = None) -> T:
+        return cast(T, getattr(criterion.objective, self.name))
+
+    def __set__(self, criterion: _Criterion, value: T) -> None:
+        criterion.objective = replace(criterion.objective, **{self.name: value})
+
+
+class _NVAMP(_Criterion):
+    """The options of NVAMP as attributes, which may be scheduled: `criterion.gamma = 0.2`."""
+
+    alpha = _Field[float]()
+    beta = _Field[float]()
+    gamma = _Field[float]()
+    eps = _Field[float]()
+    tail = _Field[float]()
+    gradient = _Field[Gradient]()
+
+    def _objective_repr(self) -> str:
+        return repr(self.objective).removeprefix("NVAMP(").removesuffix(")")
+
+
+class NVAMPLoss(_NVAMP, Loss):
+    """NVAMP loss of logits: `Loss(NVAMP(...))`.
+
+    It is cross-entropy, weighted by the dispersion of the losses, and a penalty on the largest ones:
+
+        L = alpha·d·C + beta·C + gamma·X·(N/M)
+
+    `nvamp.objectives.NVAMP` defines the symbols and describes alpha, beta, gamma, eps, tail and gradient;
+    `nvamp.Loss` describes the other arguments, the attributes and the errors.
+
+    References:
+        Mariusz Kurman, NVAMP Loss, 2025: https://github.com/mkurman/nvamp-loss
+
+    Example:
+        >>> loss = NVAMPLoss()(logits, labels)  # [batch, seq, vocab], [batch, seq] -> scalar
+    """
+
+    @_spelled_out(LogitsOptions)
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 0.02,
+        gamma: float = 0.001,
+        eps: float = 1e-6,
+        ignore_index: int = IGNORE_INDEX,
+        *,
+        tail: float = 0.0,
+        gradient: Gradient = "scalar",
+        **options: Unpack[LogitsOptions],
+    ) -> None:
+        super().__init__(NVAMP(alpha, beta, gamma, eps, tail, gradient), ignore_index, **options)
+
+
+class LinearNVAMPLoss(_NVAMP, LinearLoss):
+    """NVAMP loss of hidden states and the weight of the output layer: `LinearLoss(NVAMP(...))`.
+
+    The arguments are those of `NVAMPLoss`, but for the options of `LinearLoss` in place of those of `Loss`.
+
+    Example:
+        >>> loss = LinearNVAMPLoss()(hidden, lm_head.weight, labels)
+    """
+
+    @_spelled_out(LinearOptions)
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 0.02,
+        gamma: float = 0.001,
+        eps: float = 1e-6,
+        ignore_index: int = IGNORE_INDEX,
+        *,
+        tail: float = 0.0,
+        gradient: Gradient = "scalar",
+        **options: Unpack[LinearOptions],
+    ) -> None:
+        super().__init__(NVAMP(alpha, beta, gamma, eps, tail, gradient), ignore_index, **options)
+
+
+class TokenNVAMPLoss(_NVAMP, TokenLoss):
+    """NVAMP loss of per-token losses that something else has computed: `TokenLoss(NVAMP(...))`.
+
+    The arguments are those of `NVAMPLoss` that concern the objective.
+
+    Example:
+        >>> loss = TokenNVAMPLoss()(-logprobs, labels != -100)
+    """
+
+    @_spelled_out(TokenLossOptions)
     def __init__(
         self,
         alpha: float = 1.0,
@@ -201,39 +486,8 @@ class TokenNVAMPLoss(_NVAMP):
         gamma: float = 0.001,
         eps: float = 1e-6,
         *,
+        tail: float = 0.0,
         gradient: Gradient = "scalar",
-        process_group: "Group | None" = None,
+        **options: Unpack[TokenLossOptions],
     ) -> None:
-        super().__init__(alpha, beta, gamma, eps, gradient=gradient, process_group=process_group)
-
-    def forward(
-        self,
-        nll: Tensor,
-        valid: Tensor | None = None,
-        num_items_in_batch: Tensor | float | None = None,
-        *,
-        return_stats: bool = False,
-    ) -> Any:
-        """The loss, a scalar in float32 (float64 for float64 losses), in nats.
-
-        Args:
-            nll: [...] losses of the tokens in nats, with their gradient.
-            valid: [...] bool, which of them count; all by default. The others may hold anything.
-            num_items_in_batch, return_stats: as in `NVAMPLoss`.
-
-        Raises:
-            TypeError, ValueError: arguments that do not fit.
-        """
-        return token_nvamp_loss(
-            nll,
-            valid,
-            num_items_in_batch=num_items_in_batch,
-            return_stats=return_stats,
-            alpha=self.alpha,
-            beta=self.beta,
-            gamma=self.gamma,
-            eps=self.eps,
-            gradient=self.gradient,
-            process_group=self.process_group,
-            on_stats=self.on_stats,
-        )
+        super().__init__(NVAMP(alpha, beta, gamma, eps, tail, gradient), **options)

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from nvamp.integrations.stats import log_stats
 from nvamp.integrations.transformers import compute_loss_func
 from nvamp.losses import NVAMPLoss
-from nvamp.objective import Gradient
+from nvamp.objectives import Gradient
 
 __all__ = ["NVAMPArgs", "NVAMPPlugin"]
 

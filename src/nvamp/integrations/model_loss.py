@@ -1,15 +1,17 @@
 """A criterion as the `loss_function` of a transformers model."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
-from nvamp import LinearNVAMPLoss, NVAMPLoss
-from nvamp.functional import Settings, nvamp_loss
+from nvamp.apply import TokenInputs
+from nvamp.losses import LinearLoss, Loss
 
 # (logits [B, S, V], labels [B, S], num_items_in_batch=...) -> scalar; it shifts the labels itself.
 Criterion = Callable[..., Tensor]
+# What a batch may have for an objective, beside its labels.
+TOKEN_INPUTS = tuple(TokenInputs.__annotations__)
 
 
 class ModelLoss:
@@ -45,23 +47,29 @@ class ModelLoss:
             raise ValueError("labels are missing: neither labels nor shift_labels were given")
         if isinstance(num_items_in_batch, Tensor):  # of the first device, where a model lies on several
             num_items_in_batch = num_items_in_batch.to(logits.device, non_blocking=True)
+        inputs = cast(TokenInputs, {name: kwargs[name] for name in TOKEN_INPUTS if name in kwargs})
         value = self.value(
-            logits, targets.to(logits.device), shift_labels is not None, num_items_in_batch=num_items_in_batch
+            logits, targets.to(logits.device), shift_labels is not None, num_items_in_batch, inputs
         )
         return share(value, num_items_in_batch, self.criterion)
 
-    def value(self, logits: Any, labels: Tensor, shifted: bool, **items: Any) -> Any:
-        if not shifted:
-            return self.criterion(logits, labels, **items)
-        if not isinstance(self.criterion, NVAMPLoss):
-            raise TypeError(f"shift_labels need an NVAMPLoss, got {self.criterion!r}, which shifts by itself")
-        return nvamp_loss(logits, labels, **options_of(self.criterion, shifted), **items)
-
-
-def options_of(criterion: NVAMPLoss | LinearNVAMPLoss, shifted: bool) -> dict[str, Any]:
-    """The options of a criterion, for the loss as a function; no shift where the labels have it already."""
-    options = {name: getattr(criterion, name) for name in Settings._fields}
-    return {**options, "shift": False} if shifted else options
+    def value(
+        self,
+        logits: Any,
+        labels: Tensor,
+        shifted: bool,
+        num_items_in_batch: Tensor | int | None,
+        inputs: TokenInputs,
+    ) -> Any:
+        criterion = self.criterion
+        if isinstance(criterion, Loss | LinearLoss):
+            changed = {"shift": False} if shifted else {}
+            return criterion._of_logits(
+                logits, labels, criterion._call(num_items_in_batch, inputs), **changed
+            )
+        if shifted:
+            raise TypeError(f"shift_labels need a Loss, got {criterion!r}, which shifts by itself")
+        return criterion(logits, labels, num_items_in_batch=num_items_in_batch, **inputs)
 
 
 def share(value: Tensor, num_items_in_batch: Tensor | int | None, criterion: Criterion) -> Tensor:

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from nvamp import LinearNVAMPLoss
-from nvamp.functional import linear_nvamp_loss, nvamp_loss
+from nvamp.apply import TokenInputs
 from nvamp.integrations.deferred import DeferredLogits
-from nvamp.integrations.model_loss import ModelLoss, options_of
+from nvamp.integrations.model_loss import ModelLoss
+from nvamp.losses import LinearLoss
 
 
-def patch(model: Any, criterion: LinearNVAMPLoss) -> None:
+def patch(model: Any, criterion: LinearLoss) -> None:
     """Makes a causal language model compute `criterion` from its hidden states, without logits, in training.
 
     In training and with labels the model runs its own forward, but its output layer computes nothing: the
@@ -39,8 +39,10 @@ def patch(model: Any, criterion: LinearNVAMPLoss) -> None:
         patch(model, LinearNVAMPLoss())
         Trainer(model, args, train_dataset=data).train()
     """
-    if not isinstance(criterion, LinearNVAMPLoss):
-        raise TypeError(f"criterion must be a LinearNVAMPLoss, got {type(criterion).__name__}")
+    if not isinstance(criterion, LinearLoss):
+        raise TypeError(
+            f"criterion must be a LinearLoss, such as LinearNVAMPLoss(), got {type(criterion).__name__}"
+        )
     model = _base_model(model)
     before = model.__dict__.get("_loss_function")
     if isinstance(before, _LinearModelLoss):
@@ -72,25 +74,34 @@ def unpatch(model: Any) -> None:
 class _LinearModelLoss(ModelLoss):
     """The loss of a patched model, of deferred logits in training and of logits elsewhere."""
 
-    criterion: LinearNVAMPLoss
+    criterion: LinearLoss
 
-    def __init__(self, criterion: LinearNVAMPLoss, before: Any) -> None:
+    def __init__(self, criterion: LinearLoss, before: Any) -> None:
         super().__init__(criterion)
         self.before = before  # the `loss_function` that the model had been given
 
-    def value(self, logits: Any, labels: Tensor, shifted: bool, **items: Any) -> Any:
-        options = options_of(self.criterion, shifted)
+    def value(
+        self,
+        logits: Any,
+        labels: Tensor,
+        shifted: bool,
+        num_items_in_batch: Tensor | int | None,
+        inputs: TokenInputs,
+    ) -> Any:
+        criterion = self.criterion
         if isinstance(logits, DeferredLogits):
-            options |= self._own_options(logits)
-            layer = logits.layer
-            return linear_nvamp_loss(logits.hidden, layer.weight, labels, layer.bias, **options, **items)
+            layer, changed = logits.layer, dict[str, object](self._own_options(logits))
+            if shifted:
+                changed["shift"] = False
+            call = criterion._call(num_items_in_batch, inputs)
+            return criterion._of_hidden(logits.hidden, layer.weight, labels, layer.bias, call, **changed)
         if any(call.loss is self for call in _state.calls):
             raise NotImplementedError(
                 "the logits in the loss are not of the output layer that was patched: where that has been "
                 "replaced, patch again; where the model has several, unpatch it, and set model.loss_function "
                 "= loss_function(NVAMPLoss(...))"
             )
-        return nvamp_loss(logits, labels, **options, **items)
+        return super().value(logits, labels, shifted, num_items_in_batch, inputs)
 
     def _own_options(self, logits: DeferredLogits) -> dict[str, float]:
         own, c = logits.options, self.criterion

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvamp.functional import NVAMPStats
-from nvamp.losses import LinearNVAMPLoss, NVAMPLoss, TokenNVAMPLoss
+from nvamp.apply import NVAMPStats
+from nvamp.losses import LinearLoss, Loss, TokenLoss
 
 __all__ = ["log_stats"]
 
@@ -15,7 +15,7 @@ __all__ = ["log_stats"]
 _MEANS = ("cross_entropy", "dispersion", "std", "hardest_share")
 
 
-def log_stats(trainer: Any, criterion: NVAMPLoss | LinearNVAMPLoss | TokenNVAMPLoss) -> None:
+def log_stats(trainer: Any, criterion: Loss | LinearLoss | TokenLoss) -> None:
     """Adds the components of the loss to everything that `trainer` logs, in training and in evaluation.
 
     They go where its other values go: to `log_history`, to TensorBoard and whatever else `report_to` names.

@@ -11,7 +11,7 @@ from torchtitan.distributed.spmd_types import spmd_mesh_size
 from nvamp.distributed import ranks_of
 from nvamp.functional import token_nll
 from nvamp.losses import TokenNVAMPLoss
-from nvamp.objective import Gradient
+from nvamp.objectives import Gradient
 
 __all__ = ["NVAMPLoss"]
 

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from nvamp import objective
-from nvamp.functional import Settings
 from nvamp.integrations.transformers import logits_of
-from nvamp.objective import GRADIENTS, Statistics
+from nvamp.objectives import GRADIENTS, NVAMP, Batch, Statistics
+from nvamp.objectives.statistics import statistics as statistics_of
 from nvamp.study import StudyError
 from nvamp.study.files import replacing
 from nvamp.study.training import load_model, load_tokenizer, positions
@@ -159,7 +158,7 @@ def inspect_text(
         raise StudyError("the model gives losses that are not finite")
     used = np.unique(np.concatenate((tokens.ids, scores.alternatives.ravel())))
     nll = torch.from_numpy(scores.nll).double()
-    statistics = objective.statistics(nll, torch.ones_like(nll, dtype=torch.bool))
+    statistics = statistics_of(Batch(nll, torch.ones_like(nll, dtype=torch.bool)))
     return Inspection(tokens, scores, spell(tokenizer, used.tolist()), window, statistics)
 
 
@@ -318,7 +317,7 @@ def page_data(found: Inspection) -> dict[str, Any]:
         "step": STEP,
         "statistics": {key: float(x) for key, x in found.statistics._asdict().items()},
         "gradients": GRADIENTS,
-        "defaults": Settings().coefficients,
+        "defaults": {name: getattr(NVAMP(), name) for name in ("alpha", "beta", "gamma")},
     }
 
 

@@ -10,15 +10,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nvamp import NVAMPLoss
-from nvamp.functional import Settings, token_nll
+from nvamp.functional import token_nll
 from nvamp.integrations.transformers import Criterion
+from nvamp.objectives import NVAMP
 from nvamp.study import StudyError
 
 _NVAMP = ("alpha", "beta", "gamma", "eps", "gradient")
 # The options each loss takes, with their defaults.
 _OPTIONS: dict[str, dict[str, float | str]] = {
     "ce": {},
-    "nvamp": {name: Settings._field_defaults[name] for name in _NVAMP},
+    "nvamp": {name: getattr(NVAMP(), name) for name in _NVAMP},
     "focal": {"gamma": 2.0},
     "dft": {},
 }

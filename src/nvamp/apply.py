@@ -1,0 +1,498 @@
+"""The bridge from the engine and an objective to a loss: its value, its gradient, its statistics, its ranks.
+
+The engine computes the losses of the tokens, differentiable in any weights; the objective says from their
+values what the loss is and which weight each of them gets; here the two become one tensor to call `backward`
+of. Everything else, modules and functions, is a face of the three functions `of_logits`, `of_hidden` and
+`of_tokens`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nvamp import engine, fused
+from nvamp.engine import TokenMetrics, can_one_pass, linear_token_nll, token_nll
+from nvamp.engine.checks import check_floating, check_labels, check_linear, check_logits, has_transforms
+from nvamp.engine.devices import can_look
+from nvamp.engine.options import accumulate_dtype
+from nvamp.engine.parts import has_dtensors
+from nvamp.objectives.base import Batch, Objective, Result, Statistics
+from nvamp.objectives.statistics import statistics
+from nvamp.options import DECLARED, LinearOptions, LogitsOptions, TokenOptions
+from nvamp.ranks import ALONE, Ranks
+
+if TYPE_CHECKING:
+    from nvamp.distributed import Group
+
+Items = Tensor | float | None  # num_items_in_batch
+
+
+class TokenInputs(TypedDict, total=False):
+    """What an objective may need of each token beside its loss: real numbers, on the grid of the labels.
+
+    They are shifted together with the labels. No gradient flows to them, and where a token does not count
+    they may hold anything.
+    """
+
+    token_weight: Tensor | None  # how much the token counts
+    advantage: Tensor | None  # of the action that the token is
+    old_logprob: Tensor | None  # of the policy that drew the token, nats
+    ref_logprob: Tensor | None  # of the reference policy, nats
+
+
+class NVAMPStats(NamedTuple):
+    """What a loss was made of. Scalar tensors without gradient, on the device of the loss; losses in nats.
+
+    With a `process_group` they are those of all its ranks; but the last three and the index are of the tokens
+    of this one. They are the same for every objective.
+    """
+
+    cross_entropy: Tensor  # Σ ℓ / num_items_in_batch
+    mean: Tensor  # of the losses of the valid tokens
+    std: Tensor  # sqrt(their variance + eps)
+    dispersion: Tensor  # mean |ℓ − mean| / std
+    max: Tensor  # the largest loss; 0 if no token is valid
+    max_index: Tensor  # int64: its row of the flattened logits; −1 if none is valid or another rank has it
+    num_tokens: Tensor  # int64: valid tokens
+    min_weight: Tensor  # the smallest ∂L/∂ℓ of a valid token
+    max_weight: Tensor  # the largest
+    hardest_share: Tensor  # the part of Σ |∂L/∂ℓ| that the hardest 1% of the tokens, rounded up, have
+
+
+Listener = Callable[[NVAMPStats], None]
+
+
+class Call(NamedTuple):
+    """What a call of a loss has, beside its tensors and its options."""
+
+    num_items_in_batch: Items
+    inputs: TokenInputs
+    return_stats: bool
+    on_stats: Listener | None
+
+
+Loss = Tensor | tuple[Tensor, NVAMPStats]
+T = TypeVar("T")
+
+
+# The three faces ---------------------------------------------------------------------------------------
+
+
+def of_logits(
+    objective: Objective, logits: Tensor, labels: Tensor, ignore_index: int, o: LogitsOptions, call: Call
+) -> Loss:
+    """The loss of logits [..., S, V] and labels [..., S]."""
+    vocab_group = o["vocab_group"]
+    if has_dtensors(logits, labels):
+        from nvamp.dtensors import local_logits  # only here: PyTorch can be built without it
+
+        logits, labels, vocab_group = local_logits(logits, labels, vocab_group)
+
+    def losses() -> _Losses:
+        check_logits(logits, part=vocab_group is not None)
+        targets, inputs = _targets(objective, labels, logits, "logits", ignore_index, o["shift"], call.inputs)
+        found = token_nll(  # type: ignore[call-overload]
+            logits,
+            targets,
+            ignore_index=ignore_index,
+            return_metrics=objective.needs_entropy,
+            inplace_backward=o["inplace_backward"],
+            vocab_group=vocab_group,
+            backend=o["backend"],
+            **_token_options(o),
+        )
+        return _Losses.of(found, targets, ignore_index, inputs)
+
+    return _loss(objective, logits, losses, o["process_group"], o["backend"], call)
+
+
+def of_hidden(
+    objective: Objective,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    o: LinearOptions,
+    call: Call,
+) -> Loss:
+    """The loss of hidden states [..., S, D], the weight [V, D] of the output layer and labels [..., S]."""
+    vocab_group = o["vocab_group"]
+    if has_dtensors(hidden, weight, labels, bias):
+        from nvamp.dtensors import local_head
+
+        hidden, weight, labels, bias, vocab_group = local_head(hidden, weight, labels, bias, vocab_group)
+
+    def losses() -> _Losses:
+        check_linear(hidden, weight, bias)
+        targets, inputs = _targets(objective, labels, hidden, "hidden", ignore_index, o["shift"], call.inputs)
+        few = None
+        if vocab_group is None:  # else its parts would have to meet at every chunk
+            few = _few_in_one_pass(objective, targets, o["process_group"])
+        if (
+            hasattr(engine, "linear_nll_sum")
+            and few is not None
+            and can_one_pass(hidden, weight, bias, o["backend"])
+        ):
+            total, nll = engine.linear_nll_sum(
+                hidden,
+                weight,
+                targets,
+                bias,
+                few=few,
+                ignore_index=ignore_index,
+                accum_dtype=o["accum_dtype"],
+                backend=o["backend"],
+                **_token_options(o),
+            )
+            return _Losses.of(nll, targets, ignore_index, inputs, total)
+        found = linear_token_nll(  # type: ignore[call-overload]
+            hidden,
+            weight,
+            targets,
+            bias,
+            ignore_index=ignore_index,
+            return_metrics=objective.needs_entropy,
+            accum_dtype=o["accum_dtype"],
+            vocab_group=vocab_group,
+            reduce_grad_hidden=o["reduce_grad_hidden"],
+            backend=o["backend"],
+            **_token_options(o),
+        )
+        return _Losses.of(found, targets, ignore_index, inputs)
+
+    return _loss(objective, hidden, losses, o["process_group"], o["backend"], call)
+
+
+def of_tokens(
+    objective: Objective,
+    nll: Tensor,
+    valid: Tensor | None,
+    entropy: Tensor | None,
+    process_group: "Group | None",
+    call: Call,
+) -> Loss:
+    """The loss of losses [...] that something else has computed."""
+    return _loss(
+        objective, nll, lambda: _given(objective, nll, valid, entropy, call.inputs), process_group, None, call
+    )
+
+
+def weights_of_tokens(
+    objective: Objective,
+    nll: Tensor,
+    valid: Tensor | None,
+    entropy: Tensor | None,
+    process_group: "Group | None",
+    call: Call,
+) -> Tensor:
+    """The weights ∂L/∂ℓ of losses nll [...], shaped like them."""
+    ranks = _ranks_of(process_group)
+
+    def given() -> tuple[_Losses, Items]:
+        return _given(objective, nll, valid, entropy, call.inputs), _items(call.num_items_in_batch)
+
+    losses, items = _together(objective, ranks, nll, False, given)
+    return _judge(objective, losses, items, ranks, None).weights(losses.valid).view(nll.shape)
+
+
+# From losses to the loss -------------------------------------------------------------------------------
+
+
+class _Losses(NamedTuple):
+    """The losses of the tokens of this rank, and which of them count."""
+
+    nll: Tensor  # [tokens] in the dtype of losses, with gradient; 0 if the token does not count
+    labels: Tensor  # [tokens] integers, or bool: whether it counts
+    ignore_index: int  # the label of those that do not count
+    inputs: Mapping[str, Tensor] = {}  # [tokens] each
+    entropy: Tensor | None = None  # [tokens], with gradient
+    total: Tensor | None = None  # Σ nll, with gradient; then nll has that of a few tokens only
+
+    @classmethod
+    def of(
+        cls,
+        found: Tensor | tuple[Tensor, TokenMetrics],
+        targets: Tensor,
+        ignore_index: int,
+        inputs: Mapping[str, Tensor],
+        total: Tensor | None = None,
+    ) -> "_Losses":
+        """From what the engine returns, [...]."""
+        nll, entropy = (found, None) if isinstance(found, Tensor) else (found[0], found[1].entropy.flatten())
+        return cls(nll.flatten(), targets.flatten(), ignore_index, inputs, entropy, total)
+
+    @property
+    def valid(self) -> Tensor:
+        """[tokens] bool: the tokens that count."""
+        return self.labels if self.labels.dtype == torch.bool else self.labels != self.ignore_index
+
+    def batch(self, items: Items, ranks: Ranks) -> Batch:
+        """As an objective sees them."""
+        entropy = None if self.entropy is None else self.entropy.detach()
+        return Batch(self.nll.detach(), self.valid, items, ranks, self.inputs, entropy)
+
+
+def _loss(
+    objective: Objective,
+    x: Tensor,
+    losses_of_x: Callable[[], _Losses],
+    process_group: "Group | None",
+    backend: str | None,
+    call: Call,
+) -> Loss:
+    """Value, gradient and statistics: everything that a call of a loss returns."""
+    ranks, stats_wanted = _ranks_of(process_group), call.return_stats or call.on_stats is not None
+    losses, items = _together(
+        objective, ranks, x, stats_wanted, lambda: (losses_of_x(), _items(call.num_items_in_batch))
+    )
+    result = _judge(objective, losses, items, ranks, backend)
+    loss = _value_with_gradient(result.loss, _terms(losses, result, ranks))
+    if not stats_wanted:
+        return loss
+    stats = _stats(losses.batch(items, ranks), result)
+    if call.on_stats is not None:
+        call.on_stats(stats)
+    return (loss, stats) if call.return_stats else loss
+
+
+def _judge(objective: Objective, losses: _Losses, items: Items, ranks: Ranks, backend: str | None) -> Result:
+    """Loss and weights, without gradient: by one kernel if it serves, else as the objective says."""
+    ell = losses.nll.detach()
+    if fused.serves(objective, ell, backend, ranks):
+        return fused.evaluate(objective, ell, losses.labels, items, losses.ignore_index)
+    return objective.evaluate(losses.batch(items, ranks))
+
+
+def _terms(losses: _Losses, result: Result, ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
+    """Pairs (x, w): the gradient of the loss is that of Σ x·w at constant w."""
+    terms: list[tuple[Tensor, Tensor | None]]
+    if losses.total is None:
+        terms = [(losses.nll, result.weights(losses.valid))]
+    else:
+        terms = [(losses.total, result.shared), (losses.nll, result.per_token)]
+    if losses.entropy is not None:
+        terms.append((losses.entropy, result.entropy_weights))
+    # The mean over the ranks, which DDP and FSDP take, is then the gradient of the whole batch.
+    return [(x, w if ranks is ALONE else ranks.size * w) for x, w in terms if w is not None]
+
+
+def _value_with_gradient(value: Tensor, terms: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """A tensor with this value and the gradient of Σ x·w over the terms (x, w), at constant w."""
+    if has_transforms() or torch.compiler.is_compiling():
+        for x, weight in terms:  # the same, for those who look inside
+            of = (x * weight).sum()
+            value = value + (of - of.detach())
+        return value
+    result: Tensor = _ValueWithGradient.apply(value, *(t for term in terms for t in term))  # type: ignore[no-untyped-call]
+    return result
+
+
+class _ValueWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *terms: Tensor) -> Tensor:
+        ctx.save_for_backward(*terms[1::2])
+        return value.detach()  # no input, which would make the loss a view that nobody may change in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(t for weight in ctx.saved_tensors for t in (grad * weight, None))
+
+
+def _few_in_one_pass(objective: Objective, labels: Tensor, process_group: "Group | None") -> int | None:
+    """How many tokens may have a weight of their own in a linear path of one pass; None for two passes."""
+    tokens = labels.numel()
+    few = objective.few_weights(tokens)
+    if few is None or few <= 1:
+        return few
+    if process_group is not None:  # a rank may have more than its share of the hardest
+        return tokens if can_look(labels) else None
+    return few if 4 * few <= tokens else None  # four more products for each of them
+
+
+# Arguments ---------------------------------------------------------------------------------------------
+
+
+def _ranks_of(process_group: "Group | None") -> Ranks:
+    if process_group is None:
+        return ALONE
+    from nvamp.distributed import ranks_of
+
+    return ranks_of(process_group)
+
+
+def _together(objective: Objective, ranks: Ranks, x: object, stats: bool, losses: Callable[[], T]) -> T:
+    """losses(), of the tensor x. If that raises an error, this rank first takes part in what comes next.
+
+    The other ranks get a loss of NaN. Without that they would wait for this one for ever.
+    """
+    try:
+        return losses()
+    except Exception:
+        if ranks is not ALONE and isinstance(x, Tensor):
+            nll = torch.full((1,), torch.nan, dtype=accumulate_dtype(x.dtype), device=x.device)
+            inputs = dict.fromkeys((*objective.inputs, *objective.optional_inputs), nll)
+            batch = Batch(nll, torch.ones_like(nll, dtype=torch.bool), None, ranks, inputs, nll)
+            result = objective.evaluate(batch)
+            if stats:
+                _statistics_of(batch, result)
+        raise
+
+
+def _items(num_items_in_batch: Items) -> Items:
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(
+                f"num_items_in_batch must be a single number, got shape {list(num_items_in_batch.shape)}"
+            )
+        return num_items_in_batch.reshape(())
+    if num_items_in_batch is not None and not num_items_in_batch >= 0:
+        raise ValueError(f"num_items_in_batch must be at least 0, got {num_items_in_batch}")
+    return num_items_in_batch
+
+
+def _token_options(o: LogitsOptions | LinearOptions) -> TokenOptions:
+    return cast(TokenOptions, {name: o[name] for name in DECLARED[TokenOptions]})  # type: ignore[literal-required]
+
+
+def _shifted(x: Tensor, shift: bool, fill: int = 0) -> Tensor:
+    """What each row goes with: with `shift` the x [..., S] of the row after it, and `fill` for the last."""
+    return pad(x[..., 1:], (0, 1), value=fill)[..., : x.shape[-1]] if shift else x
+
+
+def _targets(
+    objective: Objective,
+    labels: Tensor,
+    x: Tensor,
+    name: str,
+    ignore_index: int,
+    shift: bool,
+    inputs: TokenInputs,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The label [...] of each row of x [..., features], called `name`, and the inputs [tokens] beside it."""
+    check_labels(labels, x, name)
+    if shift and labels.dim() == 1:
+        raise ValueError(
+            f"labels must have shape [batch, seq] to be shifted, got {list(labels.shape)}: flattened labels "
+            "would be shifted from one row to the next; give shift=False for labels that are shifted already"
+        )
+    if labels.dtype == torch.uint8:
+        labels = labels.long()  # as uint8, -100 would be 156
+    targets = _shifted(labels, shift, ignore_index)
+    dtype = accumulate_dtype(x.dtype)
+    return targets, _inputs(objective, inputs, labels, targets != ignore_index, dtype, shift)
+
+
+def _inputs(
+    objective: Objective, given: TokenInputs, grid: Tensor, valid: Tensor, dtype: torch.dtype, shift: bool
+) -> dict[str, Tensor]:
+    """The per-token inputs of an objective [tokens], checked against the grid [...] of the labels."""
+    possible, name_of = (*objective.inputs, *objective.optional_inputs), type(objective).__name__
+    inputs = {name: x for name, x in given.items() if x is not None}
+    for name in inputs:
+        if name not in possible:
+            takes = ", ".join(possible) or "no inputs of tokens"
+            raise TypeError(f"{name} has no use: {name_of} takes {takes}")
+    for name in objective.inputs:
+        if name not in inputs:
+            raise TypeError(
+                f"{name} is missing: {name_of} needs it, shaped like the labels {list(grid.shape)}"
+            )
+    for name, x in inputs.items():
+        _check_input(name, x, grid)
+    return {
+        name: torch.where(valid, _shifted(x.detach().to(dtype), shift), 0).flatten()
+        for name, x in inputs.items()
+        if isinstance(x, Tensor)
+    }
+
+
+def _check_input(name: str, x: object, grid: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.is_complex():
+        raise TypeError(f"{name} must be real, got {x.dtype}")
+    if x.shape != grid.shape:
+        raise ValueError(
+            f"{name} must lie on the grid of the labels, {list(grid.shape)}, the number for a token at the "
+            f"place of its label, and is shifted with them; got {list(x.shape)}"
+        )
+    if x.device != grid.device:
+        raise ValueError(f"{name} must be on the device of the labels, {grid.device}, got {x.device}")
+
+
+def _given(
+    objective: Objective, nll: Tensor, valid: Tensor | None, entropy: Tensor | None, inputs: TokenInputs
+) -> _Losses:
+    """Losses [...] of the caller's, in the dtype of their statistics, and what comes with them."""
+    check_floating("nll", nll)
+    if valid is not None and not isinstance(valid, Tensor):
+        raise TypeError(f"valid must be a tensor or None, got {type(valid).__name__}")
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != nll.shape):
+        raise ValueError(
+            f"valid must be bool, shaped like nll {list(nll.shape)}, got {valid.dtype} {list(valid.shape)}"
+        )
+    if valid is not None and valid.device != nll.device:
+        raise ValueError(f"valid must be on the device of nll, {nll.device}, got {valid.device}")
+    if objective.needs_entropy:
+        if entropy is None:
+            raise TypeError(f"entropy is missing: {objective} needs it, shaped like nll {list(nll.shape)}")
+        _check_input("entropy", entropy, nll)
+    counts = torch.ones_like(nll, dtype=torch.bool) if valid is None else valid
+    dtype = accumulate_dtype(nll.dtype)
+
+    def known(x: Tensor) -> Tensor:
+        return (x.to(dtype) if valid is None else torch.where(valid, x.to(dtype), 0)).flatten()
+
+    return _Losses(
+        known(nll),
+        counts.flatten(),
+        0,
+        _inputs(objective, inputs, nll, counts, dtype, shift=False),
+        known(entropy) if entropy is not None and objective.needs_entropy else None,
+    )
+
+
+# Statistics --------------------------------------------------------------------------------------------
+
+
+def _statistics_of(batch: Batch, result: Result) -> Statistics:
+    return statistics(batch) if result.statistics is None else result.statistics()
+
+
+def _stats(batch: Batch, result: Result) -> NVAMPStats:
+    ell, valid, s, weights = (
+        batch.nll,
+        batch.valid,
+        _statistics_of(batch, result),
+        result.weights(batch.valid),
+    )
+    some = valid.any()
+
+    def over_valid(extreme: Callable[[Tensor], Tensor], elsewhere: float) -> Tensor:
+        padded = pad(torch.where(valid, weights, elsewhere), (0, 1), value=elsewhere)  # never empty
+        return torch.where(some, extreme(padded), 0)
+
+    return NVAMPStats(
+        cross_entropy=s.cross_entropy,
+        mean=s.mean,
+        std=s.std,
+        dispersion=s.dispersion,
+        max=s.max,
+        max_index=s.max_index,
+        num_tokens=s.num_tokens.long(),
+        min_weight=over_valid(torch.amin, torch.inf),
+        max_weight=over_valid(torch.amax, -torch.inf),
+        hardest_share=_hardest_share(ell, valid, weights.abs()),
+    )
+
+
+def _hardest_share(ell: Tensor, valid: Tensor, weights: Tensor) -> Tensor:
+    """The share of the sum of `weights` that the hardest hundredth of the valid tokens, rounded up, have."""
+    hardest_first = torch.where(valid, ell, -torch.inf).argsort(descending=True, stable=True)
+    hardest = torch.arange(ell.numel(), device=ell.device) < (valid.sum() + 99) // 100
+    total = weights.sum()
+    return torch.where(total == 0, 0, (weights[hardest_first] * hardest).sum() / total)

@@ -1,0 +1,130 @@
+"""An objective: a rule that turns the losses of a batch's tokens into one number and a weight per token.
+
+It sees the losses without their gradient, and says its value L and the weights ∂L/∂ℓ; the engine does the
+rest. So an objective is arithmetic on N numbers: it never sees logits. All shapes are static and all results
+tensors: nothing here waits for a device. The batch may lie on several ranks, which exchange sums.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nvamp.ranks import ALONE, Ranks
+
+
+class Batch(NamedTuple):
+    """What an objective sees: the tokens of a batch that are on this rank, without gradient."""
+
+    nll: Tensor  # [tokens] float32 or float64, nats; 0 if not valid
+    valid: Tensor  # [tokens] bool
+    num_items_in_batch: Tensor | float | None = None  # M; by default N, the number of valid tokens
+    ranks: Ranks = ALONE
+    inputs: Mapping[str, Tensor] = {}  # [tokens] each, in the dtype of nll; 0 if not valid
+    entropy: Tensor | None = None  # [tokens] nats, 0 if not valid; of an objective that `needs_entropy`
+
+    def sums(self, *x: Tensor) -> tuple[Tensor, ...]:
+        """N, and the sum of each x [tokens] over the valid tokens of all ranks: one all-reduce."""
+        n = self.valid.sum(dtype=self.nll.dtype)
+        own = [n, *(torch.where(self.valid, each, 0).sum() for each in x)]
+        return tuple(own if self.ranks is ALONE else self.ranks.total(torch.stack(own)).unbind())
+
+    def items(self, n: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """M and N/M, if the batch has N = n valid tokens; M is at least 1."""
+        m = self.num_items_in_batch
+        if m is None:
+            return n.clamp(min=1), 1.0
+        # Wherever a tensor is, it stays: to move it would wait.
+        m = m.to(n.dtype).clamp(min=1) if isinstance(m, Tensor) else max(m, 1)
+        return m, n / m
+
+    def mean(self, values: Tensor, weights: Tensor, entropy_weights: Tensor | None = None) -> "Result":
+        """The result L = Σ values / M, if ∂L/∂ℓ is `weights` / M; [tokens] each."""
+        n, total = self.sums(values)
+        m, _ = self.items(n)
+        return Result(
+            total / m,
+            per_token=weights / m,
+            entropy_weights=None if entropy_weights is None else entropy_weights / m,
+        )
+
+
+class Statistics(NamedTuple):
+    """What the losses of a batch are like: scalar tensors, losses in nats."""
+
+    num_tokens: Tensor  # N, in the dtype of the losses
+    num_items: Tensor | float  # M
+    share: Tensor | float  # N/M, 1 if M is N
+    cross_entropy: Tensor  # C
+    mean: Tensor  # μ
+    std: Tensor  # σ, with ε
+    dispersion: Tensor  # d
+    mean_sign: Tensor  # of ℓ − μ
+    max: Tensor  # the largest loss; 0 if no token is valid
+    max_index: Tensor  # int64, first of equals; −1 if no token is valid, or another rank has the largest
+
+
+class Result(NamedTuple):
+    """Value and weights: ∂L/∂ℓ_i is `shared` + `per_token`_i if token i is valid, else 0.
+
+    An objective with `few_weights` keeps the two apart, `shared` for all tokens and `per_token` for few. Its
+    gradient with respect to hidden states and weight is then made in one pass.
+    """
+
+    loss: Tensor  # L, a scalar
+    shared: Tensor | None = None  # a scalar; None for 0
+    per_token: Tensor | None = None  # [tokens]; None for 0
+    entropy_weights: Tensor | None = None  # [tokens] ∂L/∂H, H the entropy of the prediction; None for 0
+    statistics: Callable[[], Statistics] | None = None  # if the objective has computed them
+
+    def weights(self, valid: Tensor) -> Tensor:
+        """∂L/∂ℓ [tokens]."""
+        if self.per_token is None:
+            assert self.shared is not None
+            return torch.where(valid, self.shared, 0)
+        per_token = self.per_token if self.shared is None else self.per_token + self.shared
+        return torch.where(valid, per_token, 0)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Derive from it, as a frozen dataclass with the options as its fields, and define `evaluate`.
+
+    Class attributes:
+        inputs: names of the per-token inputs that `evaluate` needs, such as "token_weight".
+        optional_inputs: names of those that it takes.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ()
+    optional_inputs: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check = field.metadata.get("check")
+            if check is not None:
+                check(field.name, getattr(self, field.name))
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether `Batch.entropy` is to be there."""
+        return False
+
+    def few_weights(self, tokens: int) -> int | None:
+        """How many of so many tokens have a weight of their own beside the one that all share.
+
+        `None`, the default, means any number. Otherwise the few are those with the largest losses, and
+        `Result.shared` is what all tokens have.
+        """
+        return None
+
+    def evaluate(self, batch: Batch) -> Result:
+        """L and its weights, where the collectives, if any, do not depend on the data."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """The text that `parse` makes this objective of: `focal:gamma=2`."""
+        from nvamp.objectives.spec import spell
+
+        return spell(self)

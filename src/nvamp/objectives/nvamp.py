@@ -1,0 +1,113 @@
+"""NVAMP: cross-entropy, weighted by the dispersion of the losses, and a penalty on the largest."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from nvamp.objectives.base import Batch, Objective, Result, Statistics
+from nvamp.objectives.hardest import PARTS, hardest, most_tokens_of, tokens_of
+from nvamp.objectives.statistics import statistics
+from nvamp.options import TINY, between, one_of, option
+
+Gradient = Literal["scalar", "token", "detached", "full"]
+GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
+
+
+@dataclass(frozen=True)
+class NVAMP(Objective):
+    """Cross-entropy, weighted by the dispersion of the losses, and a penalty on the largest losses.
+
+    With ℓ the losses (nats) of the N valid tokens of a batch and M = `num_items_in_batch`, by default N:
+
+        L = alpha·d·C + beta·C + gamma·X·(N/M)
+
+        μ = mean ℓ,   σ = sqrt(mean (ℓ − μ)² + eps),   z = (ℓ − μ)/σ
+        d = mean |z|, the dispersion: the shape of the distribution of the losses, not its width
+        C = Σ ℓ / M, the cross-entropy
+        X = mean of the k largest ℓ,   k = max(1, ⌈tail·N⌉)
+
+    The value is the same in every gradient mode; the weight ∂L/∂ℓ_i of a token is the choice. T are the k
+    tokens with the largest losses (ties: lowest index first):
+
+        "scalar"     (alpha·d + beta)/M + gamma·(N/M)·[i in T]/k; d is a constant
+        "token"      alpha·|z_i|/M + beta/M + gamma·(N/M)·[i in T]/k
+        "detached"   alpha·d/M, the loss as first published: beta and gamma change the value only
+        "full"       "scalar" + alpha·C·[(s_i − mean s) − d·z_i]/(N·σ), s = sign(ℓ − μ): the exact derivative.
+                     It does not train a model from scratch: to make all tokens equally bad lowers d, and that
+                     is easier than learning.
+
+    Args:
+        alpha: weight of the cross-entropy times the dispersion.
+        beta: weight of the cross-entropy.
+        gamma: weight of the penalty.
+        eps: added to the variance, in nats².
+        tail: share of the valid tokens that the penalty is the mean of; 0, as published, for the largest alone.
+        gradient: one of the modes above.
+
+    Raises:
+        TypeError, ValueError: an option of another type, or out of range.
+
+    References:
+        Mariusz Kurman, NVAMP Loss, 2025: https://github.com/mkurman/nvamp-loss
+
+    Example:
+        >>> loss = nvamp.Loss(NVAMP(gamma=0.04, tail=0.05))(logits, labels)
+    """
+
+    alpha: float = option(1.0, between(0))
+    beta: float = option(0.02, between(0))
+    gamma: float = option(0.001, between(0))
+    eps: float = option(1e-6, between(TINY))
+    tail: float = option(0.0, between(0, 1))
+    gradient: Gradient = option("scalar", one_of(*GRADIENTS))
+
+    def few_weights(self, tokens: int) -> int | None:
+        if self.gradient == "detached" or (self.gradient == "scalar" and not self.gamma):
+            return 0
+        return most_tokens_of(self.tail, tokens) if self.gradient == "scalar" else None
+
+    def evaluate(self, batch: Batch) -> Result:
+        s = statistics(batch, self.eps, self.moments)
+        # L = α·d·C + β·C + γ·X·(N/M)
+        loss = (self.alpha * s.dispersion + self.beta) * s.cross_entropy
+        penalty = None
+        if self.gamma:
+            largest, penalty = self._penalty(batch, s)
+            loss = loss + self.gamma * largest * s.share
+        if self.gradient == "detached":
+            return Result(loss, self.alpha * s.dispersion / s.num_items, statistics=lambda: s)
+        if self.gradient == "scalar" or not self.alpha:
+            shared = (self.alpha * s.dispersion + self.beta) / s.num_items
+            return Result(loss, shared, penalty, statistics=lambda: s)
+        per_token = self._token(batch, s) if self.gradient == "token" else self._full(batch, s)
+        if penalty is not None:
+            per_token = per_token + penalty
+        return Result(loss, None, per_token, statistics=lambda: s)
+
+    @property
+    def moments(self) -> int:
+        """How many moments of `Statistics` value and weights need."""
+        if not self.alpha:
+            return 0
+        return 3 if self.gradient == "full" else 2
+
+    def _penalty(self, batch: Batch, s: Statistics) -> tuple[Tensor, Tensor]:
+        """X, and γ·(N/M)·[i in T]/k [tokens]."""
+        if self.tail * PARTS < 1:
+            at = torch.arange(batch.nll.numel(), device=batch.nll.device) == s.max_index
+            return s.max, torch.where(at, self.gamma * s.share, torch.zeros_like(batch.nll))
+        tail = hardest(batch, tokens_of(self.tail, s.num_tokens.long()))
+        weight = self.gamma * s.share / tail.k.clamp(min=1)
+        return tail.mean, torch.where(tail.among, weight, torch.zeros_like(batch.nll))
+
+    def _token(self, batch: Batch, s: Statistics) -> Tensor:
+        z = (batch.nll - s.mean) / s.std
+        return (self.alpha * z.abs() + self.beta) / s.num_items
+
+    def _full(self, batch: Batch, s: Statistics) -> Tensor:
+        n, deviation = s.num_tokens.clamp(min=1), batch.nll - s.mean
+        d_dispersion = ((deviation.sign() - s.mean_sign) - s.dispersion * (deviation / s.std)) / (n * s.std)
+        shared = (self.alpha * s.dispersion + self.beta) / s.num_items
+        return shared + self.alpha * s.cross_entropy * d_dispersion

@@ -1,0 +1,191 @@
+"""The options of the losses: each is declared here once, with its type, its default and its check.
+
+An objective declares its own options the same way, as the fields of its dataclass: see `number`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypedDict, TypeVar, cast, get_args
+
+import torch
+
+if TYPE_CHECKING:
+    from nvamp.distributed import Group
+
+# The numbers that float32 can hold, and that do not come to 0 in it.
+TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+IGNORE_INDEX = -100
+
+T = TypeVar("T")
+Check = Callable[[str, object], object]  # (name, value) -> the value to keep; or an error that names both
+
+
+class Option(NamedTuple):
+    """What an option is if nobody gives it, and what it may be."""
+
+    default: object
+    check: Check
+
+
+# Checks ------------------------------------------------------------------------------------------------
+
+
+def between(low: float, high: float = math.inf, *, open_low: bool = False) -> Check:
+    """A number that float32 can hold, from low to high; `open_low` leaves out low itself."""
+    if high < math.inf:
+        wanted = f"in [{low:g}, {high:g}]"
+    elif low > -math.inf:
+        wanted = f"finite and {'above' if open_low else 'at least'} {low:.2g}"
+    else:
+        wanted = "finite"
+
+    def check(name: str, value: object) -> float:
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        value = cast(float, value)  # a NumPy number is as good
+        if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+            raise ValueError(f"{name} must be {wanted}, got {value}")
+        if value and not TINY <= abs(value) <= HUGE:
+            raise ValueError(f"{name} must be a number that float32 can hold, got {value}")
+        return value
+
+    return check
+
+
+def not_zero(name: str, value: object) -> float:
+    number = cast(float, between(-math.inf)(name, value))
+    if not number:
+        raise ValueError(f"{name} must not be 0")
+    return number
+
+
+def one_of(*choices: str) -> Check:
+    def check(name: str, value: object) -> object:
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        return value
+
+    return check
+
+
+def flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def optional(check: Check) -> Check:
+    """What `check` lets through, or None."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def check_ignore_index(name: str, value: object) -> int:
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    index = int(value)
+    if not -(2**31) <= index < 2**31:
+        raise ValueError(f"{name} must be in the range of int32, got {index}")
+    return index
+
+
+def _group(name: str, value: object) -> object:
+    from nvamp.distributed import check_group  # only here: PyTorch can be built without it
+
+    check_group(name, value)
+    return value
+
+
+def _backend(name: str, value: object) -> object:
+    from nvamp.engine.backends import check_backend
+
+    check_backend(cast(str, value))
+    return value
+
+
+def _dtype(name: str, value: object) -> object:
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype or None, got {value!r}")
+    return value
+
+
+# Options -----------------------------------------------------------------------------------------------
+
+
+class TokenOptions(TypedDict, total=False):
+    """Keyword arguments that change the loss of a single token.
+
+    With `x` the logits of a token, `y` its label and `z = softcap·tanh(logit_scale·x / softcap)`
+    (without `softcap`, `z = logit_scale·x`):
+
+        loss = logsumexp(z) − (1 − label_smoothing)·z[y] − label_smoothing·mean(z) + z_loss·logsumexp(z)²
+
+    `label_smoothing` is in [0, 1]; `z_loss` is at least 0, PaLM (arXiv 2204.02311) has 1e-4; `softcap` is
+    above 0, Gemma 2 (arXiv 2408.00118) has 30; `logit_scale` is not 0.
+    """
+
+    label_smoothing: Annotated[float, Option(0.0, between(0, 1))]
+    z_loss: Annotated[float, Option(0.0, between(0))]
+    softcap: Annotated[float | None, Option(None, optional(between(0, open_low=True)))]
+    logit_scale: Annotated[float, Option(1.0, not_zero)]
+
+
+class LossOptions(TokenOptions, total=False):
+    """Keyword arguments of every loss that computes the losses of the tokens itself."""
+
+    shift: Annotated[bool, Option(True, flag)]
+    process_group: Annotated["Group | None", Option(None, optional(_group))]
+    vocab_group: Annotated["Group | None", Option(None, optional(_group))]
+    backend: Annotated[str | None, Option(None, optional(_backend))]
+
+
+class LogitsOptions(LossOptions, total=False):
+    """Keyword arguments of `nvamp.Loss`, which describes them."""
+
+    inplace_backward: Annotated[bool, Option(False, flag)]
+
+
+class LinearOptions(LossOptions, total=False):
+    """Keyword arguments of `nvamp.LinearLoss`, which describes them."""
+
+    accum_dtype: Annotated[torch.dtype | None, Option(None, optional(_dtype))]
+    reduce_grad_hidden: Annotated[bool, Option(True, flag)]
+
+
+class TokenLossOptions(TypedDict, total=False):
+    """Keyword arguments of `nvamp.TokenLoss`, which describes them."""
+
+    process_group: Annotated["Group | None", Option(None, optional(_group))]
+
+
+def _declared(options: type) -> dict[str, Option]:
+    """The options of a class above, in its order."""
+    return {name: get_args(annotation)[1] for name, annotation in options.__annotations__.items()}
+
+
+DECLARED: dict[type, dict[str, Option]] = {
+    options: _declared(options) for options in (TokenOptions, LogitsOptions, LinearOptions, TokenLossOptions)
+}
+
+
+def check_options(of: type, options: Mapping[str, object], caller: str) -> dict[str, object]:
+    """All options of the class `of`: those given, checked, and the defaults of the others.
+
+    Raises:
+        TypeError: an option that `caller` does not have, or one of another type.
+        ValueError: an option out of range.
+    """
+    known = DECLARED[of]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
+    return {
+        name: option.check(name, options[name]) if name in options else option.default
+        for name, option in known.items()
+    }
+
+
+def option(default: T, check: Check) -> T:
+    """A field of an objective's dataclass, with its default and its check."""
+    return field(default=default, metadata={"check": check})
