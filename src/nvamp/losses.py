@@ -76,9 +76,7 @@ class _Criterion(nn.Module):
         elif name == "ignore_index":
             value = check_ignore_index(name, value)
         elif name == "objective" and not isinstance(value, Objective):
-            raise TypeError(
-                f"objective must be an objective, such as nvamp.objectives.NVAMP(), got {value!r}"
-            )
+            raise TypeError(f"objective must be one of nvamp.objectives, such as NVAMP(), got {value!r}")
         super().__setattr__(name, cast("Tensor | nn.Module", value))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:

@@ -43,7 +43,7 @@ class NVAMP(Objective):
         beta: weight of the cross-entropy.
         gamma: weight of the penalty.
         eps: added to the variance, in nats².
-        tail: share of the valid tokens that the penalty is the mean of; 0, as published, for the largest alone.
+        tail: share of the valid tokens whose mean loss is penalized; 0, as published, for the largest alone.
         gradient: one of the modes above.
 
     Raises:
