@@ -18,8 +18,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
-from nvamp.integrations import patching
-from nvamp.integrations.transformers import loss_function, patch, unpatch
+from nvamp.integrations.transformers import loss_function, patch, patching, unpatch
 from nvamp.objective import GRADIENTS, Gradient
 from nvamp.study.training import LabelledBlocks, Recipe, quiet, training_arguments
 from tests.integrations.architectures import Architecture, build

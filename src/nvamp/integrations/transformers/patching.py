@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from nvamp import LinearNVAMPLoss
 from nvamp.functional import linear_nvamp_loss, nvamp_loss
-from nvamp.integrations.deferred import DeferredLogits
-from nvamp.integrations.model_loss import ModelLoss, options_of
+from nvamp.integrations.transformers.deferred import DeferredLogits
+from nvamp.integrations.transformers.model_loss import ModelLoss, options_of
 
 
 def patch(model: Any, criterion: LinearNVAMPLoss) -> None:
