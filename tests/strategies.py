@@ -16,7 +16,7 @@ from tests.engine.conftest import at_a_time
 from tests.engine.problems import DTYPES, layouts
 
 BACKENDS = ["reference", "chunked", "triton"]
-FUZZ = int(os.environ.get("NVAMP_FUZZ", "0"))  # so many times the examples; `tests.fuzz` sets it
+FUZZ = int(os.environ.get("NVAMP_FUZZ", "0"))  # so many times the examples; `tools.fuzz` sets it
 
 
 def examples(count: int) -> Callable[[Any], Any]:

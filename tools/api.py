@@ -1,7 +1,7 @@
-"""Writes down everything public, one line each: `python -m tests.api > tests/api.txt`.
+"""Writes down everything public, one line each: `python -m tools.api > tests/api.txt`.
 
-Public are the names in `__all__` of nvamp, nvamp.functional and the modules of nvamp.integrations, their
-signatures, fields and public methods, and the commands of `nvamp` with their options.
+The public API is the names in `__all__` of nvamp, nvamp.functional and the modules of nvamp.integrations,
+their signatures, fields and public methods, and the commands of `nvamp` with their options.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ NOT_INSTALLED = "nvamp.integrations.axolotl"
 
 
 def modules() -> list[str]:
-    """Those with an `__all__`: of the integrations, what has none is not for users."""
+    """The modules with an `__all__`; an integration without one is not for users."""
     below = pkgutil.walk_packages(nvamp.integrations.__path__, "nvamp.integrations.")
     names = ["nvamp", "nvamp.functional", *(m.name for m in below if m.name != NOT_INSTALLED)]
     return [name for name in names if hasattr(importlib.import_module(name), "__all__")]
@@ -94,7 +94,8 @@ def command_line() -> Iterator[str]:
             words = name if name == "nvamp" else f"nvamp {name}"
             given = parameter.default is not inspect.Parameter.empty
             default = f" = {json.dumps(parameter.default, default=str)}" if given else ", required"
-            yield f"{words} --{parameter.name.replace('_', '-')}: {annotation(hints[parameter.name])}{default}"
+            option = f"--{parameter.name.replace('_', '-')}: {annotation(hints[parameter.name])}"
+            yield f"{words} {option}{default}"
 
 
 def api() -> str:
