@@ -8,7 +8,7 @@ from typing import Annotated
 
 from nvamp import __version__
 from nvamp.study import StudyError
-from nvamp.study.ranks import Peers, join
+from nvamp.study.peers import Peers, join
 
 _INSTALL = "the command line needs {}, which is not installed: pip install 'nvamp-loss[study]'"
 

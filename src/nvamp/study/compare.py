@@ -25,7 +25,7 @@ from nvamp.study.files import remove, replacing
 from nvamp.study.inspect import inspect_text, write_page
 from nvamp.study.losses import Loss, parse_losses
 from nvamp.study.metrics import METRICS, VERDICT_KEYS, difference, estimate, held_out_metrics, verdict
-from nvamp.study.ranks import POLL, Peers
+from nvamp.study.peers import POLL, Peers
 from nvamp.study.training import (
     Progress,
     Recipe,
