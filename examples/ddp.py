@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nvamp import NVAMPLoss
 from nvamp.study.compare import LR, SEQUENCE
 from nvamp.study.corpus import build_corpus, read_documents
-from nvamp.study.training import build_model
+from nvamp.study.models import build_model
 
 BATCH = 8  # blocks of a step, on all ranks together
 

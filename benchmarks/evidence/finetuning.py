@@ -13,7 +13,7 @@ from benchmarks.evidence.running import Preset, compact, results, run_all
 from benchmarks.evidence.summary import Results
 from nvamp.study.compare import LR, Json
 from nvamp.study.corpus import Corpus, build_corpus, pack, split, tokenize
-from nvamp.study.training import load_tokenizer
+from nvamp.study.models import load_tokenizer
 
 LOSSES = ("ce", "nvamp", "nvamp:gradient=token", "nvamp:gamma=0.05", "dft")
 MISLABELLED = 0.2  # of the documents

@@ -21,7 +21,8 @@ from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.integrations import patching
 from nvamp.integrations.transformers import loss_function, patch, unpatch
 from nvamp.objective import GRADIENTS, Gradient
-from nvamp.study.training import LabelledBlocks, Recipe, quiet, training_arguments
+from nvamp.study.models import quiet
+from nvamp.study.training import LabelledBlocks, Recipe, training_arguments
 from tests.integrations.architectures import Architecture, build
 from tests.study.conftest import one_thread
 

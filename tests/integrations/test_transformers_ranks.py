@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.integrations.transformers import Criterion, compute_loss_func, loss_function, patch, unpatch
-from nvamp.study.training import quiet
+from nvamp.study.models import quiet
 
 WORLD, STEPS, ROWS, SEQ, V = 2, 4, 64, 12, 31
 IGNORED = -100

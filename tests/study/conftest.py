@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nvamp.study.corpus import Corpus, build_corpus, train_tokenizer
-from nvamp.study.training import quiet
+from nvamp.study.models import quiet
 
 
 def words(seed: int, count: int) -> str:

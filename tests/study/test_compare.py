@@ -15,7 +15,8 @@ from nvamp.study import StudyError
 from nvamp.study.compare import Settings, compare, finite, prepare, sentence, write_json
 from nvamp.study.inspect import inspect_text
 from nvamp.study.metrics import METRICS
-from nvamp.study.training import Progress, load_model, train
+from nvamp.study.models import load_model
+from nvamp.study.training import Progress, train
 
 HELD_OUT = [metric.key for metric in METRICS if metric.key not in ("tokens_per_second", "loss_share")]
 

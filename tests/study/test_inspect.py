@@ -23,7 +23,7 @@ from nvamp.study.inspect import (
     typed_array,
     windows,
 )
-from nvamp.study.training import load_model, load_tokenizer
+from nvamp.study.models import load_model, load_tokenizer
 from tests.study.conftest import words
 
 ODD = "a😀b é\r\n\tשלום\x00\x07\u202ex 日本</script>"

@@ -25,17 +25,9 @@ from nvamp.study.files import remove, replacing
 from nvamp.study.inspect import inspect_text, write_page
 from nvamp.study.losses import Loss, parse_losses
 from nvamp.study.metrics import METRICS, VERDICT_KEYS, difference, estimate, held_out_metrics, verdict
+from nvamp.study.models import load_tokenizer, max_positions, model_fingerprint, quiet
 from nvamp.study.peers import POLL, Peers
-from nvamp.study.training import (
-    Progress,
-    Recipe,
-    Run,
-    load_tokenizer,
-    max_positions,
-    model_fingerprint,
-    quiet,
-    train,
-)
+from nvamp.study.training import Progress, Recipe, Run, train
 
 SEQUENCE = 64  # tokens of a block for the built-in model
 SEQUENCE_PRETRAINED = 256

@@ -21,7 +21,7 @@ from nvamp.integrations.transformers import logits_of
 from nvamp.objective import GRADIENTS, Statistics
 from nvamp.study import StudyError
 from nvamp.study.files import replacing
-from nvamp.study.training import load_model, load_tokenizer, positions
+from nvamp.study.models import load_model, load_tokenizer, positions
 
 WINDOW = 1024  # positions at most, where the model takes more or does not say
 ALTERNATIVES = 5  # the likeliest tokens kept at each position
