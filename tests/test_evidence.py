@@ -16,10 +16,11 @@ from benchmarks.evidence import __main__ as program
 from benchmarks.evidence import finetuning, source, stability, tail, tuning
 from benchmarks.evidence.running import PRESETS, GradientNorms, Preset, gradient_metrics, run_all
 from benchmarks.evidence.summary import Results, plain, signed
-from nvamp.study.corpus import CLASSES, Corpus, build_corpus, read_documents, split, train_tokenizer
+from nvamp.study.corpus import CLASSES, Corpus, build_corpus, split, train_tokenizer
 from nvamp.study.losses import parse_loss
 from nvamp.study.metrics import Estimate, verdict
 from nvamp.study.models import build_model
+from nvamp.study.sources import read_documents
 from nvamp.study.training import LabelledBlocks, Recipe, train
 
 PAIR = "ce", "nvamp"

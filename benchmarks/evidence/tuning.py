@@ -16,9 +16,9 @@ from benchmarks.evidence.running import Finished, Preset, compact, results, run_
 from benchmarks.evidence.source import document_of, held_out_labels
 from benchmarks.evidence.summary import Results
 from nvamp.study.compare import Json
-from nvamp.study.corpus import read_documents
 from nvamp.study.metrics import cvar
 from nvamp.study.report import COLOURS
+from nvamp.study.sources import read_documents
 
 GAIN = -5.0  # percent of cross-entropy's CVaR: what is looked for
 PRICE = 0.5  # percent of its mean: what it may cost

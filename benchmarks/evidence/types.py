@@ -15,7 +15,8 @@ from benchmarks.evidence.summary import Results
 from benchmarks.evidence.tail import LOSSES
 from nvamp.functional import token_weights
 from nvamp.study.compare import Json
-from nvamp.study.corpus import CLASSES, frequency_classes, read_documents
+from nvamp.study.corpus import CLASSES, frequency_classes
+from nvamp.study.sources import read_documents
 
 OPTIONS: dict[str, Json] = {
     "nvamp": {},

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 import nvamp
 from nvamp.study import StudyError
-from nvamp.study.corpus import Corpus, build_corpus, frequency_classes, read_documents
+from nvamp.study.corpus import Corpus, build_corpus, frequency_classes
 from nvamp.study.files import remove, replacing
 from nvamp.study.inspect import inspect_text, write_page
 from nvamp.study.losses import Loss, parse_losses
 from nvamp.study.metrics import METRICS, VERDICT_KEYS, difference, estimate, held_out_metrics, verdict
 from nvamp.study.models import load_tokenizer, max_positions, model_fingerprint, quiet
 from nvamp.study.peers import POLL, Peers
+from nvamp.study.sources import read_documents
 from nvamp.study.training import Progress, Recipe, Run, train
 
 SEQUENCE = 64  # tokens of a block for the built-in model
