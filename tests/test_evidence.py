@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,13 @@ from nvamp.study.metrics import Estimate, verdict
 from nvamp.study.models import build_model
 from nvamp.study.sources import read_documents
 from nvamp.study.training import LabelledBlocks, Recipe, train
+from tests.study.conftest import one_thread
+
+__all__ = ["one_thread"]
 
 PAIR = "ce", "nvamp"
 TAIL = tail.LOSSES
 TYPES = (*CLASSES, *(kind for kind in source.KINDS if kind != "unparsed"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def module(seed: int) -> str:

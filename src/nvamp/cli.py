@@ -135,8 +135,9 @@ def compare(
     Finished runs are kept: after Ctrl-C the same command continues. Under torchrun the ranks share the runs.
     """
     peers: Peers = context.obj
-    from nvamp.study.compare import Settings, compare, kept_runs
+    from nvamp.study.compare import Settings, compare
     from nvamp.study.report import write_report
+    from nvamp.study.store import kept_runs
     from nvamp.study.terminal import Terminal, show_results
 
     settings = Settings(
