@@ -114,12 +114,12 @@ def test_a_model_of_a_study_can_be_inspected(
 def test_ctrl_c_while_a_text_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dir: Path
 ) -> None:
-    from nvamp.study import inspect
+    from nvamp.study.inspect import score
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspect, "_scores_of", interrupted)
+    monkeypatch.setattr(score, "_scores_of", interrupted)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text(words(7, 20))
     assert run(monkeypatch, "inspect", "--model", model_dir, "--text", "text") == 130

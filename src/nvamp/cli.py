@@ -165,7 +165,7 @@ def inspect(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("inspect.html"),
 ) -> None:
     """Show a text token by token, coloured by its loss or by the weight NVAMP gives it, on one page."""
-    from nvamp.study.inspect import inspect_file
+    from nvamp.study.inspect.page import inspect_file
     from nvamp.study.terminal import counting
 
     console = Console()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import nvamp.study.store
 from nvamp.study import StudyError
 from nvamp.study.compare import Settings, prepare
-from nvamp.study.inspect import inspect_text
+from nvamp.study.inspect.score import inspect_text
 from nvamp.study.models import load_model
 from nvamp.study.store import finite, write_json
 from tests.study.conftest import study

@@ -17,7 +17,8 @@ import nvamp
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
 from nvamp.study.files import remove, replacing
-from nvamp.study.inspect import inspect_text, write_page
+from nvamp.study.inspect.page import write_page
+from nvamp.study.inspect.score import inspect_text
 from nvamp.study.losses import Loss
 from nvamp.study.models import model_fingerprint
 from nvamp.study.training import Recipe, Run
