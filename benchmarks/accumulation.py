@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.measure import machine, show_rows
 from nvamp import NVAMPLoss
 from nvamp.study.compare import Settings, prepare
-from nvamp.study.training import build_model, quiet
+from nvamp.study.models import build_model, quiet
 
 BLOCKS = 64
 MODES: tuple[Gradient, ...] = ("scalar", "token", "full")

@@ -1,7 +1,6 @@
 """`nvamp` as a user runs it."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 
 import nvamp
 from nvamp.cli import main
-from tests.study.conftest import documents, model_dir, one_thread, text_dir, tokenizer, words
+from tests.study.conftest import documents, model_dir, one_thread, started, text_dir, tokenizer, words
 
 __all__ = ["documents", "model_dir", "one_thread", "text_dir", "tokenizer"]
 
@@ -115,12 +114,12 @@ def test_a_model_of_a_study_can_be_inspected(
 def test_ctrl_c_while_a_text_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dir: Path
 ) -> None:
-    from nvamp.study import inspect
+    from nvamp.study.inspect import score
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspect, "_scores_of", interrupted)
+    monkeypatch.setattr(score, "_scores_of", interrupted)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text(words(7, 20))
     assert run(monkeypatch, "inspect", "--model", model_dir, "--text", "text") == 130
@@ -231,15 +230,7 @@ def test_ctrl_c_keeps_finished_runs(text_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", "from nvamp.cli import main; main()", "compare", "--loss", "ce"]
     command += ["--seeds", "50", "--steps", "5", "--text", str(text_dir), "--out", str(out)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # Where the tests run in the background of a shell, they were told to ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = started(command)
     deadline = time.monotonic() + 120
     while not list(out.glob("runs/*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -14,8 +14,9 @@ from benchmarks.evidence.source import KINDS, held_out_labels, kind_of
 from benchmarks.evidence.summary import Results
 from benchmarks.evidence.tail import LOSSES
 from nvamp.functional import token_weights
-from nvamp.study.compare import Json
-from nvamp.study.corpus import CLASSES, frequency_classes, read_documents
+from nvamp.study.corpus import CLASSES, frequency_classes
+from nvamp.study.sources import read_documents
+from nvamp.study.store import Json
 
 OPTIONS: dict[str, Json] = {
     "nvamp": {},

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from nvamp import __version__
 from nvamp.study import StudyError
-from nvamp.study.ranks import Peers, join
+from nvamp.study.peers import Peers, join
 
 _INSTALL = "the command line needs {}, which is not installed: pip install 'nvamp-loss[study]'"
 
@@ -135,8 +135,9 @@ def compare(
     Finished runs are kept: after Ctrl-C the same command continues. Under torchrun the ranks share the runs.
     """
     peers: Peers = context.obj
-    from nvamp.study.compare import Settings, compare, kept_runs
+    from nvamp.study.compare import Settings, compare
     from nvamp.study.report import write_report
+    from nvamp.study.store import kept_runs
     from nvamp.study.terminal import Terminal, show_results
 
     settings = Settings(
@@ -164,7 +165,7 @@ def inspect(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("inspect.html"),
 ) -> None:
     """Show a text token by token, coloured by its loss or by the weight NVAMP gives it, on one page."""
-    from nvamp.study.inspect import inspect_file
+    from nvamp.study.inspect.page import inspect_file
     from nvamp.study.terminal import counting
 
     console = Console()

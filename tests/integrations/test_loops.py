@@ -24,7 +24,7 @@ from nvamp.functional import nvamp_loss
 from nvamp.integrations.stats import log_stats
 from nvamp.integrations.transformers import compute_loss_func
 from nvamp.integrations.trl import SFTTrainer
-from nvamp.study.training import quiet
+from nvamp.study.models import quiet
 from tests.integrations.tiny import (
     ALL_TERMS,
     CROSS_ENTROPY,

@@ -20,7 +20,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.integrations.transformers import loss_function, patch, patching, unpatch
 from nvamp.objective import GRADIENTS, Gradient
-from nvamp.study.training import LabelledBlocks, Recipe, quiet, training_arguments
+from nvamp.study.models import quiet
+from nvamp.study.training import LabelledBlocks, Recipe, training_arguments
 from tests.integrations.architectures import Architecture, build
 from tests.integrations.tiny import CROSS_ENTROPY, logged_losses, weights_of
 from tests.study.conftest import one_thread

@@ -13,7 +13,8 @@ from nvamp import NVAMPLoss
 from nvamp.integrations.transformers import compute_loss_func
 from nvamp.study.corpus import Corpus
 from nvamp.study.losses import parse_loss
-from nvamp.study.training import LabelledBlocks, Recipe, build_model, quiet, training_arguments
+from nvamp.study.models import build_model, quiet
+from nvamp.study.training import LabelledBlocks, Recipe, training_arguments
 from tests.integrations.tiny import (
     CROSS_ENTROPY,
     DESCENT,

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.integrations.transformers import Criterion, compute_loss_func, loss_function, patch, unpatch
-from nvamp.study.training import quiet
+from nvamp.study.models import quiet
 from tests.integrations.tiny import (
     ALL_TERMS,
     CROSS_ENTROPY,

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from nvamp.study.corpus import CLASSES
 from nvamp.study.files import replacing
 from nvamp.study.metrics import METRICS
+from nvamp.study.store import Json
 
 # Okabe and Ito's palette, told apart by the colour-blind; dashes tell the losses apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -38,8 +39,6 @@ _STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
-
-Json = dict[str, Any]
 
 
 def write_report(results: Json, path: Path) -> Path:

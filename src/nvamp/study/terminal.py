@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,6 +12,7 @@ from rich.table import Table
 from nvamp.study import training
 from nvamp.study.corpus import Corpus
 from nvamp.study.metrics import METRICS
+from nvamp.study.store import Json
 
 _STYLES = {"better": "green", "worse": "red"}
 
@@ -66,7 +66,7 @@ class Terminal:
 
         return advance
 
-    def finished(self, record: dict[str, Any]) -> None:
+    def finished(self, record: Json) -> None:
         """See `nvamp.study.compare.Display`."""
         self._done += 1
         self._progress.update(self._task, completed=self._done * self._steps)
@@ -98,7 +98,7 @@ def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]
         yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
-def show_results(console: Console, results: dict[str, Any]) -> None:
+def show_results(console: Console, results: Json) -> None:
     """The table and what it says."""
     seeds = results["settings"]["seeds"]
     over = f"mean ± 95% interval over {seeds} seeds" if seeds > 1 else "one seed"

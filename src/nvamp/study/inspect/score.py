@@ -1,35 +1,25 @@
-"""A text under a model, token by token: the loss of each, the weight NVAMP gives it, and a page of them."""
+"""A text under a model, token by token: the loss of each, and the tokens the model holds likeliest."""
 
-import base64
-import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from nvamp.integrations.transformers import logits_of
-from nvamp.objectives import GRADIENTS, NVAMP, Batch, Statistics
+from nvamp.objectives import Batch, Statistics
 from nvamp.objectives.statistics import statistics as statistics_of
 from nvamp.study import StudyError
-from nvamp.study.files import replacing
-from nvamp.study.training import load_model, load_tokenizer, positions
+from nvamp.study.models import positions
 
 WINDOW = 1024  # positions at most, where the model takes more or does not say
 ALTERNATIVES = 5  # the likeliest tokens kept at each position
 MAX_TOKENS = 1_000_000  # a page of them takes tens of megabytes
 LOGITS = 2**23  # numbers at most that the windows of one batch have; at least one window is taken
-
-# The likelihoods of alternatives are kept as −ln p in steps of this many nats, up to 65,535 of them: p to one
-# part in 8,000, down to 1e-7.
-STEP = 1 / 4096
 
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
@@ -80,58 +70,6 @@ class Inspection(NamedTuple):
     pieces: dict[int, str]
     window: int
     statistics: Statistics
-
-
-def inspect_file(name: str, path: Path, out: Path, progress: Progress) -> Inspection:
-    """Write the page of the text in `path` under the model `name` (a directory or hub id) to `out`.
-
-    Raises:
-        StudyError: a text, a model or an output that is none.
-    """
-    text = read_text(path)
-    _check_output(out, path)
-    model, tokenizer = load_model(name), load_tokenizer(name)
-    if torch.cuda.is_available():
-        model.cuda()
-    try:
-        found = inspect_text(model, tokenizer, text, progress)
-    except StudyError as error:
-        raise StudyError(f"--text {path}: {error}") from error
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StudyError(f"--out {out}: {error.strerror}") from error
-    write_page(found, Path(name).name or name, path.name, out)
-    return found
-
-
-def _check_output(out: Path, text: Path) -> None:
-    """Find what else would be found only after the model has read the text."""
-    above = next(path for path in out.absolute().parents if os.path.exists(path))
-    if out.is_dir():
-        wrong = "Is a directory"
-    elif os.path.exists(out) and out.samefile(text):
-        wrong = "the file of --text, which the page would replace"
-    elif not above.is_dir():
-        wrong = f"{above} is no directory"
-    elif not os.access(above, os.W_OK):
-        wrong = f"{above} is not to be written to"
-    else:
-        return
-    raise StudyError(f"--out {out}: {wrong}")
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, to the character: line ends stay what they are."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise StudyError(f"--text {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise StudyError(f"--text {path}: not UTF-8, see byte {error.start}") from error
-    if not text:
-        raise StudyError(f"--text {path}: empty")
-    return text
 
 
 def inspect_text(
@@ -272,66 +210,3 @@ def _scores_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     log_p = logits.log_softmax(-1)
     top = log_p.topk(min(ALTERNATIVES, logits.shape[-1]))
     return -log_p.gather(-1, labels[:, None])[:, 0].cpu(), top.indices.cpu(), -top.values.cpu()
-
-
-def write_page(found: Inspection, model: str, name: str, path: Path) -> None:
-    """Write the page of a text called `name` under a model called `model` to `path`."""
-    here = Path(__file__)
-    script = here.with_suffix(".js").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
-    page = environment.from_string(here.with_suffix(".html").read_text(encoding="utf-8")).render(
-        model=visible(model),
-        name=visible(name),
-        found=found,
-        statistics={key: float(x) for key, x in found.statistics._asdict().items()},
-        data=page_data(found),
-        script=script,
-        # The page allows this script and nothing else: no text of it could run, whatever it holds.
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
-    with replacing(path) as temporary:
-        temporary.write_bytes(page.encode("utf-8"))
-
-
-def visible(name: str) -> str:
-    """A name of one line: what has no shape of its own, or would change that of others, by its number."""
-    return "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in name)
-
-
-def page_data(found: Inspection) -> dict[str, Any]:
-    """What the script of the page reads, fit for JSON."""
-    tokens, scores = found.tokens, found.scores
-    used = np.array(list(found.pieces), np.int64)  # ascending, as they came
-    steps = np.clip(np.rint(scores.alternative_nll / STEP), 0, 2**16 - 1)
-    return {
-        "text": tokens.text,
-        "lengths": typed_array(np.diff(_utf16(tokens.text)[tokens.ends], prepend=0)),
-        "pieces": list(found.pieces.values()),
-        "tokens": typed_array(np.searchsorted(used, tokens.ids)),
-        "nll": typed_array(scores.nll),
-        "alternatives": typed_array(np.searchsorted(used, scores.alternatives)),
-        "alternativeSteps": typed_array(steps.astype(np.uint16)),
-        "step": STEP,
-        "statistics": {key: float(x) for key, x in found.statistics._asdict().items()},
-        "gradients": GRADIENTS,
-        "defaults": {name: getattr(NVAMP(), name) for name in ("alpha", "beta", "gamma")},
-    }
-
-
-def _utf16(text: str) -> NDArray[np.int64]:
-    """[characters + 1] where each character, and the end, is when counted as JavaScript counts."""
-    characters = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    return np.concatenate(([0], np.cumsum(1 + (characters > 0xFFFF))))
-
-
-def typed_array(numbers: NDArray[Any]) -> dict[str, str]:
-    """A typed array of JavaScript: float32, or integers from 0 on in as few bytes as hold them."""
-    if numbers.dtype == np.float32:
-        kind, dtype = "Float32Array", "<f4"
-    else:
-        size = next(size for size in (1, 2, 4) if numbers.max() < 256**size)
-        kind, dtype = f"Uint{8 * size}Array", f"<u{size}"
-    return {"type": kind, "base64": base64.b64encode(numbers.astype(dtype).tobytes()).decode()}

@@ -14,7 +14,8 @@ from benchmarks.inspect_page import chromium
 from nvamp import objective
 from nvamp.functional import token_weights
 from nvamp.objective import GRADIENTS
-from nvamp.study.inspect import Inspection, Scores, Tokens, inspect_text, tokenize, write_page
+from nvamp.study.inspect.page import write_page
+from nvamp.study.inspect.score import Inspection, Scores, Tokens, inspect_text, tokenize
 from tests.study.conftest import small_llama, words
 
 HOSTILE = (
