@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from nvamp.objective import GRADIENTS
 
 from nvamp import objective
-from nvamp.objective import GRADIENTS
 
 HERE = Path(__file__).parent
 BLUE, ORANGE = "#0072B2", "#D55E00"

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from nvamp.objective import GRADIENTS
 from playwright.sync_api import Browser, Page
 
 from benchmarks.inspect_page import chromium
 from nvamp import objective
 from nvamp.functional import token_weights
-from nvamp.objective import GRADIENTS
 from nvamp.study.inspect.page import write_page
 from nvamp.study.inspect.score import Inspection, Scores, Tokens, inspect_text, tokenize
 from tests.study.conftest import small_llama, words
