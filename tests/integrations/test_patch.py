@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.integrations.transformers import loss_function, patch, patching, unpatch
-from nvamp.objective import GRADIENTS, Gradient
+from nvamp.objectives import GRADIENTS, Gradient
 from nvamp.study.models import quiet
 from nvamp.study.training import LabelledBlocks, Recipe, training_arguments
 from tests.integrations.architectures import Architecture, build
