@@ -85,7 +85,7 @@ ENGINE = st.fixed_dictionaries(
 LOSS = st.fixed_dictionaries(
     {},
     optional={
-        "alpha": st.sampled_from([0.0, 0.5, -1.0]),
+        "alpha": st.sampled_from([0.0, 0.5, 3.0]),
         "beta": st.sampled_from([0.0, 1.0]),
         "gamma": st.sampled_from([0.0, 0.5]),
         "eps": st.sampled_from([1e-3, 1.0]),

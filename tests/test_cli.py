@@ -57,7 +57,7 @@ def test_a_study_from_end_to_end(
     assert "nvamp:gradient=token against ce" in (out / "report.html").read_text()
 
     assert run(monkeypatch, *arguments, "--noise", "0.1", "--text", text_dir, "--out", out) == 0
-    assert "4 of 4 runs are finished already and kept" in capsys.readouterr().out
+    assert "4 of 4 runs are already finished" in capsys.readouterr().out
     assert run(monkeypatch, *arguments, "--text", text_dir, "--out", out) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"nvamp: {out} holds runs of another study: --noise 0.1 (now 0.0); ")
@@ -239,4 +239,4 @@ def test_ctrl_c_keeps_finished_runs(text_dir: Path, tmp_path: Path) -> None:
     kept = len(list(out.glob("runs/*.json")))
     assert process.returncode == 130
     assert 1 <= kept < 50
-    assert err == f"nvamp: interrupted: {kept} finished runs are kept in {out}, the same command continues\n"
+    assert err == f"nvamp: interrupted: {kept} finished runs are kept in {out}; the same command continues\n"

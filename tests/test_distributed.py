@@ -119,8 +119,8 @@ def any_split_is_one_process(rank: int, world: int) -> None:
         assert_same(value.detach(), expected.detach(), (seed, gradient))
         assert_same(shard / world, grad, (seed, gradient))
         nll, valid = token_nll(logits, y), y != IGNORED
-        weights = token_weights(nll, valid, gradient=gradient, **WEIGHTS)
-        part = token_weights(nll[mine], valid[mine], gradient=gradient, **WEIGHTS, process_group=mesh)
+        weights = token_weights(NVAMP(gradient=gradient, **WEIGHTS), nll, valid)
+        part = token_weights(NVAMP(gradient=gradient, **WEIGHTS), nll[mine], valid[mine], process_group=mesh)
         assert_same(part, weights[mine], (seed, gradient))
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvamp.objective import GRADIENTS, Gradient
 from torch import Tensor, nn
 
 from examples import custom_losses, exact_accumulation, lightning_module, trainer
 from examples.custom_losses import IGNORED, dft_loss, focal_loss, weighted_loss
 from nvamp import LinearNVAMPLoss
+from nvamp.objectives import GRADIENTS, NVAMP, Gradient
 from tests.study.conftest import documents, text_dir
 
 __all__ = ["documents", "text_dir"]
@@ -76,7 +76,7 @@ def test_two_passes_are_the_whole_batch(
     criterion = LinearNVAMPLoss(gradient=gradient, gamma=0.5, shift=False)
     whole = torch.autograd.grad(criterion(body(x), head.weight, labels), parameters)
     batch = list(zip(x.split(5), labels.split(5), strict=True))  # of unequal size
-    exact_accumulation.accumulate(body, head, batch, gradient=gradient, gamma=0.5)
+    exact_accumulation.accumulate(body, head, batch, NVAMP(gradient=gradient, gamma=0.5))
     torch.testing.assert_close([p.grad for p in parameters], list(whole), rtol=1e-10, atol=1e-12)
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nvamp.objective import GRADIENTS, Gradient
 from torch import Tensor, nn
 
 from benchmarks.original import original_nvamp
 from nvamp import LinearNVAMPLoss, NVAMPLoss, NVAMPStats, TokenNVAMPLoss
 from nvamp.functional import linear_nvamp_loss, nvamp_loss, token_nll, token_weights
+from nvamp.objectives import GRADIENTS, Gradient
 from tests import oracle
 from tests.strategies import examples
 

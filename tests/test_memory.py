@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from nvamp.objective import GRADIENTS, Gradient
 
 from benchmarks.measure import peak_bytes
 from nvamp import LinearNVAMPLoss, NVAMPLoss
+from nvamp.objectives import GRADIENTS, Gradient
 
 MiB = 2**20
 with_gradient = pytest.mark.parametrize("gradient", GRADIENTS)

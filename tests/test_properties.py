@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from nvamp.objective import GRADIENTS, Gradient
 from torch import Tensor
 
 from nvamp.engine import linear_nll_sum
 from nvamp.functional import linear_nvamp_loss, linear_token_nll, nvamp_loss, token_nll, token_weights
+from nvamp.objectives import GRADIENTS, NVAMP, Gradient
 from tests import oracle
 from tests.strategies import BACKENDS, ITEMS, LOSS, Case, cases, examples, linear
 
@@ -237,7 +237,7 @@ def test_micro_batches_add_up(
     ell = torch.cat(
         [linear_token_nll(hidden[at], *c.head[1:2], labels[at], *c.head[2:], **c.engine) for at in parts]
     )
-    w = token_weights(ell, valid, gradient=gradient, **weights)
+    w = token_weights(NVAMP(gradient=gradient, **weights), ell, valid)
 
     def weighed(*head: Tensor) -> Tensor:
         return sum(

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from nvamp.objective import GRADIENTS, Gradient
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
+from nvamp.objectives import GRADIENTS, Gradient
 
 with_path = pytest.mark.parametrize("path", ["logits", "linear"])
 

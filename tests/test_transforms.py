@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from nvamp.objective import GRADIENTS, Gradient
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
 from nvamp.engine import linear_nll_sum
 from nvamp.functional import linear_nvamp_loss, linear_token_nll, nvamp_loss, token_nll, token_weights
+from nvamp.objectives import GRADIENTS, NVAMP, Gradient
 
 # PyTorch's own, when it first takes a derivative in forward mode.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -112,7 +112,7 @@ def test_transforms_of_the_reference(loss: Any, gradient: Gradient) -> None:
     shifted = torch.cat([LABELS[:, 1:], LABELS.new_full((3, 1), -100)], 1)
     nll = token_nll(h @ WEIGHT.T, shifted, backend="reference").flatten()
     (by_nll,) = torch.autograd.grad(f(h), h, create_graph=True)
-    weights = token_weights(nll, shifted.flatten() != -100, gradient=gradient)
+    weights = token_weights(NVAMP(gradient=gradient), nll, shifted.flatten() != -100)
     (of_fixed,) = torch.autograd.grad((weights * nll).sum(), h, create_graph=True)
     second = torch.autograd.grad((by_nll * TANGENT).sum(), h)
     torch.testing.assert_close(second, torch.autograd.grad((of_fixed * TANGENT).sum(), h))

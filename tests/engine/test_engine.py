@@ -17,6 +17,7 @@ from nvamp.functional import (
     token_nll,
     token_weights,
 )
+from nvamp.objectives import NVAMP
 from tests import oracle
 from tests.engine.problems import DTYPES, HALF, IGNORED, OPTIONS, gradients, layouts, make_problem
 
@@ -519,8 +520,8 @@ X, W, Y = torch.zeros(2, 3, 5), torch.zeros(7, 5), torch.zeros(2, 3, dtype=torch
         (lambda: linear_nvamp_loss(X, [W], Y), TypeError, "weight must be a tensor, got list"),
         (lambda: linear_nvamp_loss(X, W, Y, [1]), TypeError, "bias must be a tensor, got list"),
         (lambda: linear_token_nll(3, W, Y), TypeError, "hidden must be a tensor, got int"),
-        (lambda: token_weights(Y), TypeError, "nll must be float16"),
-        (lambda: token_weights(X, Y), ValueError, r"valid must be bool, .* got torch.int64 \[2, 3\]"),
+        (lambda: token_weights(NVAMP(), Y), TypeError, "nll must be float16"),
+        (lambda: token_weights(NVAMP(), X, Y), ValueError, r"valid must be bool, .* got torch.int64 \[2, 3\]"),
         (lambda: token_nll(X[0, 0], Y), ValueError, r"logits must have shape \[..., vocabulary\], got \[5\]"),
         (lambda: token_nll(X[..., :0], Y), ValueError, r"logits must have .* got \[2, 3, 0\]"),
         (lambda: token_nll(X, Y[0]), ValueError, r"labels must have shape \[2, 3\].* got \[3\]"),

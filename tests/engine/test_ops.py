@@ -145,7 +145,7 @@ def test_backward_twice_gives_the_same() -> None:
 def test_checkpointing() -> None:
     p = make_problem()
     inputs = p.hidden, p.weight
-    for gradient in nvamp.objective.GRADIENTS:
+    for gradient in nvamp.objectives.GRADIENTS:
 
         def loss(h: Tensor, w: Tensor, gradient: Any = gradient) -> Tensor:
             return nvamp.functional.linear_nvamp_loss(h, w, p.labels, shift=False, gradient=gradient)
@@ -454,12 +454,12 @@ def test_gradients_accumulate() -> None:
     torch.testing.assert_close(w.grad, 3 * once)
 
 
-@pytest.mark.parametrize("gradient", nvamp.objective.GRADIENTS)
+@pytest.mark.parametrize("gradient", nvamp.objectives.GRADIENTS)
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("half", HALF, ids=str)
 def test_autocast(
-    gradient: nvamp.objective.Gradient, enabled: bool, dtype: torch.dtype, half: torch.dtype
+    gradient: nvamp.objectives.Gradient, enabled: bool, dtype: torch.dtype, half: torch.dtype
 ) -> None:
     """The linear loss casts as `F.linear` does; losses and statistics stay wide."""
     p = make_problem(dtype=dtype)

@@ -13,13 +13,13 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from nvamp.objective import GRADIENTS, Gradient
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.integrations.transformers import loss_function, patch, patching, unpatch
+from nvamp.objectives import GRADIENTS, Gradient
 from nvamp.study.models import quiet
 from nvamp.study.training import LabelledBlocks, Recipe, training_arguments
 from tests.integrations.architectures import Architecture, build

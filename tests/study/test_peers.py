@@ -80,7 +80,7 @@ def test_two_ranks_continue_and_finish_what_one_process_would(
     shown, err = ended(process)
     assert process.returncode == 0, err
     assert said(err) == []
-    assert shown.count("1 of 4 runs are finished already and kept") == 1
+    assert shown.count("1 of 4 runs are already finished") == 1
     for run in ("dft, seed 0", "ce, seed 1", "dft, seed 1"):
         assert shown.count(f"{run}: held-out cross-entropy") == 1
     assert shown.count("Report: ") == 1
@@ -101,7 +101,7 @@ def test_a_failing_rank_ends_all_and_one_process_continues(settings: Settings, t
     # The first rank's, one or both.
     assert kept in (["ce-seed0"], ["ce-seed0", "ce-seed1"])
     assert said(err) == [
-        f"nvamp: interrupted: {len(kept)} finished runs are kept in {out}, the same command continues"
+        f"nvamp: interrupted: {len(kept)} finished runs are kept in {out}; the same command continues"
     ]
     results, display = study(settings, out)
     assert display.kept == len(kept)
@@ -126,7 +126,7 @@ def test_ctrl_c_keeps_the_finished_runs_of_all_ranks(settings: Settings, tmp_pat
     assert one_of_each_rank <= set(kept)
     (line,) = said(err)
     assert line.startswith("nvamp: interrupted: ")
-    assert line.endswith(f" finished runs are kept in {out}, the same command continues")
+    assert line.endswith(f" finished runs are kept in {out}; the same command continues")
     assert "KeyboardInterrupt" not in err
 
 
@@ -159,7 +159,7 @@ def test_ranks_that_differ_do_not_train(settings: Settings, tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         compare(settings, tmp_path / "out", "", Impatient(), peers=Peers(0, 2, store))
     other = replace(settings, steps=5)
-    with pytest.raises(StudyError, match=r"^the ranks differ: --steps 6 \(on rank 1 5\)$"):
+    with pytest.raises(StudyError, match=r"^the ranks differ: --steps 6 \(on rank 1: 5\)$"):
         compare(other, tmp_path / "out", "", Silent(), peers=Peers(1, 2, store))
     elsewhere = tmp_path / "elsewhere"
     with pytest.raises(StudyError, match=f"^--out {elsewhere}: not the directory of the first rank"):

@@ -60,13 +60,13 @@ def test_a_column_of_several_is_named(tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("n,question,answer\n1,what,that\n2,where,there\n")
     with pytest.raises(
-        StudyError, match=f"^--dataset {rows}: several columns .*: question, answer; .* #question"
+        StudyError, match=f"^--dataset {rows}: several text columns: question, answer; .* #question"
     ):
         read_documents([], [str(rows)])
     documents, source = read_documents([], [f"{rows}#answer"])
     assert sorted(documents) == ["that", "there"]
     assert source == f"{rows}#answer"
-    with pytest.raises(StudyError, match=r"#n: no column of text 'n', there are question, answer$"):
+    with pytest.raises(StudyError, match=r"#n: no text column 'n', the text columns are question, answer$"):
         read_documents([], [f"{rows}#n"])
     with pytest.raises(StudyError, match=r"expected one column, got answer, question$"):
         read_documents([], [f"{rows}#answer", f"{rows}#question"])
@@ -78,7 +78,7 @@ def test_a_bad_dataset_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "rows.xyz").write_text("")
     for name, reason in (
-        ("numbers.csv", "no column of text among n"),
+        ("numbers.csv", "no text column among n"),
         ("broken.json", ""),
         ("rows.xyz", "expected files of one format, of .json, .jsonl, .csv, .parquet, .txt"),
         ("no-such-dataset", ""),

@@ -67,7 +67,7 @@ def test_text_that_makes_no_page_is_no_failed_run(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_page(*args: Any) -> None:
-        raise StudyError("1 tokens, expected at least 2")
+        raise StudyError("expected at least 2 tokens, got 1")
 
     monkeypatch.setattr(nvamp.study.store, "inspect_text", no_page)
     results, display = study(settings, tmp_path)
@@ -86,7 +86,7 @@ def test_runs_of_other_settings_are_not_mixed_in(settings: Settings, one: Settin
         study(changed, tmp_path)
     assert str(error.value) == (
         f"{tmp_path} holds runs of another study: --steps 6 (now 5), --noise 0.1 (now 0.0); "
-        "choose another --out, or start anew with --overwrite"
+        "choose another --out, or start over with --overwrite"
     )
     results, display = study(changed, tmp_path, overwrite=True)
     assert display.kept == 0

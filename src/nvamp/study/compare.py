@@ -1,4 +1,4 @@
-"""A study: every loss from every seed, each run kept as it finishes, and the results of them all."""
+"""A study: train every loss from every seed, keep each run as it finishes, and gather the results."""
 
 import time
 from collections.abc import Sequence
@@ -18,22 +18,22 @@ from nvamp.study.sources import read_documents
 from nvamp.study.store import Json, Store, conditions, finite, versions, write_json
 from nvamp.study.training import Progress, Recipe, train
 
-SEQUENCE = 64  # tokens of a block for the built-in model
+SEQUENCE = 64  # tokens in a block, for the built-in model
 SEQUENCE_PRETRAINED = 256
 LR = 2e-3
 LR_PRETRAINED = 5e-5
 
-Pair = tuple[Loss, int]  # a loss and a seed: what a run is of
+Pair = tuple[Loss, int]  # the loss and the seed of a run
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a study is asked for; the fields are the options of `nvamp compare`.
+    """What the user asks of a study; the fields are the options of `nvamp compare`.
 
     Attributes:
-        losses: specs, the first is the baseline.
-        seeds: how many; the seeds are 0, 1, ...
-        lr: `None` for the default of the model.
+        losses: specs; the first one is the baseline.
+        seeds: the number of seeds, which are 0, 1, ...
+        lr: `None` for the model's default.
     """
 
     losses: tuple[str, ...]
@@ -47,7 +47,7 @@ class Settings:
     dataset: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """A `StudyError` where an option is out of range."""
+        """Raise a `StudyError` if an option is out of range."""
         for option, value in (("seeds", self.seeds), ("steps", self.steps), ("batch-size", self.batch_size)):
             if value < 1:
                 raise StudyError(f"--{option} must be at least 1, got {value}")
@@ -66,19 +66,19 @@ class Settings:
 
 
 class Display(Protocol):
-    """Where a study shows how far it is."""
+    """Shows the progress of a study."""
 
     def prepared(self, corpus: Corpus, runs: int, kept: int) -> None:
-        """The text is ready; of `runs` runs, `kept` are finished already."""
+        """The text is ready; `kept` of the `runs` runs are already finished."""
 
     def run(self, loss: str, seed: int) -> Progress:
-        """A run of this process begins."""
+        """A run of this process starts."""
 
     def finished(self, record: Json) -> None:
-        """A run is finished and kept, of this process or of another rank."""
+        """A run of this process or of another rank is finished and kept."""
 
     def waiting(self) -> None:
-        """The runs of this process are finished, those of other ranks are not."""
+        """This process has finished its runs; other ranks have not."""
 
 
 def compare(
@@ -89,9 +89,12 @@ def compare(
     overwrite: bool = False,
     peers: Peers = Peers(),  # noqa: B008  # it is immutable
 ) -> Json | None:
-    """Train what is not trained yet and gather the results; they are written to `out` too.
+    """Train the runs that are missing, and gather the results, which are also written to `out`.
 
-    Several ranks share what is to train. The first one gathers, the others return `None`.
+    Several ranks share the training. The first one gathers the results; the others return `None`.
+
+    Raises:
+        StudyError: the settings, the text, the model or the directory do not allow the study.
     """
     quiet()
     settings.check()
@@ -100,10 +103,10 @@ def compare(
     store = Store(out)
     if overwrite and settings.model and out.resolve() in Path(settings.model).resolve().parents:
         raise StudyError(f"--model {settings.model} is in --out, which --overwrite would drop")
-    if peers.rank == 0:  # to another rank, the first one's beginnings could look like something else's
+    if peers.rank == 0:  # another rank might see the directory while the first one is creating it
         store.check()
     corpus = prepare(settings, out)
-    # Seed by seed, so that an interrupted study has every loss from its first seeds.
+    # Seed by seed: an interrupted study then has its first seeds under every loss.
     pairs = [(loss, seed) for seed in range(settings.seeds) for loss in losses]
 
     def claim() -> list[int]:
@@ -125,7 +128,7 @@ def compare(
 def _train_missing(
     missing: Sequence[Pair], recipe: Recipe, corpus: Corpus, store: Store, display: Display, peers: Peers
 ) -> None:
-    """Train this rank's share of the missing runs. The first rank waits for the others'."""
+    """Train this rank's share of the missing runs. The first rank then waits for the others."""
     classes = frequency_classes(corpus.train, len(corpus.tokenizer))
     awaited = missing
     for loss, seed in missing[peers.rank :: peers.world]:
@@ -139,7 +142,7 @@ def _train_missing(
 
 
 def _show_finished(awaited: Sequence[Pair], store: Store, display: Display) -> list[Pair]:
-    """Show which of the awaited runs are finished; those that are not."""
+    """Show the awaited runs that have finished, and return the others."""
     left = []
     for pair in awaited:
         record = store.load(*pair)
@@ -151,7 +154,7 @@ def _show_finished(awaited: Sequence[Pair], store: Store, display: Display) -> l
 
 
 def _results(settings: Settings, command: str, losses: Sequence[Loss], corpus: Corpus, store: Store) -> Json:
-    """All that is known of a finished study; `None` in place of numbers that are not finite."""
+    """The contents of results.json, with `None` in place of numbers that are not finite."""
     results: Json = finite(
         {
             "command": command,
@@ -166,7 +169,7 @@ def _results(settings: Settings, command: str, losses: Sequence[Loss], corpus: C
 
 
 def prepare(settings: Settings, out: Path | None = None) -> Corpus:
-    """Read, split, tokenize and pack the text; what is in the directory `out` is none of it."""
+    """Read, split, tokenize and pack the text; files in the directory `out` are ignored."""
     sequence, tokenizer = SEQUENCE, None
     if settings.model is not None:
         tokenizer = load_tokenizer(settings.model)

@@ -1,4 +1,4 @@
-"""From documents to token blocks: their split, the tokenizer, and how frequent each token is."""
+"""From documents to token blocks: the split, the tokenizer, and the frequency of each token."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +16,11 @@ from nvamp.study import StudyError
 VOCABULARY = 2048  # tokens of the built-in tokenizer
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_SHARE = 0.1
-HELD_OUT_TOKENS = 32_768  # evaluate on no more than this: keeps evaluation cheap
+HELD_OUT_TOKENS = 32_768  # no more are evaluated, which keeps evaluation cheap
 MIN_DOCUMENTS = 10  # with fewer, each document is split by position
-EXCERPT = 12_000  # characters of held-out text to read token by token, some thousand tokens
+EXCERPT = 12_000  # characters of held-out text to show token by token: a few thousand tokens
 CLASSES = ("frequent", "mid", "rare")
-# Of the training tokens, by falling frequency of their type: the first half is frequent, the last tenth rare.
+# Training tokens sorted by the frequency of their type: the first half is frequent, the last tenth is rare.
 CLASS_BOUNDS = (0.5, 0.9)
 
 
@@ -33,7 +33,7 @@ class Corpus:
         train: [blocks, sequence] int64.
         held_out: [blocks, sequence] int64, from documents (or ends of documents) that are not in `train`.
         source: what the text is, for the report.
-        excerpt: the beginning of the longest held-out document; of the next ones too, where it is short.
+        excerpt: the beginning of the longest held-out document; if that is short, of the next ones too.
     """
 
     tokenizer: Any
@@ -43,7 +43,7 @@ class Corpus:
     excerpt: str
 
     def fingerprint(self) -> str:
-        """The same for the same blocks."""
+        """A hash of the blocks."""
         digest = hashlib.sha256()
         for blocks in (self.train, self.held_out):
             digest.update(str(tuple(blocks.shape)).encode())
@@ -55,8 +55,8 @@ def build_corpus(documents: Sequence[str], source: str, sequence: int, tokenizer
     """Split `documents`, tokenize them and pack them into blocks of `sequence` tokens.
 
     Args:
-        documents: texts, in any order that does not change from run to run.
-        tokenizer: a `PreTrainedTokenizerBase`; one is trained on the training documents where it is `None`.
+        documents: texts, in an order that is the same in every run.
+        tokenizer: a `PreTrainedTokenizerBase`; `None` to train one on the training documents.
     """
     train, held_out = split(documents)
     if tokenizer is None:
@@ -70,9 +70,10 @@ def build_corpus(documents: Sequence[str], source: str, sequence: int, tokenizer
 
 
 def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Training and held-out documents: a tenth of the characters held out.
+    """Training and held-out documents; a tenth of the characters is held out.
 
-    By document, none that is itself more than a tenth; by position, the end of each, where documents are few.
+    Whole documents are held out, none of which is longer than that tenth. If there are fewer than
+    `MIN_DOCUMENTS`, the end of each one is held out instead.
     """
     if len(documents) < MIN_DOCUMENTS:
         cuts = [len(document) - int(HELD_OUT_SHARE * len(document)) for document in documents]
@@ -94,9 +95,9 @@ def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def tokenize(documents: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
-    """The token ids of each document, closed by the end-of-text token where the tokenizer has one."""
+    """The token ids of each document, followed by the end-of-text token if the tokenizer has one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # Empty documents would fail in some tokenizers, and all at once would double the memory.
+    # Some tokenizers fail on empty documents; tokenizing all documents at once would double the memory.
     kept = [document for document in documents if document]
     for start in range(0, len(kept), 256):
         for ids in tokenizer(kept[start : start + 256], add_special_tokens=False)["input_ids"]:
@@ -104,24 +105,25 @@ def tokenize(documents: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
 
 
 def pack(documents: Iterable[list[int]], sequence: int) -> Tensor:
-    """Token ids end to end, cut to blocks [blocks, sequence] int64; what fills no block is dropped."""
+    """Join the token ids and cut them into blocks [blocks, sequence] int64; an incomplete one is dropped."""
     ids = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
     blocks = len(ids) // sequence
     return torch.from_numpy(ids[: blocks * sequence].reshape(blocks, sequence))
 
 
 def spread(blocks: Tensor, limit: int) -> Tensor:
-    """At most `limit` of the blocks, evenly spread over them."""
+    """At most `limit` of the blocks, evenly spaced."""
     if len(blocks) <= limit:
         return blocks
     return blocks[torch.linspace(0, len(blocks) - 1, max(limit, 1)).round().long()]
 
 
 def frequency_classes(train: Tensor, vocabulary: int) -> NDArray[np.int64]:
-    """The index in `CLASSES` of every token type: [vocabulary].
+    """The index into `CLASSES` of every token type, [vocabulary] int64.
 
-    Types are taken by falling count in `train`; a type belongs where its first occurrence falls within
-    `CLASS_BOUNDS`. Types that do not occur are rare.
+    Sort the tokens of `train` by the frequency of their type, most frequent first: the place of a type's
+    first token, as a share of all tokens, decides its class by `CLASS_BOUNDS`. Types that do not occur are
+    rare.
     """
     counts = np.bincount(train.numpy().ravel(), minlength=vocabulary)
     order = np.argsort(-counts, kind="stable")

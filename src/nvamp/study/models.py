@@ -16,7 +16,7 @@ from nvamp.study.corpus import Corpus
 
 
 def build_model(name: str | None, corpus: Corpus, scale: int = 1) -> Any:
-    """A pretrained model in float32; without a name a fresh Llama, at scale 1 of two million parameters."""
+    """A pretrained model in float32; without a name, a fresh Llama, of two million parameters at scale 1."""
     if name is not None:
         return load_model(name)
     return LlamaForCausalLM(
@@ -45,12 +45,12 @@ def load_tokenizer(name: str) -> Any:
 
 
 def max_positions(name: str) -> int | None:
-    """The longest sequence a pretrained model takes, where its configuration says."""
+    """The longest sequence that a pretrained model takes; `None` if its configuration does not say."""
     return positions(_load(transformers.AutoConfig, name))
 
 
 def model_fingerprint(name: str) -> str:
-    """The same for the same configuration and weights: the hub's commit, or a hash of a directory's files."""
+    """Identifies configuration and weights: the hub's commit, or a hash of the files in a directory."""
     directory = Path(name)
     if not directory.is_dir():
         return str(_load(transformers.AutoConfig, name)._commit_hash)
@@ -66,7 +66,7 @@ def model_fingerprint(name: str) -> str:
 
 
 def positions(config: Any) -> int | None:
-    """The longest sequence that a model of this configuration takes, where it says."""
+    """The longest sequence that a model of this configuration takes; `None` if it does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -74,20 +74,20 @@ def _load(kind: Any, name: str, **kwargs: Any) -> Any:
     quiet()
     if not name:
         raise StudyError("--model: expected a directory or hub id, got an empty name")
-    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1  # no id of a hub is
+    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1  # hub ids are not
     if is_path and not Path(name).is_dir():
         raise StudyError(f"--model {name}: no such directory")
     try:
-        # Code that comes with a model is not run; where this is left open, the user is asked on the terminal.
+        # Never run code that comes with a model. The default would ask the user on the terminal.
         return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except Exception as error:  # what a hub or a model's files raise is any library's any error
+    except Exception as error:  # a hub or a model's files can raise any error of any library
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         nor = "" if os.path.exists(name) else " (no such directory here either)"
         raise StudyError(f"--model {name}: {reason}{nor}") from error
 
 
 def quiet() -> None:
-    """Silence what the libraries below print: this study has its own progress bar."""
+    """Silence the libraries below: the study has its own progress bar."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The results of a study: the record of each run, and what the runs of all seeds say together."""
+"""The results of a study: the record of each run, and a summary of each loss over its seeds."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,19 +13,19 @@ from nvamp.study.metrics import METRICS, VERDICT_KEYS, difference, estimate, hel
 from nvamp.study.store import Json, Store
 from nvamp.study.training import Run
 
-BINS = 60  # of the distribution of token losses
-TAIL_POINTS = 120  # of the survival function
+BINS = 60  # bins of the distribution of token losses
+TAIL_POINTS = 120  # thresholds of the survival function
 
 
 class Grid(NamedTuple):
-    """Token losses (nats) at which the distributions of all losses are given."""
+    """The token losses (nats) at which every distribution is evaluated."""
 
     bin_edges: NDArray[np.float64]  # [BINS + 1]
     thresholds: NDArray[np.float64]  # [TAIL_POINTS]
 
 
 def describe(loss: Loss, seed: int, run: Run, classes: NDArray[np.int64]) -> Json:
-    """The record of a run: every number of it but its token losses."""
+    """The record of a run: all of its numbers except the token losses."""
     return {
         "loss": loss.name,
         "seed": seed,
@@ -43,7 +43,7 @@ def describe(loss: Loss, seed: int, run: Run, classes: NDArray[np.int64]) -> Jso
 
 
 def describe_corpus(corpus: Corpus) -> Json:
-    """How much text, and of what."""
+    """What the text is, and how much of it there is."""
     return {
         "source": corpus.source,
         "sequence": corpus.train.shape[1],
@@ -55,14 +55,14 @@ def describe_corpus(corpus: Corpus) -> Json:
 
 
 def _unigram_cross_entropy(corpus: Corpus) -> float:
-    """Held-out cross-entropy (nats) of the training text's token frequencies, knowing no context."""
+    """Held-out cross-entropy (nats) of a model that knows only the token frequencies of the training text."""
     counts = np.bincount(corpus.train.numpy().ravel(), minlength=len(corpus.tokenizer)) + 1
     labels = corpus.held_out[:, 1:].numpy().ravel()
     return float(np.log(counts.sum()) - np.log(counts[labels]).mean())
 
 
 def gather(losses: Sequence[Loss], seeds: int, store: Store) -> Json:
-    """The results of finished runs: per loss, over its seeds, and against the first loss."""
+    """The results of the finished runs: each loss over its seeds, and against the first loss."""
     records = {loss.name: [_stored(store, loss, seed) for seed in range(seeds)] for loss in losses}
     baseline = records[losses[0].name]
     tokens = {loss.name: _token_losses(store, loss, records[loss.name]) for loss in losses}
@@ -92,7 +92,7 @@ def _stored(store: Store, loss: Loss, seed: int) -> Json:
 
 
 def _token_losses(store: Store, loss: Loss, records: Sequence[Json]) -> NDArray[np.float32] | None:
-    """Held-out token losses of all seeds, [seeds · tokens]; `None` where a run diverged."""
+    """The held-out token losses (nats) of all seeds, [seeds · tokens]; `None` if a run diverged."""
     if any(record["diverged"] for record in records):
         return None
     return np.concatenate([store.nll(loss, record["seed"]) for record in records])
@@ -129,14 +129,14 @@ def _summary(
 def sentence(
     name: str, records: Sequence[Json], baseline: Sequence[Json], differences: Json, verdicts: Json
 ) -> str:
-    """What the paired differences say, in plain words; for the baseline, that it is the baseline."""
+    """The paired differences in plain words; the baseline's sentence says that it is the baseline."""
     first = baseline[0]["loss"]
     for who, runs in ((name, records), (first, baseline)):
         diverged = [str(run["seed"]) for run in runs if run["diverged"]]
         if diverged:
             return f"{who} diverged on seed {', '.join(diverged)} of {len(runs)}: no verdict on {name}."
     if records is baseline:
-        return f"{name} is what the others are compared to."
+        return f"{name} is the loss that the others are compared to."
     labels = {metric.key: metric.label for metric in METRICS}
     clauses = [f"{labels[key]}: {verdicts[key]} ({_shown(differences[key])})" for key in VERDICT_KEYS]
     return f"{name} against {first}: {'; '.join(clauses)}."
@@ -149,7 +149,7 @@ def _shown(difference: Json) -> str:
 
 
 def _curve(records: Sequence[Json]) -> list[Json]:
-    """Over steps, the mean, least and largest cross-entropy of the seeds; as far as all of them got."""
+    """The mean, lowest and highest cross-entropy of the seeds, at each step that all of them reached."""
     points = []
     for seeds in zip(*(record["curve"] for record in records), strict=False):
         values = [value for _, value in seeds]
@@ -162,10 +162,10 @@ def _curve(records: Sequence[Json]) -> list[Json]:
 
 
 def _distribution(tokens: NDArray[np.float32] | None, grid: Grid) -> Json:
-    """Density of the token losses in the grid's bins, and the share of them above its thresholds."""
+    """The density of the token losses in the grid's bins, and their share above each threshold."""
     if tokens is None:
         return {"density": None, "survival": None}
-    # In float64: NumPy would round the edges to the dtype of the losses, and the widths with them.
+    # In float64: NumPy would round the edges, and so the widths, to the dtype of the losses.
     density, _ = np.histogram(tokens.astype(np.float64), bins=grid.bin_edges, density=True)
     at_most = np.searchsorted(np.sort(tokens), grid.thresholds, side="right")
     return {"density": density.tolist(), "survival": (1 - at_most / tokens.size).tolist()}

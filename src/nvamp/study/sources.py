@@ -1,4 +1,4 @@
-"""Where the documents of a study come from: files, directories, datasets, the standard library."""
+"""The documents of a study: files and directories, a dataset, or the standard library."""
 
 import os
 import random
@@ -9,10 +9,10 @@ from typing import Any
 
 from nvamp.study import StudyError
 
-MAX_CHARACTERS = 20_000_000  # read no more than this: minutes of training see a fraction of it
+MAX_CHARACTERS = 20_000_000  # no more is read: minutes of training see a fraction of it
 
-# Directories of the standard library that are no Python source to learn from: other projects' code, tests and
-# generated tables, whose near-copies would sit on both sides of the split.
+# Directories of the standard library that are left out: other projects' code, tests and generated tables.
+# Their near-copies would end up on both sides of the split.
 _NOT_SOURCE = {
     "site-packages",
     "dist-packages",
@@ -29,12 +29,19 @@ _DATASET_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet"
 def read_documents(
     text: Sequence[str], dataset: Sequence[str], out: Path | None = None
 ) -> tuple[list[str], str]:
-    """The documents of files and directories, of a dataset, or of the standard library; and what they are.
-
-    In one shuffled order, and no more than `MAX_CHARACTERS` of them.
+    """Read files and directories, or a dataset, or else the source of the standard library.
 
     Args:
-        out: what this directory holds is no text, where it lies in one that is read.
+        text: files and directories.
+        dataset: the name of a dataset, or local files of one.
+        out: a directory that is skipped if it lies inside one of `text`.
+
+    Returns:
+        The documents, always shuffled into the same order and cut to `MAX_CHARACTERS` in total; and what
+        they are, in words.
+
+    Raises:
+        StudyError: there is no text to read.
     """
     for option, names in (("text", text), ("dataset", dataset)):
         if "" in names:
@@ -99,7 +106,7 @@ def _hidden(path: Path) -> bool:
 
 
 def _read_text(path: Path) -> str | None:
-    """The text of a file; `None` where it is none or cannot be read."""
+    """The text of a file; `None` if it is not text or cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -111,21 +118,21 @@ def _read_dataset(names: Sequence[str]) -> list[str]:
     import datasets
 
     datasets.disable_progress_bars()
-    told = f"--dataset {' '.join(names)}"
+    option = f"--dataset {' '.join(names)}"
     names, column = _named_column(names)
     try:
         rows = _load_dataset(names)
         return [text for text in rows[_text_column(rows, column)] if text]
     except StudyError as error:
-        raise StudyError(f"{told}: {error}") from error
-    except Exception as error:  # what a loader raises is any library's any error
+        raise StudyError(f"{option}: {error}") from error
+    except Exception as error:  # a loader can raise any error of any library
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         nor = "" if all(map(os.path.exists, names)) else " (no such file here either)"
-        raise StudyError(f"{told}: {reason}{nor}") from error
+        raise StudyError(f"{option}: {reason}{nor}") from error
 
 
 def _named_column(names: Sequence[str]) -> tuple[list[str], str]:
-    """The names of `name#column`, and the column; empty where none is named."""
+    """The name of each `name#column`, and the one column; empty if no column is named."""
     parts = [(name, "") if os.path.exists(name) else name.partition("#")[::2] for name in names]
     columns = sorted({column for _, column in parts if column})
     if len(columns) > 1:
@@ -150,18 +157,18 @@ def _load_dataset(names: Sequence[str]) -> Any:
 
 
 def _text_column(rows: Any, wanted: str) -> str:
-    """The column of strings to read: `wanted`, or without a wish "text", or the only one."""
+    """The column of strings to read: `wanted`, or if that is empty "text", or the only one."""
     columns = [
         name
         for name, feature in rows.features.items()
         if getattr(feature, "dtype", "") in ("string", "large_string")
     ]
     if not columns:
-        raise StudyError(f"no column of text among {', '.join(rows.features)}")
+        raise StudyError(f"no text column among {', '.join(rows.features)}")
     if wanted and wanted not in columns:
-        raise StudyError(f"no column of text {wanted!r}, there are {', '.join(columns)}")
+        raise StudyError(f"no text column {wanted!r}, the text columns are {', '.join(columns)}")
     if not wanted and "text" not in columns and len(columns) > 1:
         raise StudyError(
-            f"several columns of text: {', '.join(columns)}; name one, as #{columns[0]} behind it"
+            f"several text columns: {', '.join(columns)}; append the one to read, as in #{columns[0]}"
         )
     return wanted or ("text" if "text" in columns else columns[0])

@@ -23,49 +23,61 @@ from nvamp.study.losses import Loss
 from nvamp.study.models import model_fingerprint
 from nvamp.study.training import Recipe, Run
 
-# Of the conditions, those that are known by a hash, which says nothing to a reader.
+# Conditions that are kept as a hash, which would mean nothing to a reader.
 HASHED = ("text", "content of --model")
 
 Json = dict[str, Any]
 
 
 class Store:
-    """The finished runs of a study in a directory, each written whole or not at all."""
+    """The finished runs of a study in a directory; each run is written completely or not at all."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
 
     def check(self) -> Json | None:
-        """The conditions of the study in the directory; a `StudyError` where it holds something else."""
+        """The conditions of the study in the directory; `None` if the directory is empty or missing.
+
+        Raises:
+            StudyError: the directory holds something else.
+        """
         try:
             return self._conditions() if self.out.exists() and any(self.out.iterdir()) else None
         except OSError as error:
             raise StudyError(f"--out {self.out}: {error.strerror}") from error
 
     def claim(self, conditions: Json, overwrite: bool) -> None:
-        """Make the directory this study's; a `StudyError` where it holds runs made under other conditions."""
+        """Make the directory this study's.
+
+        Raises:
+            StudyError: it holds something else; or without `overwrite`, runs made under other conditions.
+        """
         kept = self.check()
         if kept and not overwrite and (changed := _changed(kept, conditions, "now", "has changed since")):
             raise StudyError(
                 f"{self.out} holds runs of another study: {changed}; "
-                "choose another --out, or start anew with --overwrite"
+                "choose another --out, or start over with --overwrite"
             )
         try:
             if overwrite:
                 self._clear()
             self.out.mkdir(parents=True, exist_ok=True)
-            write_json(self._settings, conditions)  # before anything else: by it a study is known
+            write_json(self._settings, conditions)  # first: this file is what marks a directory as a study's
             for part in ("runs", "models", "inspect"):
                 (self.out / part).mkdir(exist_ok=True)
         except OSError as error:
             raise StudyError(f"--out {self.out}: {error.strerror}") from error
 
     def join(self, conditions: Json, rank: int) -> None:
-        """Look at what the first rank has claimed: a `StudyError` where it is not what this rank would."""
+        """Check that the first rank has claimed the directory under this rank's conditions.
+
+        Raises:
+            StudyError: the conditions differ, or the first rank has claimed another directory.
+        """
         if not self._settings.exists():
             raise StudyError(f"--out {self.out}: not the directory of the first rank")
         on = f"on rank {rank}"
-        if changed := _changed(self._conditions(), conditions, on, f"is another {on}"):
+        if changed := _changed(self._conditions(), conditions, f"{on}:", f"is another one {on}"):
             raise StudyError(f"the ranks differ: {changed}")
 
     @property
@@ -73,14 +85,14 @@ class Store:
         return self.out / "settings.json"
 
     def _conditions(self) -> Json:
-        """Those of the study in the directory; a `StudyError` where there is none."""
+        """The conditions of the study in the directory; a `StudyError` if there is none."""
         kept = _read_json(self._settings) if self._settings.is_file() else {}
         if not {"nvamp", "--steps"} <= kept.keys():
-            raise StudyError(f"--out {self.out}: not empty, and not a study's: choose another")
+            raise StudyError(f"--out {self.out}: not empty, and not a study's directory: choose another")
         return kept
 
     def _clear(self) -> None:
-        """Remove what a study writes, and nothing else."""
+        """Remove the files that a study writes, and nothing else."""
         for part in ("runs", "models", "inspect"):
             for path in (self.out / part).glob("*"):
                 if re.fullmatch(r".+-seed\d+(\.json|\.npy|\.html)?(\.part)?", path.name):
@@ -89,12 +101,12 @@ class Store:
             (self.out / name).unlink(missing_ok=True)
 
     def load(self, loss: Loss, seed: int) -> Json | None:
-        """The record of a finished run; `None` where it is not finished, or has lost its token losses."""
+        """The record of a run; `None` if the run is not finished or its token losses are gone."""
         path = self._record(loss, seed)
         return _read_json(path) if path.exists() and self._nll(loss, seed).exists() else None
 
     def nll(self, loss: Loss, seed: int) -> NDArray[np.float32]:
-        """The held-out token losses of a finished run, [tokens]."""
+        """The held-out token losses (nats) of a finished run, [tokens]."""
         path = self._nll(loss, seed)
         try:
             return np.asarray(np.load(path))
@@ -102,9 +114,9 @@ class Store:
             raise StudyError(f"{path} is damaged: delete it to train this run again") from error
 
     def save(self, loss: Loss, seed: int, record: Json, run: Run, corpus: Corpus) -> None:
-        """Keep a finished run. The record comes last: where it is, all of the run is.
+        """Keep a finished run. The record is written last: once it is there, the run is complete.
 
-        Of the first seed, unless it diverged, a page of held-out text as the model reads it is part of it.
+        A run from the first seed that did not diverge includes a page of held-out text under its model.
         """
         with replacing(self.out / "models" / f"{loss.slug}-seed{seed}") as directory:
             run.model.save_pretrained(directory)
@@ -113,14 +125,14 @@ class Store:
             np.save(file, run.nll)
         if seed == 0 and not run.diverged:
             found = None
-            with suppress(StudyError):  # a text that makes no page, of one token say, is no failed run
+            with suppress(StudyError):  # a text of one token, say, has no page, and the run is fine
                 found = inspect_text(run.model, corpus.tokenizer, corpus.excerpt)
             if found:
                 write_page(found, f"{loss.name}, seed 0", "Held-out text", self.page(loss))
         write_json(self._record(loss, seed), record)
 
     def page(self, loss: Loss) -> Path:
-        """Where the page of held-out text under the loss's first model is, if there is one."""
+        """The path of the page of held-out text under the loss's model from seed 0; it may not exist."""
         return self.out / "inspect" / f"{loss.slug}-seed0.html"
 
     def _record(self, loss: Loss, seed: int) -> Path:
@@ -131,7 +143,7 @@ class Store:
 
 
 def conditions(recipe: Recipe, corpus: Corpus) -> Json:
-    """All that must be the same for runs to be compared."""
+    """Everything that must be the same for runs to be comparable."""
     installed = versions()
     return {
         "--steps": recipe.steps,
@@ -146,7 +158,7 @@ def conditions(recipe: Recipe, corpus: Corpus) -> Json:
 
 
 def _changed(kept: Json, asked: Json, now: str, other: str) -> str:
-    """What of the conditions is not as it was, in words; empty where all is."""
+    """The conditions that differ, in words; empty if none do."""
     return ", ".join(
         f"the {name} {other}" if name in HASHED else f"{name} {kept.get(name)} ({now} {asked[name]})"
         for name in asked
@@ -155,7 +167,7 @@ def _changed(kept: Json, asked: Json, now: str, other: str) -> str:
 
 
 def versions() -> Json:
-    """What the study runs on."""
+    """The versions and the machine that a study runs on."""
     cuda = torch.cuda.is_available()
     return {
         "nvamp": nvamp.__version__,
@@ -169,12 +181,12 @@ def versions() -> Json:
 
 
 def kept_runs(out: Path) -> int:
-    """How many finished runs a directory holds."""
+    """The number of finished runs in a directory."""
     return len(list((out / "runs").glob("*.json")))
 
 
 def finite(value: Any) -> Any:
-    """`value` with `None` in place of all floats that JSON cannot write."""
+    """`value` with `None` in place of every float that JSON cannot represent."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -183,7 +195,7 @@ def finite(value: Any) -> Any:
 
 
 def _read_json(path: Path) -> Json:
-    """The object in a JSON file; a `StudyError` where there is none."""
+    """The object in a JSON file; a `StudyError` if the file holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -194,6 +206,6 @@ def _read_json(path: Path) -> Json:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write a JSON file, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")

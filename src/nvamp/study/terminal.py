@@ -18,7 +18,7 @@ _STYLES = {"better": "green", "worse": "red"}
 
 
 class Terminal:
-    """Shows a study's progress: the bar counts optimizer steps over all runs that are still to do."""
+    """Shows a study's progress: the bar counts the optimizer steps of all runs that are left to train."""
 
     def __init__(self, console: Console, steps: int) -> None:
         self._steps = steps
@@ -35,7 +35,7 @@ class Terminal:
             speed_estimate_period=120,
         )
         self._task = self._progress.add_task("reading the text", total=None, loss="")
-        self._done = 0  # runs of this session
+        self._done = 0  # runs finished in this session
 
     def __enter__(self) -> "Terminal":
         self._progress.start()
@@ -54,7 +54,7 @@ class Terminal:
             f"{corpus.held_out[:, 1:].numel():,} held out; {len(corpus.tokenizer):,} token types"
         )
         if kept:
-            self._print(f"{kept} of {runs} runs are finished already and kept")
+            self._print(f"{kept} of {runs} runs are already finished")
 
     def run(self, loss: str, seed: int) -> training.Progress:
         """See `nvamp.study.compare.Display`."""
@@ -84,7 +84,7 @@ class Terminal:
 
 @contextmanager
 def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that `(done, of)` moves."""
+    """A progress bar, which the function `(done, of)` moves."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -99,7 +99,7 @@ def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]
 
 
 def show_results(console: Console, results: Json) -> None:
-    """The table and what it says."""
+    """Print the table of metrics, and what it says about each loss."""
     seeds = results["settings"]["seeds"]
     over = f"mean ± 95% interval over {seeds} seeds" if seeds > 1 else "one seed"
     table = Table(title=f"Held-out text, {over}", title_justify="left")

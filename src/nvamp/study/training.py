@@ -1,4 +1,4 @@
-"""One run: a model trained with one loss from one seed by the `Trainer`, and its held-out token losses."""
+"""One run: the `Trainer` trains a model with one loss from one seed; held-out text gives its token losses."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,22 +21,22 @@ from nvamp.study.corpus import Corpus, spread
 from nvamp.study.losses import Loss, shifted
 from nvamp.study.models import build_model, quiet
 
-CURVE_POINTS = 10  # evaluations during a run, beside the one before it
-CURVE_TOKENS = 4096  # each on this much of the held-out text
+CURVE_POINTS = 10  # evaluations during a run, in addition to one before it
+CURVE_TOKENS = 4096  # held-out tokens in each of these evaluations
 
-# (steps done of this run, value of its loss)
+# (optimizer steps done, value of the loss)
 Progress = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained, whatever the loss.
+    """How a model is trained; the same for every loss.
 
     Attributes:
-        noise: share of the training labels replaced by random tokens.
-        model: a directory or hub id; the built-in model where it is `None`.
-        bf16: forward and backward under bfloat16 autocast, evaluation too; weights and losses stay float32.
-        scale: the built-in model's width, heads and layers are so many times the usual.
+        noise: share of the training labels that are replaced by random tokens.
+        model: a directory or hub id; `None` for the built-in model.
+        bf16: run forward, backward and evaluation under bfloat16 autocast; weights and losses stay float32.
+        scale: factor on the built-in model's width, heads and layers.
     """
 
     steps: int
@@ -50,7 +50,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a run.
+    """The outcome of a run.
 
     Attributes:
         model: the trained model.
@@ -58,10 +58,10 @@ class Run:
         correct: whether the likeliest token is the label, [tokens] bool.
         labels: the held-out labels, [tokens] int64.
         curve: (step, plain cross-entropy in nats on a slice of the held-out text).
-        steps: optimizer steps done; fewer than asked for where the run diverged.
-        tokens_per_second: of the median step.
-        loss_share: of the time of a step, in the loss and its gradient; the median.
-        seconds: of training, evaluations included.
+        steps: optimizer steps done; fewer than requested if the run diverged.
+        tokens_per_second: throughput of the median step.
+        loss_share: share of a step's time spent in the loss and its gradient; the median over steps.
+        seconds: training time, evaluations included.
     """
 
     model: Any
@@ -80,9 +80,10 @@ class Run:
 
 
 class LabelledBlocks(Dataset[dict[str, Tensor]]):
-    """Blocks [blocks, sequence] as inputs, and as labels with a share replaced by uniformly random tokens.
+    """Blocks [blocks, sequence] as inputs and as labels; random tokens replace some of the labels.
 
-    `noise` is the probability of that: one for all, or a tensor of one for each token [blocks, sequence].
+    `noise` is the probability that a label is replaced: one number, or a tensor [blocks, sequence]. The new
+    token is uniform over the vocabulary.
     """
 
     def __init__(self, blocks: Tensor, vocabulary: int, noise: float | Tensor, seed: int) -> None:
@@ -100,7 +101,7 @@ class LabelledBlocks(Dataset[dict[str, Tensor]]):
 
 
 class Clock:
-    """Marks points in time, on the device's own timeline: nothing waits for the device until `seconds`."""
+    """Marks points in time on the device's own timeline, and waits for the device only in `seconds`."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -120,12 +121,12 @@ class Clock:
 
 
 class TimedLoss:
-    """A loss function that notes when it and its gradient begin and end.
+    """A loss function that records when it and its gradient begin and end.
 
     Attributes:
         forward: (begin, end) of each call.
-        backward: (begin, end) of each gradient: from the loss's being there to the logits' being there.
-        last: the last value, on its device.
+        backward: (begin, end) of each gradient: from the gradient of the loss to the gradient of the logits.
+        last: the latest value, on its device.
     """
 
     def __init__(self, function: LossFunction, clock: Clock) -> None:
@@ -151,12 +152,12 @@ class TimedLoss:
 
 
 def _on_gradient(tensor: Tensor, action: Callable[[], None]) -> None:
-    """Call `action` in the backward pass, once the gradient of `tensor` is there."""
+    """Call `action` in the backward pass as soon as the gradient of `tensor` is computed."""
     tensor.register_hook(lambda _: action())  # type: ignore[no-untyped-call]
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Follows a run: its steps' times, its curve, its progress, and whether it diverged."""
+    """Follows a run: times its steps, draws its curve, shows its progress, and stops it if it diverges."""
 
     def __init__(
         self, loss: TimedLoss, clock: Clock, steps: int, held_out: Tensor, progress: Progress
@@ -165,7 +166,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped 
         self._clock = clock
         self._held_out = held_out
         self._progress = progress
-        self._look_every = max(1, steps // 100)  # reading the loss waits for the device
+        self._look_every = max(1, steps // 100)  # because reading the loss waits for the device
         self._evaluate_at = {round(steps * i / CURVE_POINTS) for i in range(CURVE_POINTS + 1)}
         self._begin: Any = None
         self.steps: list[tuple[Any, Any]] = []
@@ -192,7 +193,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped 
             self.curve.append((step, nll.mean(dtype=np.float64).item()))
 
     def times(self) -> tuple[float, float]:
-        """Of the median step: its seconds, and the share of it spent in the loss and its gradient."""
+        """Medians over the steps: the seconds of a step, and the share spent in the loss and its gradient."""
         seconds = [self._clock.seconds(*span) for span in self.steps]
         shares = [
             (self._clock.seconds(*forward) + self._clock.seconds(*backward)) / step
@@ -210,11 +211,11 @@ def train(
     noise: Tensor | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
-    """Train a fresh model with `loss`; everything else follows from `seed` and `recipe` alone.
+    """Train a fresh model with `loss`; `seed` and `recipe` alone determine everything else.
 
     Args:
-        noise: instead of the recipe's, the probability of each label to be replaced, [blocks, sequence].
-        callbacks: of the `Trainer`, to watch the run.
+        noise: the probability that each label is replaced, [blocks, sequence]; the recipe's if `None`.
+        callbacks: further callbacks for the `Trainer`, to watch the run.
     """
     quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -254,7 +255,7 @@ def train(
 
 
 def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch: str) -> Any:
-    """`TrainingArguments`: AdamW, float32 weights, a tenth of warm-up, then a cosine; clipping at 1."""
+    """`TrainingArguments`: AdamW on float32 weights, 10% warm-up, then a cosine; clipping at norm 1."""
     return transformers.TrainingArguments(
         output_dir=scratch,
         max_steps=recipe.steps,
@@ -264,12 +265,12 @@ def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch:
         warmup_steps=recipe.steps // 10,
         max_grad_norm=1.0,
         seed=seed,
-        dataloader_drop_last=True,  # every step the same number of tokens
+        dataloader_drop_last=True,  # every step has the same number of tokens
         dataloader_pin_memory=device.type == "cuda",
         use_cpu=device.type == "cpu",
         bf16=recipe.bf16,
         logging_strategy="no",
-        logging_nan_inf_filter=False,  # it waits for the device at every step
+        logging_nan_inf_filter=False,  # it would wait for the device at every step
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -278,7 +279,11 @@ def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch:
 
 @torch.no_grad()
 def held_out_nll(model: Any, blocks: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Losses (nats) of the tokens of `blocks` [blocks, sequence] but the first of each, and the hits."""
+    """The losses of the tokens of `blocks` [blocks, sequence], except the first token of each block.
+
+    Returns:
+        The losses in nats, [tokens] float32; and whether the likeliest token was right, [tokens] bool.
+    """
     model.eval()
     device = next(model.parameters()).device
     losses: list[Tensor] = []

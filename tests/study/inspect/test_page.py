@@ -69,7 +69,7 @@ def test_texts_that_are_none(model_dir: Path, tmp_path: Path, monkeypatch: pytes
     for content, message in (
         (b"", "empty"),
         (b"ab\xff", "not UTF-8, see byte 2"),
-        (b"a", "1 tokens, expected at least 2: the first is not predicted"),
+        (b"a", "expected at least 2 tokens, got 1: the first one is not predicted"),
     ):
         (tmp_path / "text").write_bytes(content)
         assert error_of(model_dir, tmp_path / "text", out) == f"--text {tmp_path / 'text'}: {message}"
@@ -78,7 +78,7 @@ def test_texts_that_are_none(model_dir: Path, tmp_path: Path, monkeypatch: pytes
     assert error_of(model_dir, tmp_path, out) == f"--text {tmp_path}: Is a directory"
     monkeypatch.setattr(score, "MAX_TOKENS", 1)
     (tmp_path / "text").write_text("abc def")
-    assert error_of(model_dir, tmp_path / "text", out).endswith("tokens, a page holds 1")
+    assert ": expected at most 1 tokens, got " in error_of(model_dir, tmp_path / "text", out)
     assert not out.exists()
 
 
@@ -109,7 +109,9 @@ def test_an_output_that_cannot_be(text: Path, tmp_path: Path) -> None:
     """It is told before the model is looked for, and the text is as it was."""
     model, content = tmp_path / "no" / "model", text.read_bytes()
     assert error_of(model, text, tmp_path) == f"--out {tmp_path}: Is a directory"
-    assert error_of(model, text, text / "page.html") == f"--out {text / 'page.html'}: {text} is no directory"
+    assert (
+        error_of(model, text, text / "page.html") == f"--out {text / 'page.html'}: {text} is not a directory"
+    )
     (tmp_path / "link").symlink_to(text)
     for out in (text, tmp_path / "link", tmp_path / ".." / tmp_path.name / text.name):
         assert error_of(model, text, out) == f"--out {out}: the file of --text, which the page would replace"

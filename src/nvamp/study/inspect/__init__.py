@@ -1,1 +1,1 @@
-"""What `nvamp inspect` does: a text under a model, token by token, on one page."""
+"""What `nvamp inspect` does: score a text token by token, and show it on one page."""

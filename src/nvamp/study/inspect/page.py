@@ -1,4 +1,4 @@
-"""The page of a text under a model: from the file that holds the text to the one that shows it."""
+"""The page of a text under a model: from the text file to the HTML file."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ from nvamp.study.files import replacing
 from nvamp.study.inspect.score import Inspection, Progress, inspect_text
 from nvamp.study.models import load_model, load_tokenizer
 
-# The likelihoods of alternatives are kept as −ln p in steps of this many nats, up to 65,535 of them: p to one
+# The page holds the −ln p of alternatives in steps of this many nats, up to 65,535 of them: p is exact to one
 # part in 8,000, down to 1e-7.
 STEP = 1 / 4096
 
@@ -26,7 +26,7 @@ def inspect_file(name: str, path: Path, out: Path, progress: Progress) -> Inspec
     """Write the page of the text in `path` under the model `name` (a directory or hub id) to `out`.
 
     Raises:
-        StudyError: a text, a model or an output that is none.
+        StudyError: the text or the model cannot be read, or the page cannot be written.
     """
     text = read_text(path)
     _check_output(out, path)
@@ -46,23 +46,23 @@ def inspect_file(name: str, path: Path, out: Path, progress: Progress) -> Inspec
 
 
 def _check_output(out: Path, text: Path) -> None:
-    """Find what else would be found only after the model has read the text."""
+    """Check `out` before the model takes its time to read the text."""
     above = next(path for path in out.absolute().parents if os.path.exists(path))
     if out.is_dir():
         wrong = "Is a directory"
     elif os.path.exists(out) and out.samefile(text):
         wrong = "the file of --text, which the page would replace"
     elif not above.is_dir():
-        wrong = f"{above} is no directory"
+        wrong = f"{above} is not a directory"
     elif not os.access(above, os.W_OK):
-        wrong = f"{above} is not to be written to"
+        wrong = f"{above} is not writable"
     else:
         return
     raise StudyError(f"--out {out}: {wrong}")
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, to the character: line ends stay what they are."""
+    """The text of a UTF-8 file; line ends are not converted."""
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
@@ -75,7 +75,7 @@ def read_text(path: Path) -> str:
 
 
 def write_page(found: Inspection, model: str, name: str, path: Path) -> None:
-    """Write the page of a text called `name` under a model called `model` to `path`."""
+    """Write the page of the text `name` under the model `model` to `path`."""
     here = Path(__file__)
     script = here.with_suffix(".js").read_text(encoding="utf-8")
     environment = Environment(
@@ -89,7 +89,7 @@ def write_page(found: Inspection, model: str, name: str, path: Path) -> None:
         statistics={key: float(x) for key, x in found.statistics._asdict().items()},
         data=page_data(found),
         script=script,
-        # The page allows this script and nothing else: no text of it could run, whatever it holds.
+        # The page allows no other script than this one: its texts cannot run, whatever they hold.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     with replacing(path) as temporary:
@@ -97,14 +97,14 @@ def write_page(found: Inspection, model: str, name: str, path: Path) -> None:
 
 
 def visible(name: str) -> str:
-    """A name of one line: what has no shape of its own, or would change that of others, by its number."""
+    """A name on one line: characters that are invisible, or change how others look, become their numbers."""
     return "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in name)
 
 
 def page_data(found: Inspection) -> dict[str, Any]:
-    """What the script of the page reads, fit for JSON."""
+    """The data that the page's script reads, ready for JSON."""
     tokens, scores = found.tokens, found.scores
-    used = np.array(list(found.pieces), np.int64)  # ascending, as they came
+    used = np.array(list(found.pieces), np.int64)  # in ascending order
     steps = np.clip(np.rint(scores.alternative_nll / STEP), 0, 2**16 - 1)
     return {
         "text": tokens.text,
@@ -122,13 +122,13 @@ def page_data(found: Inspection) -> dict[str, Any]:
 
 
 def _utf16(text: str) -> NDArray[np.int64]:
-    """[characters + 1] where each character, and the end, is when counted as JavaScript counts."""
+    """[characters + 1] where each character begins, and the end, in the UTF-16 units of JavaScript."""
     characters = np.frombuffer(text.encode("utf-32-le"), "<u4")
     return np.concatenate(([0], np.cumsum(1 + (characters > 0xFFFF))))
 
 
 def typed_array(numbers: NDArray[Any]) -> dict[str, str]:
-    """A typed array of JavaScript: float32, or integers from 0 on in as few bytes as hold them."""
+    """A JavaScript typed array: float32, or non-negative integers in the fewest bytes that hold them."""
     if numbers.dtype == np.float32:
         kind, dtype = "Float32Array", "<f4"
     else:

@@ -1,4 +1,4 @@
-"""A text under a model, token by token: the loss of each, and the tokens the model holds likeliest."""
+"""Scores of a text under a model: the loss of each token, and the likeliest tokens in its place."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
@@ -16,10 +16,10 @@ from nvamp.objectives.statistics import statistics as statistics_of
 from nvamp.study import StudyError
 from nvamp.study.models import positions
 
-WINDOW = 1024  # positions at most, where the model takes more or does not say
-ALTERNATIVES = 5  # the likeliest tokens kept at each position
-MAX_TOKENS = 1_000_000  # a page of them takes tens of megabytes
-LOGITS = 2**23  # numbers at most that the windows of one batch have; at least one window is taken
+WINDOW = 1024  # most positions in a window, if the model takes more or does not say
+ALTERNATIVES = 5  # how many of the likeliest tokens are kept at each position
+MAX_TOKENS = 1_000_000  # a page of so many takes tens of megabytes
+LOGITS = 2**23  # most logits in one batch of windows, which has at least one window
 
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
@@ -31,10 +31,10 @@ class Tokens(NamedTuple):
     """A text and its tokens.
 
     Attributes:
-        text: what the tokens cover.
+        text: the text that the tokens cover.
         ids: [tokens] int64.
-        ends: [tokens] int64, the character of the text at which each ends; it begins where the one before
-            ends. Of tokens that share a character, the first has it and the others are empty.
+        ends: [tokens] int64, the character of the text at which each token ends; it begins where the
+            previous one ends. If tokens share a character, the first one covers it and the others are empty.
     """
 
     text: str
@@ -43,12 +43,12 @@ class Tokens(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a model makes of the last tokens of a text: all of them, or all but the first.
+    """A model's predictions of the tokens of a text: of all of them, or all but the first.
 
     Attributes:
-        nll: [scored] float32, their losses in nats.
-        alternatives: [scored, ALTERNATIVES] int64, the likeliest tokens in its place, likeliest first.
-        alternative_nll: [scored, ALTERNATIVES] float32, the losses these would have had.
+        nll: [scored] float32, the losses of the tokens in nats.
+        alternatives: [scored, ALTERNATIVES] int64, the likeliest tokens in their place, likeliest first.
+        alternative_nll: [scored, ALTERNATIVES] float32, the losses of these in nats.
     """
 
     nll: NDArray[np.float32]
@@ -57,12 +57,12 @@ class Scores(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """A text under a model.
+    """A text and its scores under a model.
 
     Attributes:
-        pieces: the text of each token type among tokens and alternatives.
-        window: positions the model saw at once.
-        statistics: over all scored tokens as one batch, float64.
+        pieces: the text of each token type that is among the tokens or the alternatives.
+        window: the positions that the model sees at once.
+        statistics: the statistics of all scored tokens as one batch, float64.
     """
 
     tokens: Tokens
@@ -78,18 +78,19 @@ def inspect_text(
     """Score every token of `text` on the device of `model`.
 
     Raises:
-        StudyError: a text of too few or too many tokens, a tokenizer of another model, losses not finite.
+        StudyError: the text has too few or too many tokens, the tokenizer belongs to another model, or a loss
+            is not finite.
     """
     tokens = tokenize(tokenizer, text)
     start = _start(tokenizer)
     scored = len(tokens.ids) - (not start)
     if scored < 1:
-        raise StudyError(f"{len(tokens.ids)} tokens, expected at least 2: the first is not predicted")
+        raise StudyError(f"expected at least 2 tokens, got {len(tokens.ids)}: the first one is not predicted")
     if scored > MAX_TOKENS:
-        raise StudyError(f"{len(tokens.ids):,} tokens, a page holds {MAX_TOKENS:,}")
+        raise StudyError(f"expected at most {MAX_TOKENS:,} tokens, got {len(tokens.ids):,}")
     vocabulary = model.config.get_text_config().vocab_size
     if (largest := int(tokens.ids.max())) >= vocabulary:
-        raise StudyError(f"the tokenizer gives token {largest}, the model has {vocabulary}")
+        raise StudyError(f"the tokenizer gives token {largest}, but the model has {vocabulary} tokens")
     window = min(positions(model.config) or WINDOW, WINDOW)
     scores = score(model, start, tokens.ids, window, progress)
     if not np.isfinite(scores.nll).all():
@@ -101,15 +102,15 @@ def inspect_text(
 
 
 def tokenize(tokenizer: Any, text: str) -> Tokens:
-    """The tokens of `text`, without any that the tokenizer would put around it.
+    """The tokens of `text`, without the special tokens that a tokenizer puts around it.
 
-    A tokenizer that does not tell where its tokens are, a slow one, gives the text as it spells it.
+    A slow tokenizer does not report where its tokens are: the text is then what its tokens spell.
     """
     if tokenizer.is_fast:
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, ends = found["input_ids"], [end for _, end in found["offset_mapping"]]
         ends = list(accumulate(ends, max))
-        ends[-1:] = [len(text)] if ends else []  # what no token covers goes with one
+        ends[-1:] = [len(text)] if ends else []  # the last token takes what is left over
     else:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         spelled = spell(tokenizer, ids)
@@ -119,14 +120,14 @@ def tokenize(tokenizer: Any, text: str) -> Tokens:
 
 
 def _start(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer puts before every text, where it puts one (as Llama's and Gemma's do)."""
+    """The token that the tokenizer puts before every text, as Llama's and Gemma's do; or none."""
     around: list[int] = tokenizer("")["input_ids"]
     return around[:1] if around and around[0] == tokenizer.bos_token_id else []
 
 
 def spell(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
-    """What each token stands for: its text after other text; of a part of a character the bytes, as \\xf0."""
-    before = tokenizer.encode("a", add_special_tokens=False)  # alone, a token may lose its leading space
+    """The text of each token as it follows other text; a part of a character as its bytes, such as \\xf0."""
+    before = tokenizer.encode("a", add_special_tokens=False)  # on its own, a token may lose its leading space
     cut = len(tokenizer.decode(before))
     spelled: dict[int, str] = {}
     for index in ids:
@@ -146,7 +147,7 @@ def _raw(tokenizer: Any, index: int) -> str:
 
 
 class Window(NamedTuple):
-    """The tokens [begin, end) that a model sees at once, of which it scores those from `scored` on."""
+    """The tokens [begin, end) that a model sees at once; it scores those from `scored` on."""
 
     begin: int
     scored: int
@@ -154,15 +155,15 @@ class Window(NamedTuple):
 
 
 def windows(tokens: int, size: int, first: int) -> Iterator[Window]:
-    """Windows that each go half their size beyond the one before, and score what that did not.
+    """Windows that each advance by half their size, and score the tokens that are new.
 
-    So every token but those of the first window has the half of a window before it, or more. All have the
-    same length: the last one begins earlier instead of being shorter.
+    Every token outside the first window is thus scored with at least half a window before it. All windows
+    have the same length: the last one begins earlier instead of being shorter.
 
     Args:
-        tokens: how many there are.
-        size: tokens of a window.
-        first: the first token to be scored.
+        tokens: the number of tokens.
+        size: the number of tokens in a window.
+        first: the first token to score.
     """
     end, scored = min(size, tokens), first
     while True:
@@ -177,10 +178,9 @@ def score(model: Any, start: list[int], ids: NDArray[np.int64], size: int, progr
     """Score the tokens `ids`.
 
     Args:
-        start: none, or the one token that every window begins with; without it the first of `ids` is not
-            scored.
+        start: the one token that every window begins with, or empty; then the first of `ids` is not scored.
         ids: [tokens].
-        size: tokens of a window, that of `start` included.
+        size: the number of tokens in a window, `start` included.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -193,7 +193,7 @@ def score(model: Any, start: list[int], ids: NDArray[np.int64], size: int, progr
         some = spans[done : done + batch]
         inputs = torch.stack([torch.cat((before, text[span.begin : span.end])) for span in some])
         logits = logits_of(model(input_ids=inputs.to(device), use_cache=False))
-        # A token's logits are those of the position before it.
+        # The logits at a position predict the token after it.
         predicted = [
             row[len(start) + span.scored - span.begin - 1 : -1]
             for row, span in zip(logits, some, strict=True)
@@ -206,7 +206,7 @@ def score(model: Any, start: list[int], ids: NDArray[np.int64], size: int, progr
 
 
 def _scores_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields of `Scores` from logits [tokens, vocabulary] float32 and labels [tokens], on the CPU."""
+    """The fields of `Scores`, on the CPU, from logits [tokens, vocabulary] float32 and labels [tokens]."""
     log_p = logits.log_softmax(-1)
     top = log_p.topk(min(ALTERNATIVES, logits.shape[-1]))
     return -log_p.gather(-1, labels[:, None])[:, 0].cpu(), top.indices.cpu(), -top.values.cpu()
