@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import nvamp
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import token_nll, token_weights
-from nvamp.objectives import GRADIENTS
+from nvamp.objectives import GRADIENTS, NVAMP
 from tests.ranks import on_ranks
 
 IGNORED = -100
