@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.original import original_nvamp
 from nvamp import LinearNVAMPLoss, NVAMPLoss, NVAMPStats, TokenNVAMPLoss
 from nvamp.functional import linear_nvamp_loss, nvamp_loss, token_nll, token_weights
-from nvamp.objectives import GRADIENTS, Gradient
+from nvamp.objectives import GRADIENTS, NVAMP, Gradient
 from tests import oracle
 from tests.strategies import examples
 
@@ -212,7 +212,7 @@ def test_losses_computed_elsewhere(
     with pytest.raises(ValueError, match="valid must be on the device of nll, cpu, got meta"):
         criterion(nll, torch.ones_like(nll, dtype=torch.bool, device="meta"))
     with pytest.raises(TypeError, match="nll must be a tensor, got list"):
-        token_weights([1.0, 2.0])  # type: ignore[arg-type]
+        token_weights(NVAMP(), [1.0, 2.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"valid must be bool, shaped like nll \[3, 7\]"):
         criterion(nll, targets)
 
@@ -319,7 +319,7 @@ def test_who_asks_for_statistics_gets_them(hidden: Tensor, weight: Tensor, label
 def test_a_module_like_any_other(module: type[NVAMPLoss]) -> None:
     criterion = module(0.5, gamma=0.1, gradient="token", softcap=30.0)
     assert repr(criterion) == (
-        f"{module.__name__}(alpha=0.5, beta=0.02, gamma=0.1, gradient='token', softcap=30.0)"
+        f"{module.__name__}(alpha=0.5, beta=0.02, gamma=0.1, eps=1e-06, tail=0.0, gradient='token', softcap=30.0)"
     )
     assert not criterion.state_dict()
     assert not list(criterion.parameters())
@@ -426,7 +426,11 @@ def test_export(path: str, gradient: Gradient, backend: str, hidden: Tensor, lab
         ({"ignore_index": 2**40}, "ignore_index must be in the range of int32, got 1099511627776"),
         ({"softcap": -1}, "softcap must be .* got -1"),
         ({"backend": "cuda"}, "backend must be one of .* got 'cuda'"),
-        ({"alpha": float("nan")}, "alpha must be finite, got nan"),
+        ({"alpha": float("nan")}, "alpha must be finite and at least 0, got nan"),
+        ({"beta": -0.5}, "beta must be finite and at least 0, got -0.5"),
+        ({"tail": 1.5}, r"tail must be in \[0, 1\], got 1.5"),
+        ({"softcap": 1e300}, "softcap must be a number that float32 can hold, got 1e\\+300"),
+        ({"logit_scale": 0}, "logit_scale must not be 0"),
     ],
 )
 def test_bad_options_are_refused_when_they_are_given(options: dict[str, Any], message: str) -> None:
@@ -438,6 +442,12 @@ def test_bad_options_are_refused_when_they_are_given(options: dict[str, Any], me
     ("options", "message"),
     [
         ({"ignore_index": -100.0}, "ignore_index must be an int, got -100.0"),
+        ({"gamma": "0.1"}, "gamma must be a number, got '0.1'"),
+        ({"shift": 1}, "shift must be True or False, got 1"),
+        (
+            {"inplace_backward": True},
+            r"LinearNVAMPLoss\(\) got an unexpected keyword argument 'inplace_backward'",
+        ),
         ({"accum_dtype": "float32"}, "accum_dtype must be a torch.dtype or None, got 'float32'"),
     ],
 )
