@@ -192,6 +192,42 @@ def test_masked_classes_and_extreme_logits(backend: str) -> None:
     assert got[2:5].isnan().any(-1).all()
 
 
+def losses(logits: Tensor, labels: Tensor, sizes: list[int], backend: str, opt: Options) -> list[Tensor]:
+    """Those of every rank."""
+    shards = logits.split(sizes, -1)
+    return on_ranks(
+        len(sizes), lambda ranks: parts.token_nll(shards[ranks.rank], labels, False, backend, opt, ranks)
+    )
+
+
+@with_backend
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_label_smoothing_keeps_its_digits(backend: str, offset: float) -> None:
+    """What all logits have in common is not added up, neither over the classes of a part nor over the parts."""
+    x = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)) + offset
+    x[:, :400] -= 50
+    labels = torch.arange(400, 408)
+
+    def smoothed(x: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(x, labels, label_smoothing=0.1, reduction="none")
+
+    exact = smoothed(x.double())
+    for nll in losses(x, labels, [400, 0, 600], backend, Options(IGNORED, label_smoothing=0.1)):
+        assert oracle.relative_error(nll, exact) <= 1.1 * oracle.relative_error(smoothed(x), exact)
+
+
+@with_backend
+@pytest.mark.parametrize("label_smoothing", [0.1, 0.5, 0.9])
+def test_smoothing_over_a_masked_class_has_an_infinite_loss(backend: str, label_smoothing: float) -> None:
+    logits = torch.tensor(
+        [[0.0, 1.0, 2.0, -torch.inf], [-torch.inf, -torch.inf, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]]
+    )
+    for label in range(4):
+        labels = torch.full((3,), label)
+        for nll in losses(logits, labels, [2, 2], backend, Options(IGNORED, label_smoothing)):
+            assert nll.isinf().tolist() == [True, True, False]
+
+
 @with_backend
 @pytest.mark.parametrize("ignore_index", [-100, 0, 5])
 def test_ignored_rows_may_hold_anything(backend: str, ignore_index: int) -> None:

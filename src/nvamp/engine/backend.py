@@ -55,10 +55,10 @@ class Backend(Protocol):
         """(nll, norm), with `metrics` (nll, norm, entropy, correct), of logits [..., V] of any strides."""
 
     def part_statistics(self, logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, ...]:
-        """(norm, z of the label or 0 where it is in another part, Σ z) of a part of the vocabulary.
+        """(norm, z of the label or 0 if it is in another part, Σ (largest − z)) of a part of the vocabulary.
 
         `norm` is here the largest z and Σ exp(z − largest), without the logarithm, which adds up over parts.
-        Σ z is 0 unless there is label smoothing.
+        The last sum is 0 unless there is label smoothing; if the largest z is −inf, it is subtracted from 0.
         """
 
     def token_nll_backward(

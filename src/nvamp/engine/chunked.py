@@ -82,7 +82,8 @@ def _losses(z: Tensor, targets: Targets, opt: Options, out: Tensor) -> tuple[Ten
     top = z.amax(-1)
     below_top = top - z.gather(1, targets.label[:, None])[:, 0]
     if opt.label_smoothing:
-        below_top = torch.lerp(below_top, top - z.mean(-1), opt.label_smoothing)
+        z = torch.sub(z, top[:, None], out=out)  # what all of them have in common would cost the mean digits
+        below_top = _smoothed(below_top, -z.mean(-1), opt)
     # The largest probability is 1 / Σ exp(z − top).
     log_sum = -torch.softmax(z, -1, out=out).amax(-1).log_()
     nll = log_sum + below_top
@@ -93,6 +94,11 @@ def _losses(z: Tensor, targets: Targets, opt: Options, out: Tensor) -> tuple[Ten
     if targets.invalid is not None:
         nll.masked_fill_(targets.invalid, torch.nan)
     return nll, torch.stack((top, log_sum), -1)
+
+
+def _smoothed(at_label: Tensor, mean: Tensor, opt: Options) -> Tensor:
+    """Both are inf if a logit is −inf: no difference of the two may be taken, as `torch.lerp` would."""
+    return (1 - opt.label_smoothing) * at_label + opt.label_smoothing * mean
 
 
 def _to_gradient(
@@ -181,22 +187,22 @@ def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tenso
     targets = targets_of(labels, logits.shape[-1], opt, part=True)
     n = labels.numel()
     buffer = _block_buffer(logits)
-    norm, at_label, sum_z = buffer.new_empty(n, 2), buffer.new_empty(n), buffer.new_zeros(n)
+    norm, at_label, sum_below = buffer.new_empty(n, 2), buffer.new_empty(n), buffer.new_zeros(n)
     for x, at in _blocks(logits):
         room = buffer[: len(x)]
         z, _ = _activate(x, opt, room, want_slope=False)
         at_label[at] = z.gather(1, targets.label[at][:, None])[:, 0]
-        if opt.label_smoothing:
-            sum_z[at] = z.sum(-1)
         top = z.amax(-1)
         below = torch.sub(z, torch.where(top == -torch.inf, 0, top)[:, None], out=room)
+        if opt.label_smoothing:
+            sum_below[at] = -below.sum(-1)
         norm[at] = torch.stack((top, below.exp_().sum(-1)), -1)
     if targets.invalid is not None:
         at_label.masked_fill_(targets.invalid, 0)
     if targets.ignored is not None:
-        for x in (norm, at_label, sum_z):
+        for x in (norm, at_label, sum_below):
             x[targets.ignored] = 0
-    return norm.view(*labels.shape, 2), at_label.view(labels.shape), sum_z.view(labels.shape)
+    return norm.view(*labels.shape, 2), at_label.view(labels.shape), sum_below.view(labels.shape)
 
 
 def token_nll_backward(

@@ -192,7 +192,6 @@ def _statistics(
     SCALED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     METRICS: tl.constexpr,
-    PART: tl.constexpr,
     ADJACENT: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -200,14 +199,12 @@ def _statistics(
     VECTOR: tl.constexpr,
 ):
     """One pass over a row: largest z, Σ exp(z − largest), z of the label; if asked for, Σ (z − anchor),
-    with PART Σ z, the entropy, and whether the label has the largest z.
+    the entropy, and whether the label has the largest z.
     """
     x_ptr = logits_ptr + row
     x = tl.load(x_ptr + label * stride_vocab)
     at_label, _ = _z_and_slope(x, softcap, logit_scale, WIDE, CAPPED, SCALED)
     anchor = _anchor(at_label)
-    if PART:
-        anchor = tl.zeros_like(at_label)
     head, body = _whole_vectors(x_ptr, vocab, ADJACENT, VECTOR)
     edges = _edges(head, body, vocab, VECTOR)
     z_edges = _load_z(x_ptr + edges, edges >= 0, softcap, logit_scale, WIDE, CAPPED, SCALED)
@@ -370,8 +367,8 @@ def nll_kernel(
 ):
     """Losses and norm of logits [outer, inner, V]: a program a row, which it reads once.
 
-    With PART what they follow from: z of a label that is here to `nll`, Σ z to `entropy` if SMOOTHED, and to
-    `norm` Σ exp(z − largest) without the logarithm.
+    With PART what they follow from: z of a label that is here to `nll`, Σ (largest − z) to `entropy` if
+    SMOOTHED, and to `norm` Σ exp(z − largest) without the logarithm.
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row).to(tl.int64)
@@ -389,14 +386,14 @@ def nll_kernel(
     x_row = _row(row, inner, stride_outer, stride_inner)
     top, total, at_label, sum_z, entropy, correct = _statistics(
         x_ptr, x_row, label, vocab, stride_vocab, softcap, logit_scale,
-        WIDE, CAPPED, SCALED, SMOOTHED, METRICS, PART, ADJACENT, 1, BLOCK, LANES, VECTOR,
+        WIDE, CAPPED, SCALED, SMOOTHED, METRICS, ADJACENT, 1, BLOCK, LANES, VECTOR,
     )  # fmt: skip
     tl.store(norm_ptr + 2 * row, top)
     if PART:
         tl.store(norm_ptr + 2 * row + 1, total)
         tl.store(nll_ptr + row, tl.where(valid, at_label, 0))
         if SMOOTHED:
-            tl.store(entropy_ptr + row, sum_z)
+            tl.store(entropy_ptr + row, vocab * (_finite(top) - _anchor(at_label)) - sum_z)
     else:
         log_sum = tl.log(total)
         tl.store(norm_ptr + 2 * row + 1, log_sum)
@@ -543,7 +540,7 @@ def unit_gradient_kernel(
     label = tl.where((label >= 0) & (label < vocab), label, 0)
     top, total, at_label, sum_z, _entropy, _correct = _statistics(
         logits_ptr, row * pitch, label, vocab, 1, softcap, logit_scale,
-        WIDE, CAPPED, SCALED, SMOOTHED, False, False, True, 3, BLOCK, LANES, VECTOR,
+        WIDE, CAPPED, SCALED, SMOOTHED, False, True, 3, BLOCK, LANES, VECTOR,
     )  # fmt: skip
     log_sum = tl.log(total)
     nll = _loss(top, log_sum, at_label, sum_z, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)

@@ -40,6 +40,7 @@ class _Targets(NamedTuple):
     labels: Tensor  # int64: in [0, classes of this part), IGNORED, or ELSEWHERE
     ignored: Tensor  # bool
     invalid: Tensor  # bool: in no part
+    size: int  # classes of this part
     classes: Tensor  # int64 []: of all parts
 
     @classmethod
@@ -53,7 +54,7 @@ class _Targets(NamedTuple):
         local = labels.long() - start
         local = torch.where((local >= 0) & (local < size), local, ELSEWHERE)
         invalid = ~ignored & ((labels < 0) | (labels >= classes))
-        return cls(torch.where(ignored, IGNORED, local), ignored, invalid, classes)
+        return cls(torch.where(ignored, IGNORED, local), ignored, invalid, size, classes)
 
 
 def token_nll(
@@ -64,8 +65,8 @@ def token_nll(
     if backend == "reference":
         return _reference_nll(logits, targets, opt, ranks)
     local = opt._replace(ignore_index=IGNORED)
-    norm, at_label, sum_z = ops.part_statistics(logits.detach(), targets.labels, backend, *local)
-    nll, norm = _put_together(norm, at_label, sum_z, targets, opt, ranks)
+    statistics = ops.part_statistics(logits.detach(), targets.labels, backend, *local)
+    nll, norm = _put_together(*statistics, targets, opt, ranks)
     result: Tensor = ops.part_nll(
         logits, targets.labels, norm, nll, targets.classes, inplace_backward, backend, *local
     )
@@ -82,8 +83,8 @@ def linear_token_nll(
         return _reference_nll(reference.logits_of(head, IGNORED), targets, opt, ranks)
     local = opt._replace(ignore_index=IGNORED)
     fixed = (None if t is None else t.detach() for t in head)
-    norm, at_label, sum_z = ops.linear_part_statistics(*fixed, accum_dtype, backend, *local)
-    nll, norm = _put_together(norm, at_label, sum_z, targets, opt, ranks)
+    statistics = ops.linear_part_statistics(*fixed, accum_dtype, backend, *local)
+    nll, norm = _put_together(*statistics, targets, opt, ranks)
     result: Tensor = ops.linear_part_nll(*head, norm, nll, targets.classes, accum_dtype, backend, *local)
     return result
 
@@ -91,23 +92,28 @@ def linear_token_nll(
 def _reference_nll(logits: Tensor, targets: _Targets, opt: Options, ranks: Ranks) -> Tensor:
     """For autograd to differentiate: what a rank adds to a sum of all has the gradient of that sum."""
     local = opt._replace(ignore_index=IGNORED)
-    norm, at_label, sum_z = reference.part_statistics(logits, targets.labels, local)
+    statistics = reference.part_statistics(logits, targets.labels, local)
     through = ranks._replace(total=lambda x: _Sum.apply(x, ranks))  # type: ignore[no-untyped-call]
-    return _put_together(norm, at_label, sum_z, targets, opt, through)[0]
+    return _put_together(*statistics, targets, opt, through)[0]
 
 
 def _put_together(
-    norm: Tensor, at_label: Tensor, sum_z: Tensor, targets: _Targets, opt: Options, ranks: Ranks
+    norm: Tensor, at_label: Tensor, sum_below: Tensor, targets: _Targets, opt: Options, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
     """Losses and norm of the whole vocabulary from the statistics of this part."""
     top, total = norm.unbind(-1)
     largest = ranks.maximum(top)
-    sums = [(top - largest).exp() * total, at_label, *([sum_z] if opt.label_smoothing else [])]
+    sums = [(top - largest).exp() * total, at_label]
+    if opt.label_smoothing:
+        # Σ (largest − z) over all classes: what they have in common is not added up.
+        sums.append(sum_below + targets.size * torch.where(top == -torch.inf, 0, largest - top))
     total, at_label, *rest = ranks.total(torch.stack(sums))
     log_sum = total.log()
     nll = (largest - at_label) + log_sum
     if opt.label_smoothing:
-        nll = torch.lerp(nll, (largest - rest[0] / targets.classes) + log_sum, opt.label_smoothing)
+        # Both may be inf: no difference of the two, as `torch.lerp` would take it.
+        uniform = rest[0] / targets.classes + log_sum
+        nll = (1 - opt.label_smoothing) * nll + opt.label_smoothing * uniform
     if opt.z_loss:
         nll = nll + opt.z_loss * (largest + log_sum).square()
     nll = nll.masked_fill(targets.ignored, 0).masked_fill(targets.invalid, torch.nan)

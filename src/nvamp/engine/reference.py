@@ -41,7 +41,8 @@ def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tenso
     top = padded.detach().amax(-1)
     below = padded - torch.where(top == -torch.inf, 0, top)[..., None]
     at_label = padded.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    return torch.stack((top, below.exp().sum(-1)), -1), torch.where(labels < 0, 0, at_label), z.sum(-1)
+    norm = torch.stack((top, below.exp().sum(-1)), -1)
+    return norm, torch.where(labels < 0, 0, at_label), -below[..., :-1].sum(-1)
 
 
 def logits_of(head: Head, ignore_index: int) -> Tensor:

@@ -155,8 +155,8 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
 
 
 def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, ...]:
-    at_label, norm, sum_z, _ = _pass_over(logits, labels, opt, PART=True)
-    return norm, at_label, sum_z if opt.label_smoothing else torch.zeros_like(at_label)
+    at_label, norm, sum_below, _ = _pass_over(logits, labels, opt, PART=True)
+    return norm, at_label, sum_below if opt.label_smoothing else torch.zeros_like(at_label)
 
 
 def _pass_over(
