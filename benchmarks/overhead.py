@@ -69,8 +69,9 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in OPERATORS:
+            operator = OPERATORS[func]
             with self:
-                return self.looked_into(OPERATORS[func].function, func._opname)(*args)
+                return self.looked_into(operator.function, func._opname)(*operator.grouped(args))
         if not func.is_view and func._opname not in OF_NONE:
             self.names += [(self._function, func._opname)] * (2 if func._opname in OF_TWO else 1)
         return func(*args, **(kwargs or {}))

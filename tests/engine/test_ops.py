@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import nvamp
 from nvamp.engine import chunked, linear, linear_nll_sum_max, operator
 from nvamp.engine import ops as engine
+from nvamp.engine.options import Head, Options
 from nvamp.functional import linear_token_nll, token_nll
 from tests.engine.problems import HALF, IGNORED, OPTIONS, gradients, make_problem
 
@@ -35,7 +36,7 @@ both_ways = pytest.mark.usefixtures("way")
 
 
 def flat(backend: str = "chunked", **options: Any) -> tuple[Any, ...]:
-    return backend, *nvamp.engine.options.Options(IGNORED, **options)
+    return backend, *Options(IGNORED, **options)
 
 
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])
@@ -212,20 +213,22 @@ def runs(backend: str, create_graph: bool = False) -> dict[str, Callable[[], lis
         return [*(x.detach() for x in results), *grads]
 
     head, y = (p.hidden, p.weight, p.bias), p.labels
-    whole = (torch.randn(37, 2), torch.randn(37), torch.tensor(99))
+    whole = engine.Whole(torch.randn(37, 2), torch.randn(37), torch.tensor(99))
     options: Any = {"backend": backend, **OPTIONS["all"]}
-    args = flat(backend, **OPTIONS["all"])
+    args = backend, Options(IGNORED, **OPTIONS["all"])
     return {
         "logits": lambda: run(lambda x: token_nll(x, y, **options), p.logits),
         "in place": lambda: run(lambda x: token_nll(2 * x, y, inplace_backward=True, **options), p.logits),
         "linear": lambda: run(lambda h, w, b: linear_token_nll(h, w, y, b, **options), *head),
         "one pass": lambda: run(lambda h, w, b: linear_nll_sum_max(h, w, y, b, **options), *head),
-        "part": lambda: run(lambda x: engine.part_nll(x, y, *whole, False, *args), p.logits),
+        "part": lambda: run(lambda x: engine.part_nll(x, y, whole, False, *args), p.logits),
         "linear part": lambda: run(
-            lambda h, w, b: engine.linear_part_nll(h, w, b, y, *whole, None, *args), *head
+            lambda h, w, b: engine.linear_part_nll(Head(h, w, b, y), whole, None, *args), *head
         ),
         "statistics of a part": lambda: list(engine.part_statistics(p.logits, y, *args)),
-        "statistics of a linear part": lambda: list(engine.linear_part_statistics(*head, y, None, *args)),
+        "statistics of a linear part": lambda: list(
+            engine.linear_part_statistics(Head(*head, y), None, *args)
+        ),
     }
 
 

@@ -116,7 +116,7 @@ def token_nll(
     if name == "reference":
         nll, *metrics = reference.token_nll(logits, labels, return_metrics, opt)
     else:
-        nll, _, *metrics = ops.token_nll(logits, labels, return_metrics, inplace_backward, name, *opt)
+        nll, _, *metrics = ops.token_nll(logits, labels, return_metrics, inplace_backward, name, opt)
     return _result(nll, metrics, return_metrics)
 
 
@@ -207,7 +207,7 @@ def linear_token_nll(
         logits = reference.logits_of(head, ignore_index)
         nll, *metrics = reference.token_nll(logits, head.labels, return_metrics, opt)
     else:
-        nll, _, *metrics = ops.linear_token_nll(*head, return_metrics, accum_dtype, name, *opt)
+        nll, _, *metrics = ops.linear_token_nll(head, return_metrics, accum_dtype, name, opt)
     return _result(nll.view(labels.shape), metrics, return_metrics)
 
 
@@ -258,7 +258,7 @@ def linear_nll_sum_max(
     needs = Needs(*(t is not None and t.requires_grad for t in head[:3]))
     name = backend_for(hidden, backend)
     check_transforms(name, *head[:3])
-    total, largest, nll, *_ = ops.linear_nll_sum_max(*head, *needs, True, accum_dtype, name, *opt)
+    total, largest, nll, *_ = ops.linear_nll_sum_max(head, needs, True, accum_dtype, name, opt)
     return total, largest, nll.view(labels.shape)
 
 

@@ -6,49 +6,87 @@ than many a function itself. An `Operator` bypasses them in that case: it calls 
 `autograd.Function` of the same formulas if there are gradients to take.
 """
 
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 from torch._C._functorch import get_interpreter_stack, is_legacy_batchedtensor
 
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
+# What a schema calls the types of a group's fields.
+SCHEMA_TYPES: dict[object, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    float | None: "float?",
+}
+
+
+def fields_of(group: type, prefix: str = "") -> str:
+    """The fields of a `NamedTuple`, as a schema lists them, their names behind the prefix."""
+    hints = get_type_hints(group).items()
+    return ", ".join(f"{SCHEMA_TYPES[hint]} {prefix}{name}" for name, hint in hints)
 
 
 def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], "Operator"]:
     """Makes an operator of the function that it decorates, which changes none of its arguments.
 
-    All arguments are positional.
+    All arguments are positional. PyTorch wants them flat; a parameter that is annotated as a `NamedTuple`
+    stands for the fields of one, to be listed in the schema by `fields_of`.
     """
     return lambda function: Operator(name, schema, function)
 
 
 class Operator:
-    """A custom operator; registering a fake and a derivative is as `torch.library.custom_op` has it."""
+    """A custom operator; registering a fake and a derivative is as `torch.library.custom_op` has it.
+
+    But the fake and `setup_context` get arguments grouped as the function does.
+    """
 
     def __init__(self, name: str, schema: str, function: Callable[..., Any]) -> None:
         self.function = function
-        self.registered = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
-        self.register_fake = self.registered.register_fake
+        annotations = [p.annotation for p in inspect.signature(function).parameters.values()]
+        self._groups = [a if hasattr(a, "_fields") else None for a in annotations]
+        flat = self._of_flat(function)
+        self.registered = torch.library.custom_op(name, flat, mutates_args=(), schema=schema)
         self._differentiable: type[torch.autograd.Function] | None = None
+
+    def _of_flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: function(*self.grouped(args))
+
+    def grouped(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of the function, from the flat ones that PyTorch knows."""
+        rest = iter(args)
+        return tuple(
+            next(rest) if group is None else group(*(next(rest) for _ in group._fields))
+            for group in self._groups
+        )
+
+    def register_fake(self, function: Callable[..., Any]) -> None:
+        self.registered.register_fake(self._of_flat(function))
 
     def register_autograd(
         self, backward: Callable[..., Any], *, setup_context: Setup = lambda ctx, inputs, output: None
     ) -> None:
-        """Gradients that nothing depends on are None in `backward`, which is not called if they all are."""
+        """`backward` returns the gradients of the first flat arguments; the others have none.
+
+        Gradients that nothing depends on are None in `backward`, which is not called if they all are.
+        """
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.set_materialize_grads(False)
-            setup_context(ctx, inputs, output)
+            setup_context(ctx, self.grouped(inputs), output)
 
         def backward_of_some(ctx: Any, *grads: Tensor | None) -> Any:
-            if all(grad is None for grad in grads):
-                return (None,) * len(ctx.needs_input_grad)
-            return backward(ctx, *grads)
+            found = () if all(grad is None for grad in grads) else backward(ctx, *grads)
+            return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
 
         def forward(ctx: Any, *args: Any) -> Any:
-            output = self.function(*args)
+            output = self.function(*self.grouped(args))
             setup(ctx, args, output)
             return output
 
@@ -57,11 +95,16 @@ class Operator:
         self._differentiable = type(self.registered._qualname, (torch.autograd.Function,), methods)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not is_plain(args):
-            return self.registered(*args)
-        if self._differentiable and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self._differentiable.apply(*args)  # type: ignore[no-untyped-call]
+        flat = _flat(args)
+        if torch.compiler.is_compiling() or not is_plain(flat):
+            return self.registered(*flat)
+        if self._differentiable and torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
+            return self._differentiable.apply(*flat)  # type: ignore[no-untyped-call]
         return self.function(*args)
+
+
+def _flat(args: tuple[Any, ...]) -> list[Any]:
+    return [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
 
 
 def is_ordinary(x: Tensor) -> bool:
@@ -76,7 +119,7 @@ def is_ordinary(x: Tensor) -> bool:
     )
 
 
-def is_plain(args: tuple[Any, ...]) -> bool:
+def is_plain(args: Iterable[Any]) -> bool:
     """Whether only autograd needs to see a call with these arguments."""
     if not all(is_ordinary(x) for x in args if isinstance(x, Tensor)):
         return False

@@ -15,34 +15,26 @@ nvamp::part_nll, nvamp::linear_part_nll                  the losses, and their g
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from nvamp.engine import linear
-from nvamp.engine.backend import Backend
 from nvamp.engine.backends import load
 from nvamp.engine.checks import check_label_range
 from nvamp.engine.hugepages import in_huge_pages
-from nvamp.engine.operator import is_ordinary, operator
+from nvamp.engine.inplace import is_of_leaf, may_use_up, no_overlap, saving_is_hooked
+from nvamp.engine.operator import fields_of, operator
 from nvamp.engine.options import Head, Needs, Options, accumulate_dtype
 
 Tensors = tuple[Tensor, ...]
 
-_OPTIONS = (
-    "str backend, int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale"
-)
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
-_NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias"
+_OPTIONS = f"str backend, {fields_of(Options)}"  # the last arguments of every operator that looks at logits
+_HEAD = fields_of(Head)
+_NEEDS = fields_of(Needs, prefix="needs_")
 _TOKENS = "(Tensor nll, Tensor norm, Tensor entropy, Tensor correct)"
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
-
-
-def _backend(args: tuple[Any, ...]) -> tuple[Backend, Options]:
-    """The last arguments of every operator that looks at logits."""
-    return load(args[0]), Options(*args[1:])
 
 
 def _tokens(nll: Tensor, norm: Tensor, *metrics: Tensor) -> Tensors:
@@ -84,14 +76,15 @@ def _refuse(*_: Any) -> Any:
     "nvamp::token_nll",
     f"(Tensor logits, Tensor labels, bool metrics, bool inplace_backward, {_OPTIONS}) -> {_TOKENS}",
 )
-def token_nll(logits: Tensor, labels: Tensor, metrics: bool, inplace_backward: bool, *args: Any) -> Tensors:
-    backend, opt = _backend(args)
+def token_nll(
+    logits: Tensor, labels: Tensor, metrics: bool, inplace_backward: bool, backend: str, opt: Options
+) -> Tensors:
     check_label_range(labels, logits.shape[-1], opt.ignore_index)
-    return _tokens(*backend.token_nll(logits, labels, metrics, opt))
+    return _tokens(*load(backend).token_nll(logits, labels, metrics, opt))
 
 
 @token_nll.register_fake
-def _(logits: Tensor, labels: Tensor, metrics: bool, inplace_backward: bool, *args: Any) -> Tensors:
+def _(logits: Tensor, labels: Tensor, metrics: bool, *_: Any) -> Tensors:
     return _fake_tokens(logits, labels, metrics)
 
 
@@ -100,17 +93,22 @@ def _(logits: Tensor, labels: Tensor, metrics: bool, inplace_backward: bool, *ar
     f"(Tensor grad_nll, Tensor logits, Tensor labels, Tensor norm, Tensor? classes, {_OPTIONS}) -> Tensor",
 )
 def token_nll_backward(
-    grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, classes: Tensor | None, *args: Any
+    grad_nll: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    classes: Tensor | None,
+    backend: str,
+    opt: Options,
 ) -> Tensor:
-    backend, opt = _backend(args)
     grad = in_huge_pages(logits.new_empty(logits.shape))
     if logits.shape[-1]:
-        backend.token_nll_backward(grad_nll, logits, labels, norm, opt, out=grad, classes=classes)
+        load(backend).token_nll_backward(grad_nll, logits, labels, norm, opt, out=grad, classes=classes)
     return grad
 
 
 @token_nll_backward.register_fake
-def _(grad_nll: Tensor, logits: Tensor, *args: Any) -> Tensor:
+def _(grad_nll: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -118,84 +116,40 @@ token_nll_backward.register_autograd(_refuse)
 
 
 def _token_nll_backward_(
-    grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, classes: Tensor | None, *args: Any
+    grad_nll: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    classes: Tensor | None,
+    backend: str,
+    opt: Options,
 ) -> Tensor:
     """The gradient in the memory of the logits, so that whoever still needs them gets PyTorch's error."""
-    backend, opt = _backend(args)
     grad = logits.detach()
     if logits.shape[-1]:
-        backend.token_nll_backward(grad_nll, grad, labels, norm, opt, out=grad, classes=classes)
+        load(backend).token_nll_backward(grad_nll, grad, labels, norm, opt, out=grad, classes=classes)
     torch.autograd.graph.increment_version(grad)
     return grad
 
 
 def _token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    logits, labels, _, inplace, *ctx.args = inputs
-    ctx.inplace = inplace and not _saving_is_hooked()
+    logits, labels, _, inplace, ctx.backend, ctx.opt = inputs
+    ctx.inplace = inplace and not saving_is_hooked()
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(logits, labels, output[1])
 
 
 def _token_nll_autograd(ctx: Any, grad_nll: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     logits, labels, norm = ctx.saved_tensors
-    grad = _logits_gradient(grad_nll, logits, labels, norm, None, ctx.inplace, ctx.args)
-    return grad, None, None, None, *(None for _ in ctx.args)
+    return (_logits_gradient(ctx, grad_nll, logits, labels, norm, None),)
 
 
 def _logits_gradient(
-    grad_nll: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    norm: Tensor,
-    classes: Tensor | None,
-    inplace: bool,
-    args: list[Any],
+    ctx: Any, grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, classes: Tensor | None
 ) -> Tensor:
-    in_place = inplace and not _is_of_leaf(logits) and _may_use_up(logits, grad_nll) and _no_overlap(logits)
+    in_place = ctx.inplace and not is_of_leaf(logits) and may_use_up(logits, grad_nll) and no_overlap(logits)
     backward = _token_nll_backward_ if in_place else token_nll_backward
-    return cast(Tensor, backward(grad_nll, logits, labels, norm, classes, *args))
-
-
-def _may_use_up(saved: Tensor, grad: Tensor) -> bool:
-    """Whether a backward, of this gradient, may overwrite what it saved.
-
-    Not a compiled one, nor one that keeps the graph, nor one of a batch of gradients, nor one that is
-    differentiated itself.
-    """
-    if type(saved) is not Tensor or not is_ordinary(saved) or not is_ordinary(grad):
-        return False
-    if is_functorch_wrapped_tensor(grad):
-        return False
-    return not _graph_is_kept() and not torch.is_grad_enabled()
-
-
-def _saving_is_hooked() -> bool:
-    """Whether what is saved now goes through hooks, as under checkpointing: it is not protected then.
-
-    Autograd looks for changes only of tensors that it saved itself.
-    """
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def _graph_is_kept() -> bool:
-    """Whether the running backward has `retain_graph=True`; yes where PyTorch does not say."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else bool(ask())
-
-
-def _is_of_leaf(x: Tensor) -> bool:
-    """Whether x is a leaf, such as a parameter, or lies in the memory of one."""
-    return x.is_leaf or (x._base is not None and x._base.is_leaf)
-
-
-def _no_overlap(x: Tensor) -> bool:
-    """Whether no two elements of x share memory, as those of an expanded tensor do."""
-    extent = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1 and stride < extent:
-            return False
-        extent = max(extent, stride * size)
-    return True
+    return cast(Tensor, backward(grad_nll, logits, labels, norm, classes, ctx.backend, ctx.opt))
 
 
 token_nll.register_autograd(_token_nll_autograd, setup_context=_token_nll_setup)
@@ -208,16 +162,17 @@ token_nll.register_autograd(_token_nll_autograd, setup_context=_token_nll_setup)
     "nvamp::linear_token_nll",
     f"({_HEAD}, bool metrics, ScalarType? accum_dtype, {_OPTIONS}) -> {_TOKENS}",
 )
-def linear_token_nll(*args: Any) -> Tensors:
-    head, metrics, (backend, opt) = Head(*args[:4]), args[4], _backend(args[6:])
+def linear_token_nll(
+    head: Head, metrics: bool, accum_dtype: torch.dtype | None, backend: str, opt: Options
+) -> Tensors:
     check_label_range(head.labels, len(head.weight), opt.ignore_index)
     with _as_is(head.hidden):
-        return _tokens(*linear.token_nll(backend, head, metrics, args[5], opt))
+        return _tokens(*linear.token_nll(load(backend), head, metrics, accum_dtype, opt))
 
 
 @linear_token_nll.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, metrics: bool, *args: Any) -> Tensors:
-    return _fake_tokens(hidden, labels, metrics)
+def _(head: Head, metrics: bool, *_: Any) -> Tensors:
+    return _fake_tokens(head.hidden, head.labels, metrics)
 
 
 @operator(
@@ -225,33 +180,45 @@ def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, metrics: bool, 
     f"(Tensor grad_nll, Tensor norm, Tensor? classes, {_HEAD}, {_NEEDS}, ScalarType? accum_dtype, "
     f"{_OPTIONS}) -> ({_GRADIENTS})",
 )
-def linear_token_nll_backward(grad_nll: Tensor, norm: Tensor, classes: Tensor | None, *args: Any) -> Tensors:
-    head, needs, (backend, opt) = Head(*args[:4]), Needs(*args[4:7]), _backend(args[8:])
+def linear_token_nll_backward(
+    grad_nll: Tensor,
+    norm: Tensor,
+    classes: Tensor | None,
+    head: Head,
+    needs: Needs,
+    accum_dtype: torch.dtype | None,
+    backend: str,
+    opt: Options,
+) -> Tensors:
     if not len(head.weight):
         return tuple(torch.zeros_like(x) for x in _fake_gradients(head, needs, head.weight.dtype))
     with _as_is(head.hidden):
-        return linear.token_nll_backward(backend, grad_nll, norm, classes, head, needs, args[7], opt)
+        return linear.token_nll_backward(
+            load(backend), grad_nll, norm, classes, head, needs, accum_dtype, opt
+        )
 
 
 @linear_token_nll_backward.register_fake
-def _(grad_nll: Tensor, norm: Tensor, classes: Tensor | None, *args: Any) -> Tensors:
-    head = Head(*args[:4])
-    return _fake_gradients(head, Needs(*args[4:7]), head.weight.dtype)
+def _(grad_nll: Tensor, norm: Tensor, classes: Tensor | None, head: Head, needs: Needs, *_: Any) -> Tensors:
+    return _fake_gradients(head, needs, head.weight.dtype)
 
 
 linear_token_nll_backward.register_autograd(_refuse)
 
 
 def _linear_token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    ctx.args = inputs[5:]
+    head, _, ctx.accum_dtype, ctx.backend, ctx.opt = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[1], None, *inputs[:4])
+    ctx.save_for_backward(output[1], None, *head)
 
 
-def _linear_token_nll_autograd(ctx: Any, grad_nll: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _linear_token_nll_autograd(ctx: Any, grad_nll: Tensor, *_: Any) -> list[Tensor | None]:
+    norm, classes, *head = ctx.saved_tensors
     needs = Needs(*ctx.needs_input_grad[:3])
-    grads = linear_token_nll_backward(grad_nll, *ctx.saved_tensors, *needs, *ctx.args)
-    return *_present(grads, needs), None, None, *(None for _ in ctx.args)
+    grads = linear_token_nll_backward(
+        grad_nll, norm, classes, Head(*head), needs, ctx.accum_dtype, ctx.backend, ctx.opt
+    )
+    return _present(grads, needs)
 
 
 def _present(grads: Tensors, needs: Needs) -> list[Tensor | None]:
@@ -263,24 +230,33 @@ linear_token_nll.register_autograd(_linear_token_nll_autograd, setup_context=_li
 
 # nvamp::linear_nll_sum_max -----------------------------------------------------------------------------
 
-# What the backward needs of the row of the largest loss, and the gradients of the sum of the losses.
-_UNITS = f"Tensor max_index, Tensor max_grad, Tensor max_hidden, {_GRADIENTS}"
+
+class Units(NamedTuple):
+    """What the one pass leaves to its backward: gradients of Σ nll, and the row of the largest loss."""
+
+    max_index: Tensor  # int64 []
+    max_grad: Tensor  # [V], with respect to its logits
+    max_hidden: Tensor  # [D]
+    grad_hidden: Tensor  # [N, D], or empty where nobody needs it; so are the next
+    grad_weight: Tensor  # [V, D]
+    grad_bias: Tensor  # [V]
 
 
 @operator(
     "nvamp::linear_nll_sum_max",
     f"({_HEAD}, {_NEEDS}, bool use_up, ScalarType? accum_dtype, {_OPTIONS}) "
-    f"-> (Tensor sum, Tensor max, Tensor nll, {_UNITS})",
+    f"-> (Tensor sum, Tensor max, Tensor nll, {fields_of(Units)})",
 )
-def linear_nll_sum_max(*args: Any) -> Tensors:
+def linear_nll_sum_max(
+    head: Head, needs: Needs, use_up: bool, accum_dtype: torch.dtype | None, backend: str, opt: Options
+) -> Tensors:
     """`use_up`: the caller does not look at the gradients, so the backward may finish them in place.
 
     That saves a copy of the weight. A compiled backward, or one that keeps the graph, leaves them alone.
     """
-    head, needs, (backend, opt) = Head(*args[:4]), Needs(*args[4:7]), _backend(args[9:])
     check_label_range(head.labels, len(head.weight), opt.ignore_index)
     with _as_is(head.hidden):
-        nll, index, *units = linear.unit_gradients(backend, head, needs, args[8], opt)
+        nll, index, *units = linear.unit_gradients(load(backend), head, needs, accum_dtype, opt)
     index = index.clone()  # no view: a fake tensor knows nothing of what else its memory holds
     # Where no row has a label, the first row is an ignored one: its loss is 0.
     largest = nll.gather(0, index[None])[0] if len(nll) else nll.new_zeros(())
@@ -288,97 +264,102 @@ def linear_nll_sum_max(*args: Any) -> Tensors:
 
 
 @linear_nll_sum_max.register_fake
-def _(*args: Any) -> Tensors:
-    head, needs = Head(*args[:4]), Needs(*args[4:7])
-    nll, *_ = _fake_tokens(head.hidden, head.labels, False)
+def _(head: Head, needs: Needs, use_up: bool, accum_dtype: torch.dtype | None, *_: Any) -> Tensors:
+    nll = _fake_tokens(head.hidden, head.labels, False)[0]
     scalar = nll.new_empty(())
     index = torch.empty_like(scalar, dtype=torch.int64)
     of_max = head.weight.new_empty(len(head.weight)), head.hidden.new_empty(head.hidden.shape[1])
-    hidden, weight, bias = _fake_gradients(head, needs, linear.held_dtype(head.weight, args[8]))
+    hidden, weight, bias = _fake_gradients(head, needs, linear.held_dtype(head.weight, accum_dtype))
     return scalar, torch.empty_like(scalar), nll, index, *of_max, hidden, weight, bias.to(nll.dtype)
 
 
 @operator(
     "nvamp::linear_nll_sum_max_backward",
-    f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor grad_sum, Tensor? grad_max, {_UNITS}, "
+    f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor grad_sum, Tensor? grad_max, {fields_of(Units)}, "
     f"{_NEEDS}, str backend) -> ({_GRADIENTS})",
 )
-def linear_nll_sum_max_backward(*args: Any) -> Tensors:
+def linear_nll_sum_max_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grad_sum: Tensor,
+    grad_max: Tensor | None,
+    units: Units,
+    needs: Needs,
+    backend: str,
+) -> Tensors:
     """The first three are there for autograd, to refuse their second derivatives and not to miss them."""
-    return _scale_unit_gradients(False, *args[3:])
+    return _scale_unit_gradients(False, grad_sum, grad_max, units, needs, backend)
 
 
 @linear_nll_sum_max_backward.register_fake
-def _(hidden: Tensor, *args: Any) -> Tensors:
-    return tuple(torch.empty_like(unit, dtype=hidden.dtype) for unit in args[7:10])
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grad_sum: Tensor,
+    grad_max: Tensor | None,
+    units: Units,
+    *_: Any,
+) -> Tensors:
+    grads = units.grad_hidden, units.grad_weight, units.grad_bias
+    return tuple(torch.empty_like(grad, dtype=hidden.dtype) for grad in grads)
 
 
 linear_nll_sum_max_backward.register_autograd(_refuse)
 
 
 def _scale_unit_gradients(
-    in_place: bool,
-    grad_sum: Tensor,
-    grad_max: Tensor | None,
-    max_index: Tensor,
-    max_grad: Tensor,
-    max_hidden: Tensor,
-    grad_hidden: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    backend: str,
+    in_place: bool, grad_sum: Tensor, grad_max: Tensor | None, units: Units, needs: Needs, backend: str
 ) -> Tensors:
     """grad_sum·(unit gradients) + grad_max·(gradients of the largest loss), in the dtype of the inputs."""
-    dtype = max_hidden.dtype
+    dtype = units.max_hidden.dtype
 
     def room_for(unit: Tensor) -> Tensor:
         return unit if in_place and unit.dtype == dtype else torch.empty_like(unit, dtype=dtype)
 
-    hidden = room_for(grad_hidden)
-    if needs_hidden:
+    hidden = room_for(units.grad_hidden)
+    if needs.hidden:
         scale = grad_sum
         if grad_max is not None:  # its row of the largest loss is the gradient of that loss already
-            is_max = torch.arange(len(grad_hidden), device=max_index.device) == max_index
-            scale = (grad_sum + grad_max * is_max)[:, None]
-        torch.mul(grad_hidden, scale, out=hidden)
-    if in_place and hidden is not grad_hidden:
-        grad_hidden.untyped_storage().resize_(0)  # nobody looks at it again: room for the next
-    weight = room_for(grad_weight)
-    if needs_weight:
-        with _as_is(grad_weight):
-            load(backend).scale_and_add(grad_weight, grad_sum, grad_max, max_grad, max_hidden, out=weight)
-    bias = grad_bias * grad_sum
-    if needs_bias and grad_max is not None:
-        bias += grad_max * max_grad
+            rows = torch.arange(len(units.grad_hidden), device=units.max_index.device)
+            scale = (grad_sum + grad_max * (rows == units.max_index))[:, None]
+        torch.mul(units.grad_hidden, scale, out=hidden)
+    if in_place and hidden is not units.grad_hidden:
+        units.grad_hidden.untyped_storage().resize_(0)  # nobody looks at it again: room for the next
+    weight = room_for(units.grad_weight)
+    if needs.weight:
+        with _as_is(units.grad_weight):
+            load(backend).scale_and_add(
+                units.grad_weight, grad_sum, grad_max, units.max_grad, units.max_hidden, out=weight
+            )
+    bias = units.grad_bias * grad_sum
+    if needs.bias and grad_max is not None:
+        bias += grad_max * units.max_grad
     return hidden, weight, bias.to(dtype)
 
 
 def _linear_nll_sum_max_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    ctx.needs, ctx.backend = inputs[4:7], inputs[9]
-    ctx.use_up = inputs[7] and not _saving_is_hooked()  # a hook may keep what it saves
-    ctx.num_options = len(inputs) - 4
+    head, ctx.needs, use_up, _, ctx.backend, _ = inputs
+    ctx.use_up = use_up and not saving_is_hooked()  # a hook may keep what it saves
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*output[3:], *inputs[:3])
+    ctx.save_for_backward(*output[3:], head.hidden, head.weight, head.bias)
 
 
 def _linear_nll_sum_max_autograd(
     ctx: Any, grad_sum: Tensor | None, grad_max: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
-    rest = (None,) * ctx.num_options
-    saved = ctx.saved_tensors  # once: checkpointing allows no second look
-    units, inputs = saved[:6], saved[6:]
+) -> list[Tensor | None]:
+    *saved, hidden, weight, bias = ctx.saved_tensors  # once: checkpointing allows no second look
+    units = Units(*saved)
     if grad_sum is None:
         assert grad_max is not None
         grad_sum = torch.zeros_like(grad_max)
-    args = (grad_sum, grad_max, *units, *ctx.needs, ctx.backend)
-    if ctx.use_up and _may_use_up(units[0], grad_sum):
+    args = (grad_sum, grad_max, units, ctx.needs, ctx.backend)
+    if ctx.use_up and may_use_up(units.max_index, grad_sum):
         grads = _scale_unit_gradients(True, *args)
     else:
-        grads = linear_nll_sum_max_backward(*inputs, *args)
-    return *_present(grads, Needs(*ctx.needs)), None, *rest
+        grads = linear_nll_sum_max_backward(hidden, weight, bias, *args)
+    return _present(grads, ctx.needs)
 
 
 linear_nll_sum_max.register_autograd(_linear_nll_sum_max_autograd, setup_context=_linear_nll_sum_max_setup)
@@ -386,8 +367,15 @@ linear_nll_sum_max.register_autograd(_linear_nll_sum_max_autograd, setup_context
 
 # A vocabulary in parts --------------------------------------------------------------------------------
 
-_STATISTICS = "(Tensor norm, Tensor at_label, Tensor sum_z)"
-_WHOLE = "Tensor norm, Tensor nll, Tensor classes"  # of the whole vocabulary
+_STATISTICS = "(Tensor norm, Tensor at_label, Tensor sum_below)"
+
+
+class Whole(NamedTuple):
+    """What the ranks found out together: of the whole vocabulary, not of a part."""
+
+    norm: Tensor  # [..., 2]
+    nll: Tensor  # [...]
+    classes: Tensor  # int64 []: how many there are
 
 
 def _of_no_class(x: Tensor, labels: Tensor) -> Tensors:
@@ -405,41 +393,40 @@ def _fake_statistics(x: Tensor, labels: Tensor) -> Tensors:
     "nvamp::part_statistics",
     f"(Tensor logits, Tensor labels, {_OPTIONS}) -> {_STATISTICS}",
 )
-def part_statistics(logits: Tensor, labels: Tensor, *args: Any) -> Tensors:
-    backend, opt = _backend(args)
+def part_statistics(logits: Tensor, labels: Tensor, backend: str, opt: Options) -> Tensors:
     if not logits.shape[-1]:
         return _of_no_class(logits, labels)
-    return backend.part_statistics(logits, labels, opt)
+    return load(backend).part_statistics(logits, labels, opt)
 
 
 @part_statistics.register_fake
-def _(logits: Tensor, labels: Tensor, *args: Any) -> Tensors:
+def _(logits: Tensor, labels: Tensor, *_: Any) -> Tensors:
     return _fake_statistics(logits, labels)
 
 
 @operator(
     "nvamp::part_nll",
-    f"(Tensor logits, Tensor labels, {_WHOLE}, bool inplace_backward, {_OPTIONS}) -> Tensor",
+    f"(Tensor logits, Tensor labels, {fields_of(Whole)}, bool inplace_backward, {_OPTIONS}) -> Tensor",
 )
-def part_nll(logits: Tensor, labels: Tensor, norm: Tensor, nll: Tensor, *args: Any) -> Tensor:
-    return nll.clone()
+def part_nll(
+    logits: Tensor, labels: Tensor, whole: Whole, inplace_backward: bool, backend: str, opt: Options
+) -> Tensor:
+    return whole.nll.clone()
 
 
 @part_nll.register_fake
-def _(logits: Tensor, labels: Tensor, norm: Tensor, nll: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(nll)
+def _(logits: Tensor, labels: Tensor, whole: Whole, *_: Any) -> Tensor:
+    return torch.empty_like(whole.nll)
 
 
 def _part_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, labels, norm, _, classes, inplace, *ctx.args = inputs
-    ctx.inplace = inplace and not _saving_is_hooked()
-    ctx.save_for_backward(logits, labels, norm, classes)
+    logits, labels, whole, inplace, ctx.backend, ctx.opt = inputs
+    ctx.inplace = inplace and not saving_is_hooked()
+    ctx.save_for_backward(logits, labels, whole.norm, whole.classes)
 
 
-def _part_nll_autograd(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-    logits, labels, norm, classes = ctx.saved_tensors
-    grad = _logits_gradient(grad_nll, logits, labels, norm, classes, ctx.inplace, ctx.args)
-    return grad, None, None, None, None, None, *(None for _ in ctx.args)
+def _part_nll_autograd(ctx: Any, grad_nll: Tensor) -> tuple[Tensor]:
+    return (_logits_gradient(ctx, grad_nll, *ctx.saved_tensors),)
 
 
 part_nll.register_autograd(_part_nll_autograd, setup_context=_part_nll_setup)
@@ -449,41 +436,38 @@ part_nll.register_autograd(_part_nll_autograd, setup_context=_part_nll_setup)
     "nvamp::linear_part_statistics",
     f"({_HEAD}, ScalarType? accum_dtype, {_OPTIONS}) -> {_STATISTICS}",
 )
-def linear_part_statistics(*args: Any) -> Tensors:
-    head, (backend, opt) = Head(*args[:4]), _backend(args[5:])
+def linear_part_statistics(
+    head: Head, accum_dtype: torch.dtype | None, backend: str, opt: Options
+) -> Tensors:
     if not len(head.weight):
         return _of_no_class(head.hidden, head.labels)
     with _as_is(head.hidden):
-        return linear.part_statistics(backend, head, args[4], opt)
+        return linear.part_statistics(load(backend), head, accum_dtype, opt)
 
 
 @linear_part_statistics.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, *args: Any) -> Tensors:
-    return _fake_statistics(hidden, labels)
+def _(head: Head, *_: Any) -> Tensors:
+    return _fake_statistics(head.hidden, head.labels)
 
 
 @operator(
     "nvamp::linear_part_nll",
-    f"({_HEAD}, {_WHOLE}, ScalarType? accum_dtype, {_OPTIONS}) -> Tensor",
+    f"({_HEAD}, {fields_of(Whole)}, ScalarType? accum_dtype, {_OPTIONS}) -> Tensor",
 )
-def linear_part_nll(*args: Any) -> Tensor:
-    return cast(Tensor, args[5].clone())
+def linear_part_nll(
+    head: Head, whole: Whole, accum_dtype: torch.dtype | None, backend: str, opt: Options
+) -> Tensor:
+    return whole.nll.clone()
 
 
 @linear_part_nll.register_fake
-def _(*args: Any) -> Tensor:
-    return torch.empty_like(args[5])
+def _(head: Head, whole: Whole, *_: Any) -> Tensor:
+    return torch.empty_like(whole.nll)
 
 
 def _linear_part_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.args = inputs[7:]
-    ctx.save_for_backward(inputs[4], inputs[6], *inputs[:4])
+    head, whole, ctx.accum_dtype, ctx.backend, ctx.opt = inputs
+    ctx.save_for_backward(whole.norm, whole.classes, *head)
 
 
-def _linear_part_nll_autograd(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-    needs = Needs(*ctx.needs_input_grad[:3])
-    grads = linear_token_nll_backward(grad_nll, *ctx.saved_tensors, *needs, *ctx.args)
-    return *_present(grads, needs), None, None, None, None, *(None for _ in ctx.args)
-
-
-linear_part_nll.register_autograd(_linear_part_nll_autograd, setup_context=_linear_part_nll_setup)
+linear_part_nll.register_autograd(_linear_token_nll_autograd, setup_context=_linear_part_nll_setup)

@@ -65,11 +65,10 @@ def token_nll(
     if backend == "reference":
         return _reference_nll(logits, targets, opt, ranks)
     local = opt._replace(ignore_index=IGNORED)
-    statistics = ops.part_statistics(logits.detach(), targets.labels, backend, *local)
-    nll, norm = _put_together(*statistics, targets, opt, ranks)
-    result: Tensor = ops.part_nll(
-        logits, targets.labels, norm, nll, targets.classes, inplace_backward, backend, *local
-    )
+    norm, at_label, sum_below = ops.part_statistics(logits.detach(), targets.labels, backend, local)
+    nll, norm = _put_together(norm, at_label, sum_below, targets, opt, ranks)
+    whole = ops.Whole(norm, nll, targets.classes)
+    result: Tensor = ops.part_nll(logits, targets.labels, whole, inplace_backward, backend, local)
     return result
 
 
@@ -82,10 +81,11 @@ def linear_token_nll(
     if backend == "reference":
         return _reference_nll(reference.logits_of(head, IGNORED), targets, opt, ranks)
     local = opt._replace(ignore_index=IGNORED)
-    fixed = (None if t is None else t.detach() for t in head)
-    statistics = ops.linear_part_statistics(*fixed, accum_dtype, backend, *local)
-    nll, norm = _put_together(*statistics, targets, opt, ranks)
-    result: Tensor = ops.linear_part_nll(*head, norm, nll, targets.classes, accum_dtype, backend, *local)
+    fixed = Head(*(None if t is None else t.detach() for t in head))  # type: ignore[arg-type]
+    norm, at_label, sum_below = ops.linear_part_statistics(fixed, accum_dtype, backend, local)
+    nll, norm = _put_together(norm, at_label, sum_below, targets, opt, ranks)
+    whole = ops.Whole(norm, nll, targets.classes)
+    result: Tensor = ops.linear_part_nll(head, whole, accum_dtype, backend, local)
     return result
 
 

@@ -1,0 +1,49 @@
+"""When a backward may work in place: on logits, or on what its own forward saved."""
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from nvamp.engine.operator import is_ordinary
+
+
+def may_use_up(saved: Tensor, grad: Tensor) -> bool:
+    """Whether a backward, of this gradient, may overwrite what it saved.
+
+    Not a compiled one, nor one that keeps the graph, nor one of a batch of gradients, nor one that is
+    differentiated itself.
+    """
+    if type(saved) is not Tensor or not is_ordinary(saved) or not is_ordinary(grad):
+        return False
+    if is_functorch_wrapped_tensor(grad):
+        return False
+    return not _graph_is_kept() and not torch.is_grad_enabled()
+
+
+def saving_is_hooked() -> bool:
+    """Whether what is saved now goes through hooks, as under checkpointing: it is not protected then.
+
+    Autograd looks for changes only of tensors that it saved itself.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward has `retain_graph=True`; yes where PyTorch does not say."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
+def is_of_leaf(x: Tensor) -> bool:
+    """Whether x is a leaf, such as a parameter, or lies in the memory of one."""
+    return x.is_leaf or (x._base is not None and x._base.is_leaf)
+
+
+def no_overlap(x: Tensor) -> bool:
+    """Whether no two elements of x share memory, as those of an expanded tensor do."""
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < extent:
+            return False
+        extent = max(extent, stride * size)
+    return True
