@@ -12,7 +12,8 @@ from torch.func import grad, jvp, vjp, vmap
 
 from nvamp.engine import linear_nll_sum
 from nvamp.functional import linear_nvamp_loss, linear_token_nll, nvamp_loss, token_nll, token_weights
-from nvamp.objectives import GRADIENTS, NVAMP, Gradient
+from nvamp.objectives import NVAMP, Gradient
+from tests.parameters import with_backend, with_fused, with_gradient
 
 # PyTorch's own, when it first takes a derivative in forward mode.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -32,7 +33,6 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "linear_nvamp_loss": lambda h, y=LABELS, **options: linear_nvamp_loss(h, WEIGHT, y, **options),
 }
 with_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-with_fused = pytest.mark.parametrize("backend", ["chunked", "triton"])
 
 
 def forward_mode(f: Callable[[Tensor], Tensor]) -> Tensor | None:
@@ -92,7 +92,7 @@ def test_second_derivatives_are_refused_when_they_are_taken(
         torch.autograd.grad(first.square().sum(), h)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@with_gradient
 @pytest.mark.parametrize(
     "loss", [LOSSES["nvamp_loss"], LOSSES["linear_nvamp_loss"]], ids=["logits", "linear"]
 )
@@ -119,7 +119,7 @@ def test_transforms_of_the_reference(loss: Any, gradient: Gradient) -> None:
 
 
 @with_loss
-@pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
+@with_backend
 def test_vmap(loss: Any, backend: str) -> None:
     """It is a loop; of gradients the reference alone has one."""
     each = torch.stack([loss(h, y, backend=backend) for h, y in zip(HIDDEN, LABELS, strict=True)])

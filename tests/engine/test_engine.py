@@ -511,17 +511,19 @@ def test_entropy_keeps_its_digits(backend: str, offset: float, spread: float) ->
     assert ((metrics.entropy - exact).abs() <= 1e-5 * exact + 1e-6).all()
 
 
-def test_label_smoothing_keeps_its_digits() -> None:
+@with_fused
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_label_smoothing_keeps_its_digits(backend: str, offset: float) -> None:
     """What all logits have in common is not added up a thousand times."""
-    x = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)) + 1e4
+    x = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)) + offset
     labels = torch.arange(8)
 
     def smoothed(x: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(x, labels, label_smoothing=0.1, reduction="none")
 
-    nll = token_nll(x, labels, label_smoothing=0.1, backend="triton")
+    nll = token_nll(x, labels, label_smoothing=0.1, backend=backend)
     error, eager = (oracle.relative_error(y, smoothed(x.double())) for y in (nll, smoothed(x)))
-    assert error <= NO_WORSE["triton"] * eager
+    assert error <= NO_WORSE[backend] * eager
 
 
 # Edges -------------------------------------------------------------------------------------------------
@@ -600,6 +602,16 @@ def test_a_label_that_is_masked_has_an_infinite_loss(backend: str) -> None:
     logits = torch.zeros(2, 3)
     logits[0, 1] = -torch.inf
     assert token_nll(logits, torch.tensor([1, 1]), backend=backend).tolist()[0] == torch.inf
+
+
+@with_backend
+@pytest.mark.parametrize("label_smoothing", [0.1, 0.5, 0.9])
+def test_smoothing_over_a_masked_class_has_an_infinite_loss(backend: str, label_smoothing: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, 2.0]])
+    options: Any = {"label_smoothing": label_smoothing, "backend": backend}
+    for label in range(3):
+        nll = token_nll(logits, torch.tensor([label, label]), **options)
+        assert nll.isinf().tolist() == [True, False]
 
 
 @with_backend

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -81,13 +82,14 @@ def test_opcheck_of_the_backward_operators(backend: str) -> None:
     p = make_problem(n=6, d=4, v=9)
     head = (p.hidden, p.weight, p.bias, p.labels)
     needs = (True, True, False)
-    nll, norm, *_ = ops.token_nll(p.logits, p.labels, False, False, *flat(backend))
-    for classes in (None, torch.tensor(11)):
+    nll, norm, entropy, _ = ops.token_nll(p.logits, p.labels, True, False, *flat(backend))
+    for classes, of_entropy in product((None, torch.tensor(11)), ((None, None), (entropy, nll))):
+        of_rows = norm, classes, *of_entropy
         torch.library.opcheck(
-            ops.token_nll_backward.default, (nll, p.logits, p.labels, norm, classes, *flat(backend))
+            ops.token_nll_backward.default, (nll, p.logits, p.labels, *of_rows, *flat(backend))
         )
         torch.library.opcheck(
-            ops.linear_token_nll_backward.default, (nll, norm, classes, *head, *needs, None, *flat(backend))
+            ops.linear_token_nll_backward.default, (nll, *of_rows, *head, *needs, None, *flat(backend))
         )
     for few in (0, 1, 3):
         total, nll, *units = ops.linear_nll_sum(*head, *needs, few, False, None, *flat(backend))
@@ -98,18 +100,18 @@ def test_opcheck_of_the_backward_operators(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("v", [9, 0])
+@pytest.mark.parametrize(("v", "metrics"), [(9, False), (9, True), (0, True)])
 @with_backend
-def test_opcheck_of_the_operators_on_parts(backend: str, v: int, dtype: torch.dtype) -> None:
+def test_opcheck_of_the_operators_on_parts(backend: str, v: int, metrics: bool, dtype: torch.dtype) -> None:
     p = make_problem(n=6, d=4, v=9, dtype=dtype)
     logits, weight, bias = p.logits[:, :v], p.weight[:v], p.bias[:v]
     head = [x.detach().requires_grad_() for x in (p.hidden, weight, bias)]
     logits, args = logits.detach().requires_grad_(), flat(backend, **OPTIONS["all"])
-    torch.library.opcheck(ops.part_statistics.default, (logits.detach(), p.labels, *args))
+    torch.library.opcheck(ops.part_statistics.default, (logits.detach(), p.labels, metrics, *args))
     torch.library.opcheck(
-        ops.linear_part_statistics.default, (*(x.detach() for x in head), p.labels, None, *args)
+        ops.linear_part_statistics.default, (*(x.detach() for x in head), p.labels, metrics, None, *args)
     )
-    whole = (torch.zeros(6, 2), torch.zeros(6), torch.tensor(11))
+    whole = (torch.zeros(6, 2), torch.zeros(6), torch.tensor(11), torch.zeros(6) if metrics else None)
     torch.library.opcheck(ops.part_nll.default, (logits, p.labels, *whole, False, *args))
     torch.library.opcheck(ops.linear_part_nll.default, (*head, p.labels, *whole, None, *args))
 
@@ -256,7 +258,7 @@ def runs(backend: str, create_graph: bool = False) -> dict[str, Callable[[], lis
         return [*(x.detach() for x in results), *grads]
 
     head, y = (p.hidden, p.weight, p.bias), p.labels
-    whole = engine.Whole(torch.randn(37, 2), torch.randn(37), torch.tensor(99))
+    whole = engine.Whole(torch.randn(37, 2), torch.randn(37), torch.tensor(99), torch.randn(37))
     options: Any = {"backend": backend, **OPTIONS["all"]}
     args = backend, Options(IGNORED, **OPTIONS["all"])
     return {
@@ -277,9 +279,9 @@ def runs(backend: str, create_graph: bool = False) -> dict[str, Callable[[], lis
         "linear part": lambda: run(
             lambda h, w, b: engine.linear_part_nll(Head(h, w, b, y), whole, None, *args), *head
         ),
-        "statistics of a part": lambda: list(engine.part_statistics(p.logits, y, *args)),
+        "statistics of a part": lambda: list(engine.part_statistics(p.logits, y, True, *args)),
         "statistics of a linear part": lambda: list(
-            engine.linear_part_statistics(Head(*head, y), None, *args)
+            engine.linear_part_statistics(Head(*head, y), True, None, *args)
         ),
     }
 
