@@ -262,7 +262,7 @@ def test_kernel_compiles_without_spills(architecture: str) -> None:
         "    cases += [('full', labels.bool(), m, None), ('full', labels.int(), None, 7.0)]\n"
         f"    with compiling({architecture!r}) as compiled:\n"
         "        for gradient, y, *items in cases:\n"
-        "            fused.judge.function(nll, y, *items, -100, 1.0, 0.02, 0.001, 1e-6, gradient)\n"
+        "            fused.judge.function(nll, y, *items, -100, 1.0, 0.02, 0.001, 1e-6, gradient, True)\n"
         "    codes = [machine_code(binary) for binary, _ in compiled]\n"
         "    print(len(codes), max(c.local_bytes for c in codes), any(c.has_float64 for c in codes))\n"
     )
