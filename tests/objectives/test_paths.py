@@ -32,7 +32,7 @@ from tests.strategies import Case, cases, examples
 OBJECTIVES: list[Objective] = [
     *(kind() for kind in KINDS.values()),
     NVAMP(gamma=0.5, tail=0.2),
-    Tail(share=0.3, strength=0.0),
+    Tail(share=0.3),
     Tilted(t=-0.7),
     EntropyWeighted("mile"),
     TokenWeighted(normalize=True),

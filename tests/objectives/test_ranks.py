@@ -33,7 +33,7 @@ def parts(draw: st.DrawFn, n: int, world: int) -> list[slice]:
 
 # The hardest tokens ------------------------------------------------------------------------------------
 
-SPECIAL = [0.0, -0.0, 1.0, 1.0, -2.5, 1e-45, 3e38, torch.inf, torch.nan]
+SPECIAL = [0.0, -0.0, 1.0, 1.0, -2.5, 1e-45, 3e38, torch.inf, torch.nan, -torch.nan]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -105,6 +105,7 @@ def test_several_ranks_are_one(name: str, data: st.DataObject) -> None:
         )
 
     loss, weights, of_entropy = judge(slice(None))
+    assert not of_entropy[~t.valid].any()
     together = on_threads(world, lambda ranks: judge(shares[ranks.rank], ranks=ranks))
     for part in together:
         torch.testing.assert_close(part[0], loss, rtol=1e-10, atol=1e-11)

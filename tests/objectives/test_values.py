@@ -98,7 +98,7 @@ def judged(o: Objective, nll: list[float], **options: Any) -> tuple[float, list[
     ell = torch.tensor(nll, dtype=torch.float64, requires_grad=True)
     t = fixed(torch.zeros(len(nll), dtype=torch.int64))
     if o.needs_entropy:
-        options["entropy"] = torch.ones_like(ell)
+        options = {"entropy": torch.ones_like(ell), **options}
     loss = TokenLoss(o)(ell, **(t.given(o, optional=False) | options))
     loss.backward()
     assert ell.grad is not None
@@ -180,6 +180,31 @@ def test_tilted_in_float32(t: float) -> None:
 def test_tokens_without_weight() -> None:
     o, zero = TokenWeighted(normalize=True), torch.zeros(2, dtype=torch.float64)
     assert judged(o, [1.0, 2.0], token_weight=zero) == (0.0, [0.0, 0.0])
+
+
+@pytest.mark.parametrize("kind", ["eaft", "mile"])
+def test_an_entropy_that_is_rounded_below_zero(kind: Any) -> None:
+    below = torch.full((2,), -1e-9, dtype=torch.float64)
+    loss, _ = judged(EntropyWeighted(kind, 0.5), [1.0, 2.0], entropy=below)
+    assert loss == (0.0 if kind == "eaft" else 1.5)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "weight"),
+    [
+        (1.25, 1.0, -1.25, 1.25),
+        (1.5, 1.0, -1.28, 0.0),
+        (0.1, 1.0, -0.1, 0.1),
+        (0.9, -2.0, 1.8, -1.8),
+        (0.5, -2.0, 1.6, 0.0),
+        (1.5, -2.0, 3.0, -3.0),
+    ],
+)
+def test_a_ratio_is_clipped_on_both_sides(ratio: float, advantage: float, value: float, weight: float) -> None:
+    old = torch.tensor([-1.0 - math.log(ratio)], dtype=torch.float64)
+    o, a = ClippedPolicy(clip=0.2, clip_high=0.28), torch.tensor([advantage])
+    loss, weights = judged(o, [1.0], advantage=a, old_logprob=old)
+    assert (loss, *weights) == pytest.approx((value, weight))
 
 
 @pytest.mark.parametrize(("advantage", "moved"), [(1.0, 0.0), (-1.0, 1.0)])
