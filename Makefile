@@ -55,17 +55,17 @@ release-check: $(TOOLS)
 
 # Writes the public API down, after a change of it that is meant.
 api: $(INSTALLED)
-	$(BIN)/python -m tests.api > tests/api.txt.new
+	$(BIN)/python -m tools.api > tests/api.txt.new
 	mv tests/api.txt.new tests/api.txt
 
 # Tests with the lowest versions that pyproject.toml allows, as far as they can be had.
 lowest: $(INSTALLED)
-	$(BIN)/python -m tests.lowest
+	$(BIN)/python -m tools.lowest
 
 # The property tests with ever new examples, for FUZZ_SECONDS; what fails is told by its seed.
 FUZZ_SECONDS ?= 3600
 fuzz: $(INSTALLED)
-	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+	$(BIN)/python -m tools.fuzz --seconds $(FUZZ_SECONDS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cpu --out runs/bench

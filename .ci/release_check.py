@@ -51,7 +51,7 @@ def check_contents(wheel: Path, sdist: Path) -> None:
         str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "nvamp").rglob("*") if path.is_file()
     }
     source = {name for name in source if "__pycache__" not in name}
-    assert {"nvamp/py.typed", "nvamp/study/report.html", "nvamp/study/inspect.js"} <= source
+    assert {"nvamp/py.typed", "nvamp/study/report.html", "nvamp/study/inspect/page.js"} <= source
     assert source <= names, f"not in the wheel: {source - names}"
     others = {name.rpartition("/")[2] for name in names - source}
     assert others == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "LICENSE", "NOTICE"}, names - source

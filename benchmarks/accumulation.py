@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nvamp.objective import Gradient
 from torch import Tensor
 
 from benchmarks.measure import machine, show_rows
 from nvamp import NVAMPLoss
+from nvamp.objectives import Gradient
 from nvamp.study.compare import Settings, prepare
-from nvamp.study.training import build_model, quiet
+from nvamp.study.models import build_model, quiet
 
 BLOCKS = 64
 MODES: tuple[Gradient, ...] = ("scalar", "token", "full")
@@ -27,7 +27,8 @@ def gradient(model: Any, blocks: Tensor, rows: int, mode: Gradient, gamma: float
     criterion, items = NVAMPLoss(gradient=mode, gamma=gamma), blocks[:, 1:].numel()
     model.zero_grad()
     for micro_batch in torch.split(blocks, rows):
-        criterion(model(input_ids=micro_batch).logits, micro_batch, num_items_in_batch=items).backward()
+        loss = criterion(model(input_ids=micro_batch).logits, micro_batch, num_items_in_batch=items)
+        torch.autograd.backward(loss)
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 

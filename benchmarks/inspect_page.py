@@ -17,8 +17,9 @@ from time import perf_counter
 
 from playwright.sync_api import Browser, sync_playwright
 
-from nvamp.study.inspect import inspect_text, write_page
-from nvamp.study.training import load_model, load_tokenizer
+from nvamp.study.inspect.page import write_page
+from nvamp.study.inspect.score import inspect_text
+from nvamp.study.models import load_model, load_tokenizer
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [

@@ -13,8 +13,9 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from nvamp import objective
-from nvamp.objective import GRADIENTS
+from nvamp.functional import token_weights
+from nvamp.objectives import GRADIENTS, NVAMP, Batch
+from nvamp.objectives.statistics import statistics
 
 HERE = Path(__file__).parent
 BLUE, ORANGE = "#0072B2", "#D55E00"
@@ -45,12 +46,11 @@ def batch(tokens: int = 1000) -> torch.Tensor:
 def weights() -> Figure:
     """The weight of a token, over that of plain cross-entropy, as a function of z: a panel for each mode."""
     nll = batch()
-    valid = torch.ones_like(nll, dtype=torch.bool)
-    s = objective.statistics(nll, valid)
+    s = statistics(Batch(nll, torch.ones_like(nll, dtype=torch.bool)))
     z = (nll - s.mean) / s.std
     figure = Figure(figsize=(7.2, 5.2), layout="constrained")
     for axes, gradient in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, GRADIENTS, strict=True):
-        w = objective.weights(nll, valid, s, **COEFFICIENTS, gradient=gradient) * len(nll)
+        w = token_weights(NVAMP(**COEFFICIENTS, gradient=gradient), nll) * len(nll)
         axes.axhline(0, color=GREY, linewidth=0.8)
         axes.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
         jump = int((z < 0).sum()) if gradient == "full" else 0  # at the mean

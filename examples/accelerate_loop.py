@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 
 from nvamp import NVAMPLoss
 from nvamp.study.compare import LR, SEQUENCE
-from nvamp.study.corpus import build_corpus, read_documents
-from nvamp.study.training import build_model
+from nvamp.study.corpus import build_corpus
+from nvamp.study.models import build_model
+from nvamp.study.sources import read_documents
 
 MICRO_BATCH = 8  # blocks, on all processes together
 

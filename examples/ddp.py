@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nvamp import NVAMPLoss
 from nvamp.study.compare import LR, SEQUENCE
-from nvamp.study.corpus import build_corpus, read_documents
-from nvamp.study.training import build_model
+from nvamp.study.corpus import build_corpus
+from nvamp.study.models import build_model
+from nvamp.study.sources import read_documents
 
 BATCH = 8  # blocks of a step, on all ranks together
 

@@ -15,20 +15,23 @@ from torch import Tensor, nn
 
 from nvamp import LinearNVAMPLoss
 from nvamp.functional import linear_token_nll, token_weights
+from nvamp.objectives import NVAMP, Objective
 
 MicroBatch = tuple[Tensor, Tensor]  # inputs [rows, D], labels [rows]
 
 
-def accumulate(body: nn.Module, head: nn.Linear, batch: Sequence[MicroBatch], **options: Any) -> None:
+def accumulate(
+    body: nn.Module, head: nn.Linear, batch: Sequence[MicroBatch], objective: Objective, **options: Any
+) -> None:
     """Adds the gradient of the loss of the whole batch to the parameters, a micro-batch at a time.
 
     Args:
-        options: those of `nvamp.functional.token_weights`: alpha, gradient, process_group and so on.
+        options: keyword arguments of `nvamp.functional.token_weights`, such as `process_group`.
     """
     with torch.no_grad():
         losses = [linear_token_nll(body(x), head.weight, y) for x, y in batch]
     valid = torch.cat([y != -100 for _, y in batch])
-    weights = token_weights(torch.cat(losses), valid, **options)
+    weights = token_weights(objective, torch.cat(losses), valid, **options)
     for (x, y), weight in zip(batch, weights.split([len(y) for _, y in batch]), strict=True):
         (weight * linear_token_nll(body(x), head.weight, y)).sum().backward()
 
@@ -51,7 +54,7 @@ def main() -> None:
     for xs, ys in batch:
         criterion(body(xs), head.weight, ys, num_items_in_batch=len(y)).backward()
     print(f"dispersion of each micro-batch: off by {float((gradient() - whole).norm() / whole.norm()):.1e}")
-    accumulate(body, head, batch, gradient="token")
+    accumulate(body, head, batch, NVAMP(gradient="token"))
     print(f"two passes: off by {float((gradient() - whole).norm() / whole.norm()):.1e}")
 
 

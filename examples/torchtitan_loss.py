@@ -22,8 +22,9 @@ from torchtitan.components.loss import ChunkedLossWrapper
 
 from nvamp.integrations.torchtitan import NVAMPLoss
 from nvamp.study.compare import LR, SEQUENCE
-from nvamp.study.corpus import build_corpus, read_documents
-from nvamp.study.training import build_model
+from nvamp.study.corpus import build_corpus
+from nvamp.study.models import build_model
+from nvamp.study.sources import read_documents
 
 BATCH, CHUNKS = 8, 4
 

@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.integrations.transformers import compute_loss_func, loss_function, patch
 from nvamp.study.compare import LR, SEQUENCE
-from nvamp.study.corpus import build_corpus, read_documents
-from nvamp.study.training import build_model, quiet
+from nvamp.study.corpus import build_corpus
+from nvamp.study.models import build_model, quiet
+from nvamp.study.sources import read_documents
 
 PATHS = ("patch", "loss_function", "compute_loss_func")
 

@@ -23,8 +23,9 @@ from nvamp import TokenNVAMPLoss
 from nvamp.integrations.stats import log_stats
 from nvamp.integrations.trl import SFTTrainer
 from nvamp.study.compare import LR, SEQUENCE
-from nvamp.study.corpus import build_corpus, read_documents
-from nvamp.study.training import build_model
+from nvamp.study.corpus import build_corpus
+from nvamp.study.models import build_model
+from nvamp.study.sources import read_documents
 
 ROWS = 512
 

@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-from tests.api import api
+from tools.api import api
 
 FILE = Path(__file__).with_name("api.txt")
 

@@ -1,10 +1,8 @@
 """`nvamp` as a user runs it."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +11,8 @@ import pytest
 
 import nvamp
 from nvamp.cli import main
-from tests.study.conftest import documents, model_dir, one_thread, text_dir, tokenizer, words
+from tests.processes import python
+from tests.study.conftest import documents, model_dir, one_thread, started, text_dir, tokenizer, words
 
 __all__ = ["documents", "model_dir", "one_thread", "text_dir", "tokenizer"]
 
@@ -25,12 +24,6 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
         main()
     assert isinstance(end.value.code, int)
     return end.value.code
-
-
-def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
-    )
 
 
 def test_a_study_from_end_to_end(
@@ -58,7 +51,7 @@ def test_a_study_from_end_to_end(
     assert "nvamp:gradient=token against ce" in (out / "report.html").read_text()
 
     assert run(monkeypatch, *arguments, "--noise", "0.1", "--text", text_dir, "--out", out) == 0
-    assert "4 of 4 runs are finished already and kept" in capsys.readouterr().out
+    assert "4 of 4 runs are already finished" in capsys.readouterr().out
     assert run(monkeypatch, *arguments, "--text", text_dir, "--out", out) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"nvamp: {out} holds runs of another study: --noise 0.1 (now 0.0); ")
@@ -115,12 +108,12 @@ def test_a_model_of_a_study_can_be_inspected(
 def test_ctrl_c_while_a_text_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dir: Path
 ) -> None:
-    from nvamp.study import inspect
+    from nvamp.study.inspect import score
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspect, "_scores_of", interrupted)
+    monkeypatch.setattr(score, "_scores_of", interrupted)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text(words(7, 20))
     assert run(monkeypatch, "inspect", "--model", model_dir, "--text", "text") == 130
@@ -173,10 +166,11 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 def test_help_does_not_wait_for_heavy_imports() -> None:
     shown = python(
+        "-c",
         "import sys; sys.argv = ['nvamp', 'compare', '--help']\n"
         "from nvamp.cli import main\n"
         "try: main()\n"
-        "finally: print('heavy:', {'transformers', 'datasets', 'matplotlib'} & set(sys.modules))"
+        "finally: print('heavy:', {'transformers', 'datasets', 'matplotlib'} & set(sys.modules))",
     )
     assert shown.returncode == 0
     assert "--noise" in shown.stdout
@@ -193,6 +187,7 @@ def test_help_is_short_too(
 
 def test_ctrl_c_while_packages_are_imported() -> None:
     ended = python(
+        "-c",
         """
 import sys, nvamp
 
@@ -209,7 +204,7 @@ for sys.meta_path[0].package in ("typer", "transformers"):
         main()
     except SystemExit as end:
         print(end.code)
-"""
+""",
     )
     assert (ended.stdout, ended.stderr) == ("130\n130\n", "")
 
@@ -217,8 +212,9 @@ for sys.meta_path[0].package in ("typer", "transformers"):
 @pytest.mark.parametrize("missing", ["typer", "transformers", "matplotlib"])
 def test_without_the_extra_packages(missing: str) -> None:
     ended = python(
+        "-c",
         f"import sys; sys.modules['{missing}'] = None; sys.argv = ['nvamp', 'compare']\n"
-        "from nvamp.cli import main; main()"
+        "from nvamp.cli import main; main()",
     )
     assert ended.returncode == 2
     told = (
@@ -231,15 +227,7 @@ def test_ctrl_c_keeps_finished_runs(text_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", "from nvamp.cli import main; main()", "compare", "--loss", "ce"]
     command += ["--seeds", "50", "--steps", "5", "--text", str(text_dir), "--out", str(out)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # Where the tests run in the background of a shell, they were told to ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = started(command)
     deadline = time.monotonic() + 120
     while not list(out.glob("runs/*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -248,4 +236,4 @@ def test_ctrl_c_keeps_finished_runs(text_dir: Path, tmp_path: Path) -> None:
     kept = len(list(out.glob("runs/*.json")))
     assert process.returncode == 130
     assert 1 <= kept < 50
-    assert err == f"nvamp: interrupted: {kept} finished runs are kept in {out}, the same command continues\n"
+    assert err == f"nvamp: interrupted: {kept} finished runs are kept in {out}; the same command continues\n"

@@ -1,7 +1,6 @@
 """A batch on several ranks against the same batch in one process: real processes, gloo."""
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from nvamp.objective import GRADIENTS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -19,8 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 import nvamp
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import token_nll, token_weights
+from nvamp.objectives import GRADIENTS, NVAMP
+from tests.engine.problems import IGNORED
+from tests.ranks import on_ranks
 
-IGNORED = -100
 D, V = 6, 19
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-6}
 LOSSES: list[Any] = [NVAMPLoss, LinearNVAMPLoss]
@@ -29,20 +28,6 @@ WEIGHTS: Any = {"alpha": 1.0, "beta": 0.5, "gamma": 0.7}
 
 
 # What the ranks do -------------------------------------------------------------------------------------
-
-
-def on_ranks(check: Callable[[int, int], None], world: int, folder: Path) -> None:
-    """Runs check(rank, world) in that many processes of one group."""
-    mp.spawn(_rank, (check, world, str(folder / "store")), nprocs=world)  # type: ignore[no-untyped-call]
-
-
-def _rank(rank: int, check: Callable[[int, int], None], world: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    check(rank, world)
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # where Python ends, a group that something still holds would abort the process
 
 
 class Model(nn.Module):
@@ -134,8 +119,8 @@ def any_split_is_one_process(rank: int, world: int) -> None:
         assert_same(value.detach(), expected.detach(), (seed, gradient))
         assert_same(shard / world, grad, (seed, gradient))
         nll, valid = token_nll(logits, y), y != IGNORED
-        weights = token_weights(nll, valid, gradient=gradient, **WEIGHTS)
-        part = token_weights(nll[mine], valid[mine], gradient=gradient, **WEIGHTS, process_group=mesh)
+        weights = token_weights(NVAMP(gradient=gradient, **WEIGHTS), nll, valid)
+        part = token_weights(NVAMP(gradient=gradient, **WEIGHTS), nll[mine], valid[mine], process_group=mesh)
         assert_same(part, weights[mine], (seed, gradient))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,19 @@ from benchmarks.evidence import __main__ as program
 from benchmarks.evidence import finetuning, source, stability, tail, tuning
 from benchmarks.evidence.running import PRESETS, GradientNorms, Preset, gradient_metrics, run_all
 from benchmarks.evidence.summary import Results, plain, signed
-from nvamp.study import training
-from nvamp.study.corpus import CLASSES, Corpus, build_corpus, read_documents, split, train_tokenizer
+from nvamp.study.corpus import CLASSES, Corpus, build_corpus, split, train_tokenizer
 from nvamp.study.losses import parse_loss
 from nvamp.study.metrics import Estimate, verdict
-from nvamp.study.training import Recipe, train
+from nvamp.study.models import build_model
+from nvamp.study.sources import read_documents
+from nvamp.study.training import LabelledBlocks, Recipe, train
+from tests.study.conftest import one_thread
+
+__all__ = ["one_thread"]
 
 PAIR = "ce", "nvamp"
 TAIL = tail.LOSSES
 TYPES = (*CLASSES, *(kind for kind in source.KINDS if kind != "unparsed"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def module(seed: int) -> str:
@@ -235,7 +230,7 @@ def test_bfloat16_is_in_the_products_only(corpus: Corpus) -> None:
 
 
 def test_scale(corpus: Corpus) -> None:
-    small, large = (training.build_model(None, corpus, scale).num_parameters() for scale in (1, 2))
+    small, large = (build_model(None, corpus, scale).num_parameters() for scale in (1, 2))
     assert 4 < large / small < 8  # twice the layers of four times the size, twice the embeddings
 
 
@@ -246,7 +241,7 @@ def test_mislabelled_documents_are_whole(documents: list[str], corpus: Corpus) -
     bad = [document for document in split(documents)[0] if document in flagged]
     assert len(bad) == round(0.2 * len(split(documents)[0]))
     assert not torch.equal(noise, finetuning.mislabelled(corpus, documents, 2))
-    labelled = training.LabelledBlocks(corpus.train, 300, noise, seed=0)
+    labelled = LabelledBlocks(corpus.train, 300, noise, seed=0)
     changed = labelled.labels != labelled.inputs
     assert not changed[noise == 0].any()
     assert changed[noise == 1].float().mean() > 0.9

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from nvamp.objective import GRADIENTS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -19,8 +18,10 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import linear_token_nll, token_nll
-from tests.engine.problems import OPTIONS
-from tests.test_distributed import IGNORED, RELATIVE, WEIGHTS, D, V, assert_same, batch, on_ranks
+from nvamp.objectives import GRADIENTS
+from tests.engine.problems import IGNORED, OPTIONS
+from tests.ranks import on_ranks
+from tests.test_distributed import RELATIVE, WEIGHTS, D, V, assert_same, batch
 
 # Every backend with all options is in tests/engine/test_parts.py.
 BACKENDS = [("chunked", gradient) for gradient in GRADIENTS] + [("reference", "token"), ("triton", "token")]

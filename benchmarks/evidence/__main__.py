@@ -19,9 +19,9 @@ from benchmarks.evidence.drawing import STYLE, save
 from benchmarks.evidence.running import PRESETS
 from benchmarks.evidence.summary import Results, mean_only, plain, signed, size
 from nvamp.study import StudyError
-from nvamp.study.compare import write_json
 from nvamp.study.metrics import estimate, verdict
-from nvamp.study.ranks import hide
+from nvamp.study.peers import hide
+from nvamp.study.store import write_json
 
 HERE = Path(__file__).parent
 NAMES = ("tail", "types", "stability", "tuning", "finetuning")

@@ -11,9 +11,10 @@ from torch import Tensor
 from benchmarks.evidence.drawing import intervals, panels
 from benchmarks.evidence.running import Preset, compact, results, run_all
 from benchmarks.evidence.summary import Results
-from nvamp.study.compare import LR, Json
+from nvamp.study.compare import LR
 from nvamp.study.corpus import Corpus, build_corpus, pack, split, tokenize
-from nvamp.study.training import load_tokenizer
+from nvamp.study.models import load_tokenizer
+from nvamp.study.store import Json
 
 LOSSES = ("ce", "nvamp", "nvamp:gradient=token", "nvamp:gamma=0.05", "dft")
 MISLABELLED = 0.2  # of the documents

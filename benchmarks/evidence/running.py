@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from benchmarks.measure import machine
-from nvamp.study.compare import LR, Json, Settings, Store, conditions, describe, describe_corpus, versions
+from nvamp.study.compare import LR, Settings
 from nvamp.study.compare import prepare as prepare_corpus
 from nvamp.study.corpus import Corpus, frequency_classes
 from nvamp.study.losses import parse_losses
+from nvamp.study.results import describe, describe_corpus
+from nvamp.study.store import Json, Store, conditions, versions
 from nvamp.study.training import Recipe, train
 
 RECENT = 20  # a spike stands out from the median of so many steps before it

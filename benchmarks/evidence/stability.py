@@ -8,7 +8,8 @@ from benchmarks.evidence.drawing import intervals, panels
 from benchmarks.evidence.running import Preset, compact, results, run_all
 from benchmarks.evidence.summary import Results
 from benchmarks.evidence.tail import LOSSES
-from nvamp.study.compare import LR, Json
+from nvamp.study.compare import LR
+from nvamp.study.store import Json
 
 # What is changed in the recipe, by the name of the directory of such runs.
 CHANGES: dict[str, Json] = {

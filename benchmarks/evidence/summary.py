@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from nvamp.study.compare import Json
 from nvamp.study.metrics import Estimate, difference, estimate, verdict
+from nvamp.study.store import Json
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from benchmarks.evidence.drawing import intervals, panels
 from benchmarks.evidence.running import Finished, Preset, compact, results, run_all
 from benchmarks.evidence.summary import Results
-from nvamp.study.compare import TAIL_POINTS, Json
 from nvamp.study.report import COLOURS, DASHES
+from nvamp.study.results import TAIL_POINTS
+from nvamp.study.store import Json
 
 LOSSES = ("ce", "nvamp", "nvamp:gradient=token", "nvamp:gamma=0.05")
 

@@ -15,10 +15,10 @@ from benchmarks.evidence.drawing import panels
 from benchmarks.evidence.running import Finished, Preset, compact, results, run_all
 from benchmarks.evidence.source import document_of, held_out_labels
 from benchmarks.evidence.summary import Results
-from nvamp.study.compare import Json
-from nvamp.study.corpus import read_documents
 from nvamp.study.metrics import cvar
 from nvamp.study.report import COLOURS
+from nvamp.study.sources import read_documents
+from nvamp.study.store import Json
 
 GAIN = -5.0  # percent of cross-entropy's CVaR: what is looked for
 PRICE = 0.5  # percent of its mean: what it may cost

@@ -14,14 +14,10 @@ from benchmarks.evidence.source import KINDS, held_out_labels, kind_of
 from benchmarks.evidence.summary import Results
 from benchmarks.evidence.tail import LOSSES
 from nvamp.functional import token_weights
-from nvamp.study.compare import Json
-from nvamp.study.corpus import CLASSES, frequency_classes, read_documents
-
-OPTIONS: dict[str, Json] = {
-    "nvamp": {},
-    "nvamp:gradient=token": {"gradient": "token"},
-    "nvamp:gamma=0.05": {"gamma": 0.05},
-}
+from nvamp.objectives import parse
+from nvamp.study.corpus import CLASSES, frequency_classes
+from nvamp.study.sources import read_documents
+from nvamp.study.store import Json
 
 
 def run(preset: Preset, out: Path) -> Json:
@@ -54,14 +50,12 @@ def type_metrics(
     if run.record["diverged"]:
         return {}
     nll = torch.from_numpy(run.nll.astype(np.float64))
-    weights = torch.ones_like(nll)
-    if (options := OPTIONS.get(run.record["loss"])) is not None:
-        blocks = nll.view(-1, length)
-        of_blocks = torch.zeros_like(blocks)
-        step = max(1, len(blocks) // batch_size)
-        for first in range(step):  # blocks from all over the text, as in training
-            of_blocks[first::step] = token_weights(blocks[first::step], **options)
-        weights = of_blocks.view(-1)
+    objective, blocks = parse(run.record["loss"]), nll.view(-1, length)
+    of_blocks = torch.zeros_like(blocks)
+    step = max(1, len(blocks) // batch_size)
+    for first in range(step):  # blocks from all over the text, as in training
+        of_blocks[first::step] = token_weights(objective, blocks[first::step])
+    weights = of_blocks.view(-1)
     means = {name: float(nll[of_type].mean()) for name, of_type in types.items()}
     effort = {
         f"effort {name}": float(weights[of_type].mean() / weights.mean()) for name, of_type in types.items()

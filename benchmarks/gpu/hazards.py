@@ -5,12 +5,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from nvamp.objective import GRADIENTS, Gradient
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.engine import Options, triton
 from nvamp import LinearNVAMPLoss
+from nvamp.objectives import GRADIENTS, Gradient
 
 # Rows, vocabulary, elements from row to row, dtype, runs. There are more rows than fit on the card, so that
 # programs follow others; without room between rows of an odd vocabulary, what is written beyond one shows.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nvamp import engine, fused
-from nvamp.engine import TokenMetrics, can_one_pass, linear_token_nll, token_nll
+from nvamp import fused
+from nvamp.engine import TokenMetrics, can_one_pass, linear_nll_sum, linear_token_nll, token_nll
 from nvamp.engine.checks import check_floating, check_labels, check_linear, check_logits, has_transforms
 from nvamp.engine.devices import can_look
 from nvamp.engine.options import accumulate_dtype
@@ -132,12 +132,8 @@ def of_hidden(
         few = None
         if vocab_group is None:  # else its parts would have to meet at every chunk
             few = _few_in_one_pass(objective, targets, o["process_group"])
-        if (
-            hasattr(engine, "linear_nll_sum")
-            and few is not None
-            and can_one_pass(hidden, weight, bias, o["backend"])
-        ):
-            total, nll = engine.linear_nll_sum(
+        if few is not None and can_one_pass(hidden, weight, bias, o["backend"]):
+            total, nll = linear_nll_sum(
                 hidden,
                 weight,
                 targets,

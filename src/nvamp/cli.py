@@ -8,7 +8,7 @@ from typing import Annotated
 
 from nvamp import __version__
 from nvamp.study import StudyError
-from nvamp.study.ranks import Peers, join
+from nvamp.study.peers import Peers, join
 
 _INSTALL = "the command line needs {}, which is not installed: pip install 'nvamp-loss[study]'"
 
@@ -31,12 +31,12 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The `nvamp` program. Exit codes: 0; 2 for a mistake of the user, told in one line; 130 for Ctrl-C."""
+    """The `nvamp` program. Exit codes: 0; 2 for a user's mistake, reported in one line; 130 for Ctrl-C."""
     peers = Peers()
     try:
         peers = join()
         if peers.rank > 0:
-            sys.stdout = io.StringIO()  # the first rank shows it all
+            sys.stdout = io.StringIO()  # only the first rank prints
         _check_encoding(sys.argv[1:])
         code = app(standalone_mode=False, obj=peers)
     except typer.TyperException as error:
@@ -56,13 +56,13 @@ def main() -> None:
 
 
 def _say(message: str, peers: Peers) -> None:
-    """Tell what ended the study, once for all ranks."""
+    """Report what ended the study, once for all ranks."""
     if peers.first_to_fail():
         print(f"nvamp: {message}", file=sys.stderr)
 
 
 def _check_encoding(arguments: list[str]) -> None:
-    """A `StudyError` where one, a file name, is not UTF-8: no page and no JSON could name it."""
+    """Raise a `StudyError` if one, a file name, is not UTF-8: no page and no JSON could name it."""
     for argument in arguments:
         try:
             argument.encode()
@@ -92,7 +92,7 @@ def compare(
     loss: Annotated[
         list[str],
         typer.Option(
-            help="A loss to train with; repeat it, the first is the baseline. "
+            help="A loss to train with; can be repeated, the first one is the baseline. "
             "ce, nvamp, nvamp:gamma=0.05,gradient=token, focal:gamma=2, dft.",
             show_default="ce, nvamp, nvamp:gradient=token",
         ),
@@ -114,29 +114,30 @@ def compare(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="A file or directory of text; repeat it.",
+            help="A file or directory of text; can be repeated.",
             show_default="Python's own standard library source",
         ),
     ] = None,
     dataset: Annotated[
         list[str] | None,
         typer.Option(
-            help="Instead of --text: name or name:configuration of a dataset, or a local file of one; "
-            "repeat it for files. With #column behind it where it has several columns of text."
+            help="Instead of --text: the name or name:configuration of a dataset, or a local file of one, "
+            "which can be repeated. Append #column if there are several text columns."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Directory of results, report and models.")] = Path(
+    out: Annotated[Path, typer.Option(help="Directory for results, report and models.")] = Path(
         "runs/compare"
     ),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop the study that --out holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study in --out first.")] = False,
 ) -> None:
     """Train the same model from the same seeds under several losses, and report what differs.
 
-    Finished runs are kept: after Ctrl-C the same command continues. Under torchrun the ranks share the runs.
+    Finished runs are kept: after Ctrl-C, the same command continues. Under torchrun the ranks share the runs.
     """
     peers: Peers = context.obj
-    from nvamp.study.compare import Settings, compare, kept_runs
+    from nvamp.study.compare import Settings, compare
     from nvamp.study.report import write_report
+    from nvamp.study.store import kept_runs
     from nvamp.study.terminal import Terminal, show_results
 
     settings = Settings(
@@ -152,7 +153,7 @@ def compare(
         page = write_report(results, out / "report.html")
     except KeyboardInterrupt:
         kept = kept_runs(out)
-        _say(f"interrupted: {kept} finished runs are kept in {out}, the same command continues", peers)
+        _say(f"interrupted: {kept} finished runs are kept in {out}; the same command continues", peers)
         raise typer.Exit(130) from None
     console.print(f"Report: {page}", highlight=False, markup=False)
 
@@ -163,8 +164,8 @@ def inspect(
     text: Annotated[Path, typer.Option(help="A UTF-8 file.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("inspect.html"),
 ) -> None:
-    """Show a text token by token, coloured by its loss or by the weight NVAMP gives it, on one page."""
-    from nvamp.study.inspect import inspect_file
+    """Show a text on one page, each token coloured by its loss or by the weight that NVAMP gives it."""
+    from nvamp.study.inspect.page import inspect_file
     from nvamp.study.terminal import counting
 
     console = Console()

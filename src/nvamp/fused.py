@@ -51,7 +51,7 @@ def evaluate(
         number = float(num_items_in_batch)
     coefficients = map(float, (objective.alpha, objective.beta, objective.gamma, objective.eps))
     loss, weights, scalars, index = judge(
-        nll, labels, items, number, ignore_index, *coefficients, objective.gradient
+        nll, labels, items, number, ignore_index, *coefficients, objective.mode
     )
 
     def statistics() -> Statistics:

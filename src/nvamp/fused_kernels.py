@@ -85,9 +85,10 @@ def objective_kernel(
 ):
     """The loss, its statistics and the weights of all tokens, in one program.
 
-    In the modes "scalar" and "detached" the weights are without the one that all tokens share. nll and weights are [tokens] in WIDE. Labels are integers or bool; `ignore_index` marks those that do not
-    count, whose losses may be anything. `scalars` are N, M, N/M, C, μ, σ, d, mean sign and X, then the weight
-    that all tokens share and the one that the largest adds. Integers are exact up to 2²⁴ in float32.
+    nll and weights are [tokens] in WIDE. In the modes "scalar" and "detached" the weights are without the one
+    that all tokens share. Labels are integers or bool; `ignore_index` marks those that do not count, whose
+    losses may be anything. `scalars` are N, M, N/M, C, μ, σ, d, mean sign and X, then the weight that all
+    tokens share and the one that the largest adds. Integers are exact up to 2²⁴ in float32.
     """
     count = tl.zeros((BLOCK,), tl.int32)
     total = tl.zeros((BLOCK,), WIDE)
@@ -161,7 +162,7 @@ def objective_kernel(
     # scalar     γ·(N/M)·[i = argmax], beside (α·d + β)/M that all share
     # token      (α·|z_i| + β)/M + γ·(N/M)·[i = argmax]
     # detached   0, beside α·d/M that all share
-    # full       (α·d + β)/M + γ·(N/M)·[i = argmax] + α·C·[(s_i − mean s) − d·z_i]/(N·σ),   s_i = sign(ℓ_i − μ)
+    # full       (α·d + β)/M + γ·(N/M)·[i = argmax] + α·C·[(s_i − mean s) − d·z_i]/(N·σ), s_i = sign(ℓ_i − μ)
     for start in tl.range(0, tokens, BLOCK):
         ell, at, valid = _losses(nll_ptr, label_ptr, start, tokens, ignore_index, BLOCK)
         weight = tl.zeros((BLOCK,), WIDE)

@@ -40,7 +40,7 @@ def _spelled_out(options: type) -> Callable[[F], F]:
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=DECLARED[options][name].default,
-                annotation=annotation.__origin__,
+                annotation=getattr(annotation.__origin__, "__forward_arg__", annotation.__origin__),
             )
             for name, annotation in options.__annotations__.items()
         ]
@@ -76,9 +76,7 @@ class _Criterion(nn.Module):
         elif name == "ignore_index":
             value = check_ignore_index(name, value)
         elif name == "objective" and not isinstance(value, Objective):
-            raise TypeError(
-                f"objective must be an objective, such as nvamp.objectives.NVAMP(), got {value!r}"
-            )
+            raise TypeError(f"objective must be one of nvamp.objectives, such as NVAMP(), got {value!r}")
         super().__setattr__(name, cast("Tensor | nn.Module", value))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:

@@ -17,6 +17,7 @@ from nvamp.functional import (
     token_nll,
     token_weights,
 )
+from nvamp.objectives import NVAMP
 from tests import oracle
 from tests.engine.problems import DTYPES, HALF, IGNORED, OPTIONS, gradients, layouts, make_problem
 
@@ -359,17 +360,19 @@ def test_entropy_keeps_its_digits(backend: str, offset: float, spread: float) ->
     assert ((metrics.entropy - exact).abs() <= 1e-5 * exact + 1e-6).all()
 
 
-def test_label_smoothing_keeps_its_digits() -> None:
+@with_fused
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_label_smoothing_keeps_its_digits(backend: str, offset: float) -> None:
     """What all logits have in common is not added up a thousand times."""
-    x = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)) + 1e4
+    x = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)) + offset
     labels = torch.arange(8)
 
     def smoothed(x: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(x, labels, label_smoothing=0.1, reduction="none")
 
-    nll = token_nll(x, labels, label_smoothing=0.1, backend="triton")
+    nll = token_nll(x, labels, label_smoothing=0.1, backend=backend)
     error, eager = (oracle.relative_error(y, smoothed(x.double())) for y in (nll, smoothed(x)))
-    assert error <= NO_WORSE["triton"] * eager
+    assert error <= NO_WORSE[backend] * eager
 
 
 # Edges -------------------------------------------------------------------------------------------------
@@ -451,6 +454,16 @@ def test_a_label_that_is_masked_has_an_infinite_loss(backend: str) -> None:
 
 
 @with_backend
+@pytest.mark.parametrize("label_smoothing", [0.1, 0.5, 0.9])
+def test_smoothing_over_a_masked_class_has_an_infinite_loss(backend: str, label_smoothing: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, 2.0]])
+    options: Any = {"label_smoothing": label_smoothing, "backend": backend}
+    for label in range(3):
+        nll = token_nll(logits, torch.tensor([label, label]), **options)
+        assert nll.isinf().tolist() == [True, False]
+
+
+@with_backend
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_and_infinity_show(backend: str, bad: float) -> None:
     p = make_problem(ignored=0)
@@ -519,8 +532,8 @@ X, W, Y = torch.zeros(2, 3, 5), torch.zeros(7, 5), torch.zeros(2, 3, dtype=torch
         (lambda: linear_nvamp_loss(X, [W], Y), TypeError, "weight must be a tensor, got list"),
         (lambda: linear_nvamp_loss(X, W, Y, [1]), TypeError, "bias must be a tensor, got list"),
         (lambda: linear_token_nll(3, W, Y), TypeError, "hidden must be a tensor, got int"),
-        (lambda: token_weights(Y), TypeError, "nll must be float16"),
-        (lambda: token_weights(X, Y), ValueError, r"valid must be bool, .* got torch.int64 \[2, 3\]"),
+        (lambda: token_weights(NVAMP(), Y), TypeError, "nll must be float16"),
+        (lambda: token_weights(NVAMP(), X, Y), ValueError, r"valid must be bool, .* got torch.int64 \[2, 3\]"),
         (lambda: token_nll(X[0, 0], Y), ValueError, r"logits must have shape \[..., vocabulary\], got \[5\]"),
         (lambda: token_nll(X[..., :0], Y), ValueError, r"logits must have .* got \[2, 3, 0\]"),
         (lambda: token_nll(X, Y[0]), ValueError, r"labels must have shape \[2, 3\].* got \[3\]"),

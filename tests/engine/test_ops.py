@@ -1,6 +1,7 @@
 """The operators as PyTorch's own checks, compilers and autograd see them."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -79,14 +80,15 @@ def test_opcheck_of_the_backward_operators(backend: str) -> None:
     p = make_problem(n=6, d=4, v=9)
     head = (p.hidden, p.weight, p.bias, p.labels)
     needs = (True, True, False)
-    nll, norm, *_ = ops.token_nll(p.logits, p.labels, False, False, *flat(backend))
+    nll, norm, entropy, _ = ops.token_nll(p.logits, p.labels, True, False, *flat(backend))
     total, _, _, *units = ops.linear_nll_sum_max(*head, *needs, False, None, *flat(backend))
-    for classes in (None, torch.tensor(11)):
+    for classes, of_entropy in product((None, torch.tensor(11)), ((None, None), (entropy, nll))):
+        of_rows = norm, classes, *of_entropy
         torch.library.opcheck(
-            ops.token_nll_backward.default, (nll, p.logits, p.labels, norm, classes, *flat(backend))
+            ops.token_nll_backward.default, (nll, p.logits, p.labels, *of_rows, *flat(backend))
         )
         torch.library.opcheck(
-            ops.linear_token_nll_backward.default, (nll, norm, classes, *head, *needs, None, *flat(backend))
+            ops.linear_token_nll_backward.default, (nll, *of_rows, *head, *needs, None, *flat(backend))
         )
     torch.library.opcheck(
         ops.linear_nll_sum_max_backward.default,
@@ -95,18 +97,18 @@ def test_opcheck_of_the_backward_operators(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("v", [9, 0])
+@pytest.mark.parametrize(("v", "metrics"), [(9, False), (9, True), (0, True)])
 @with_backend
-def test_opcheck_of_the_operators_on_parts(backend: str, v: int, dtype: torch.dtype) -> None:
+def test_opcheck_of_the_operators_on_parts(backend: str, v: int, metrics: bool, dtype: torch.dtype) -> None:
     p = make_problem(n=6, d=4, v=9, dtype=dtype)
     logits, weight, bias = p.logits[:, :v], p.weight[:v], p.bias[:v]
     head = [x.detach().requires_grad_() for x in (p.hidden, weight, bias)]
     logits, args = logits.detach().requires_grad_(), flat(backend, **OPTIONS["all"])
-    torch.library.opcheck(ops.part_statistics.default, (logits.detach(), p.labels, *args))
+    torch.library.opcheck(ops.part_statistics.default, (logits.detach(), p.labels, metrics, *args))
     torch.library.opcheck(
-        ops.linear_part_statistics.default, (*(x.detach() for x in head), p.labels, None, *args)
+        ops.linear_part_statistics.default, (*(x.detach() for x in head), p.labels, metrics, None, *args)
     )
-    whole = (torch.zeros(6, 2), torch.zeros(6), torch.tensor(11))
+    whole = (torch.zeros(6, 2), torch.zeros(6), torch.tensor(11), torch.zeros(6) if metrics else None)
     torch.library.opcheck(ops.part_nll.default, (logits, p.labels, *whole, False, *args))
     torch.library.opcheck(ops.linear_part_nll.default, (*head, p.labels, *whole, None, *args))
 
@@ -145,7 +147,7 @@ def test_backward_twice_gives_the_same() -> None:
 def test_checkpointing() -> None:
     p = make_problem()
     inputs = p.hidden, p.weight
-    for gradient in nvamp.objective.GRADIENTS:
+    for gradient in nvamp.objectives.GRADIENTS:
 
         def loss(h: Tensor, w: Tensor, gradient: Any = gradient) -> Tensor:
             return nvamp.functional.linear_nvamp_loss(h, w, p.labels, shift=False, gradient=gradient)
@@ -213,7 +215,7 @@ def runs(backend: str, create_graph: bool = False) -> dict[str, Callable[[], lis
         return [*(x.detach() for x in results), *grads]
 
     head, y = (p.hidden, p.weight, p.bias), p.labels
-    whole = engine.Whole(torch.randn(37, 2), torch.randn(37), torch.tensor(99))
+    whole = engine.Whole(torch.randn(37, 2), torch.randn(37), torch.tensor(99), torch.randn(37))
     options: Any = {"backend": backend, **OPTIONS["all"]}
     args = backend, Options(IGNORED, **OPTIONS["all"])
     return {
@@ -225,9 +227,9 @@ def runs(backend: str, create_graph: bool = False) -> dict[str, Callable[[], lis
         "linear part": lambda: run(
             lambda h, w, b: engine.linear_part_nll(Head(h, w, b, y), whole, None, *args), *head
         ),
-        "statistics of a part": lambda: list(engine.part_statistics(p.logits, y, *args)),
+        "statistics of a part": lambda: list(engine.part_statistics(p.logits, y, True, *args)),
         "statistics of a linear part": lambda: list(
-            engine.linear_part_statistics(Head(*head, y), None, *args)
+            engine.linear_part_statistics(Head(*head, y), True, None, *args)
         ),
     }
 
@@ -454,12 +456,12 @@ def test_gradients_accumulate() -> None:
     torch.testing.assert_close(w.grad, 3 * once)
 
 
-@pytest.mark.parametrize("gradient", nvamp.objective.GRADIENTS)
+@pytest.mark.parametrize("gradient", nvamp.objectives.GRADIENTS)
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("half", HALF, ids=str)
 def test_autocast(
-    gradient: nvamp.objective.Gradient, enabled: bool, dtype: torch.dtype, half: torch.dtype
+    gradient: nvamp.objectives.Gradient, enabled: bool, dtype: torch.dtype, half: torch.dtype
 ) -> None:
     """The linear loss casts as `F.linear` does; losses and statistics stay wide."""
     p = make_problem(dtype=dtype)

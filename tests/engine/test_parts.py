@@ -79,7 +79,7 @@ def logits_path(
 
     def rank(ranks: Ranks) -> tuple[Tensor, Tensor]:
         x = shards[ranks.rank].detach().clone().requires_grad_()
-        nll = parts.token_nll(x, p.labels, False, backend, options_of(options), ranks)
+        nll = parts.token_nll(x, p.labels, False, False, backend, options_of(options), ranks)[0]
         (grad,) = torch.autograd.grad((p.token_weights * nll).sum(), x)
         return nll.detach(), grad
 
@@ -107,7 +107,7 @@ def check_linear(backend: str, options: dict[str, Any]) -> None:
     def rank(ranks: Ranks) -> list[Tensor]:
         def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
             head = Head(map_gradient(h, ranks.total), w, b, p.labels)
-            nll = parts.linear_token_nll(head, None, backend, options_of(options), ranks)
+            nll = parts.linear_token_nll(head, False, None, backend, options_of(options), ranks)[0]
             torch.testing.assert_close(nll, p.exact(p.logits, **options), **TIGHT)
             return (p.token_weights * nll).sum()
 
@@ -176,7 +176,7 @@ def test_masked_classes_and_extreme_logits(backend: str) -> None:
 
     def rank(ranks: Ranks) -> tuple[Tensor, Tensor]:
         x = logits.split(4, -1)[ranks.rank].clone().requires_grad_()
-        nll = parts.token_nll(x, p.labels, False, backend, Options(), ranks)
+        nll = parts.token_nll(x, p.labels, False, False, backend, Options(), ranks)[0]
         (grad,) = torch.autograd.grad(nll.sum(), x)
         return nll.detach(), grad
 
@@ -192,6 +192,43 @@ def test_masked_classes_and_extreme_logits(backend: str) -> None:
     assert got[2:5].isnan().any(-1).all()
 
 
+def losses(logits: Tensor, labels: Tensor, sizes: list[int], backend: str, opt: Options) -> list[Tensor]:
+    """Those of every rank."""
+    shards = logits.split(sizes, -1)
+    return on_ranks(
+        len(sizes),
+        lambda ranks: parts.token_nll(shards[ranks.rank], labels, False, False, backend, opt, ranks)[0],
+    )
+
+
+@with_backend
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_label_smoothing_keeps_its_digits(backend: str, offset: float) -> None:
+    """What all logits have in common is not added up, neither over the classes of a part nor over the parts."""
+    x = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)) + offset
+    x[:, :400] -= 50
+    labels = torch.arange(400, 408)
+
+    def smoothed(x: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(x, labels, label_smoothing=0.1, reduction="none")
+
+    exact = smoothed(x.double())
+    for nll in losses(x, labels, [400, 0, 600], backend, Options(IGNORED, label_smoothing=0.1)):
+        assert oracle.relative_error(nll, exact) <= 1.1 * oracle.relative_error(smoothed(x), exact)
+
+
+@with_backend
+@pytest.mark.parametrize("label_smoothing", [0.1, 0.5, 0.9])
+def test_smoothing_over_a_masked_class_has_an_infinite_loss(backend: str, label_smoothing: float) -> None:
+    logits = torch.tensor(
+        [[0.0, 1.0, 2.0, -torch.inf], [-torch.inf, -torch.inf, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]]
+    )
+    for label in range(4):
+        labels = torch.full((3,), label)
+        for nll in losses(logits, labels, [2, 2], backend, Options(IGNORED, label_smoothing)):
+            assert nll.isinf().tolist() == [True, True, False]
+
+
 @with_backend
 @pytest.mark.parametrize("ignore_index", [-100, 0, 5])
 def test_ignored_rows_may_hold_anything(backend: str, ignore_index: int) -> None:
@@ -203,7 +240,7 @@ def test_ignored_rows_may_hold_anything(backend: str, ignore_index: int) -> None
 
     def rank(ranks: Ranks) -> tuple[Tensor, Tensor]:
         x = logits.split([7, 3], -1)[ranks.rank].clone().requires_grad_()
-        nll = parts.token_nll(x, labels, False, backend, opt, ranks)
+        nll = parts.token_nll(x, labels, False, False, backend, opt, ranks)[0]
         (grad,) = torch.autograd.grad(nll.sum(), x)
         return nll.detach(), grad
 
@@ -227,7 +264,7 @@ def test_labels_out_of_range(backend: str, device_kind: str) -> None:
         errors: list[Any] = on_ranks(
             2,
             lambda ranks: parts.token_nll(
-                p.logits.split([4, 5], -1)[ranks.rank], p.labels, False, backend, Options(), ranks
+                p.logits.split([4, 5], -1)[ranks.rank], p.labels, False, False, backend, Options(), ranks
             ),
         )
         assert all("labels must be in [0, 9) for a vocabulary of 9" in str(e) for e in errors)

@@ -18,8 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import linear_nvamp_loss
-from nvamp.integrations import patching
-from nvamp.integrations.transformers import patch, unpatch
+from nvamp.integrations.transformers import patch, patching, unpatch
 
 VOCABULARY, TOKENS = 99, (2, 9)
 

@@ -9,11 +9,10 @@ from typing import Any
 import pydantic
 import pytest
 import torch
-import transformers
 
 from nvamp import NVAMPLoss
 from nvamp.integrations.transformers import compute_loss_func
-from tests.integrations.test_transformers_ranks import LOGGED, Rows, assert_same, tiny, weights_of
+from tests.integrations.tiny import LOGGED, Rows, assert_same, logged_losses, tiny, trainer_of, weights_of
 
 PLUGIN = "nvamp.integrations.axolotl.NVAMPPlugin"
 
@@ -50,16 +49,8 @@ def configuration(plugin: Any, **options: Any) -> Any:
 
 
 def trainer(folder: Path, loss: Any = None) -> Any:
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=3,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        **LOGGED,
-    )
-    made = transformers.Trainer(tiny(), arguments, train_dataset=Rows(unequal=True), compute_loss_func=loss)
-    made.remove_callback(transformers.PrinterCallback)
-    return made
+    arguments = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    return trainer_of(tiny(), Rows(unequal=True), folder, arguments | LOGGED, compute_loss_func=loss)
 
 
 def test_the_plugin_trains(plugin: Any, tmp_path: Path) -> None:
@@ -74,8 +65,7 @@ def test_the_plugin_trains(plugin: Any, tmp_path: Path) -> None:
     ours.train()
     theirs.train()
     assert_same(weights_of(ours.model) - start, weights_of(theirs.model) - start)
-    losses = [torch.tensor([e["loss"] for e in t.state.log_history if "loss" in e]) for t in (ours, theirs)]
-    assert_same(*losses)
+    assert_same(logged_losses(ours), logged_losses(theirs))
     assert "nvamp_dispersion" in ours.state.log_history[0]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from examples.lightning_module import LanguageModel
 from nvamp import NVAMPLoss
-from tests.integrations.test_transformers_ranks import SEQ, V, assert_same, tiny, weights_of
+from tests.integrations.tiny import CROSS_ENTROPY, SEQ, V, assert_same, tiny, weights_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
@@ -39,7 +39,7 @@ def test_cross_entropy_is_the_models_own(accumulate: int) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    criterion = NVAMPLoss(alpha=0.0, beta=1.0, gamma=0.0)
+    criterion = NVAMPLoss(**CROSS_ENTROPY)
     trainer.fit(WithPlainDescent(model, criterion, blocks, BATCH // accumulate))
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
     losses: list[Tensor] = []

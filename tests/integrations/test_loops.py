@@ -1,14 +1,13 @@
 """The example for Accelerate; and on two ranks Accelerate, TRL, torchtitan's loss and logs, against one process."""
 
-import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import trl
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -17,7 +16,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, PrinterCallback
 
 from examples import accelerate_loop
 from nvamp import NVAMPLoss, TokenNVAMPLoss
@@ -25,22 +24,25 @@ from nvamp.functional import nvamp_loss
 from nvamp.integrations.stats import log_stats
 from nvamp.integrations.transformers import compute_loss_func
 from nvamp.integrations.trl import SFTTrainer
-from nvamp.study.training import quiet
-from tests.integrations.test_transformers_ranks import (
+from nvamp.study.models import quiet
+from tests.integrations.tiny import (
     ALL_TERMS,
     CROSS_ENTROPY,
     DESCENT,
+    IGNORED,
     LOGGED,
     SEQ,
-    WORLD,
     Rows,
     V,
     assert_same,
+    logged_losses,
     tiny,
+    trainer_of,
     weights_of,
 )
+from tests.ranks import on_ranks
 
-STEPS = 3
+WORLD, STEPS = 2, 3
 
 
 def forget_accelerators() -> None:
@@ -91,41 +93,32 @@ def test_cross_entropy_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> Non
 # Two ranks -----------------------------------------------------------------------------------------------
 
 
-def rank_of_all(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # not used: they meet at a file
+def every_loop(rank: int, world: int, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """What one of the ranks does."""
     quiet()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    try:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            criterion = NVAMPLoss(**ALL_TERMS, process_group=dist.group.WORLD)
-            outcome = {"accelerate": looped(criterion, 2, monkeypatch)}
-        outcome["stats"] = logged_stats(NVAMPLoss(), 2, 1, folder)
-        outcome["stats of a group"] = logged_stats(NVAMPLoss(process_group=dist.group.WORLD), 2, 1, folder)
-        outcome["trl"] = with_trl(TokenNVAMPLoss(**ALL_TERMS, process_group=dist.group.WORLD), 2, folder)
-        if sys.version_info >= (3, 11):
-            outcome |= {"sharded rows": titan_rows(), "sharded vocabulary": titan_vocabulary()}
-        torch.save(outcome, folder / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        criterion = NVAMPLoss(**ALL_TERMS, process_group=dist.group.WORLD)
+        outcome = {"accelerate": looped(criterion, 2, monkeypatch)}
+    outcome["stats"] = logged_stats(NVAMPLoss(), 2, 1, folder)
+    outcome["stats of a group"] = logged_stats(NVAMPLoss(process_group=dist.group.WORLD), 2, 1, folder)
+    outcome["trl"] = with_trl(TokenNVAMPLoss(**ALL_TERMS, process_group=dist.group.WORLD), 2, folder)
+    if sys.version_info >= (3, 11):
+        outcome |= {"sharded rows": titan_rows(), "sharded vocabulary": titan_vocabulary()}
+    return outcome
 
 
 def logged_stats(criterion: NVAMPLoss, batch: int, accumulate: int, folder: Path) -> tuple[Tensor, Tensor]:
     """What `log_stats` logs of each step, [STEPS, 4]; and the share of the hardest, [STEPS]."""
     forget_accelerators()
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulate,
-        ddp_backend="gloo" if dist.is_initialized() else None,
+    arguments = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulate,
+        "ddp_backend": "gloo" if dist.is_initialized() else None,
         **LOGGED,
-    )
-    trainer = Trainer(
-        tiny(), arguments, train_dataset=Rows(unequal=True), compute_loss_func=compute_loss_func(criterion)
-    )
-    trainer.remove_callback(PrinterCallback)
+    }
+    loss = compute_loss_func(criterion)
+    trainer = trainer_of(tiny(), Rows(unequal=True), folder, arguments, compute_loss_func=loss)
     log_stats(trainer, criterion)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -153,7 +146,7 @@ def with_trl(criterion: TokenNVAMPLoss, batch: int, folder: Path) -> tuple[Tenso
     labels = [
         block[: 3 + i % (SEQ - 2)] for i, block in enumerate(blocks)
     ]  # unequal numbers of scored tokens
-    rows = {"input_ids": blocks, "labels": [row + [-100] * (SEQ - len(row)) for row in labels]}
+    rows = {"input_ids": blocks, "labels": [row + [IGNORED] * (SEQ - len(row)) for row in labels]}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"<eos>": 0})), eos_token="<eos>"
     )
@@ -166,15 +159,14 @@ def with_trl(criterion: TokenNVAMPLoss, batch: int, folder: Path) -> tuple[Tenso
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     forget_accelerators()
-    return weights_of(model) - start, torch.tensor(losses)
+    return weights_of(model) - start, logged_losses(trainer)
 
 
 def titan_problem() -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(V, (4, SEQ), generator=g)
-    labels[0, 3:] = -100
+    labels[0, 3:] = IGNORED
     return torch.randn(4, SEQ, V, generator=g).requires_grad_(), labels
 
 
@@ -190,7 +182,7 @@ def titan_rows() -> tuple[Tensor, Tensor]:
     loss_fn = titan_loss()
     loss_fn.criterion.process_group = dist.group.WORLD
     mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
-    loss, _ = loss_fn(logits[mine], labels[mine], (labels != -100).sum())
+    loss, _ = loss_fn(logits[mine], labels[mine], (labels != IGNORED).sum())
     loss.backward()
     assert logits.grad is not None
     return loss.detach(), logits.grad
@@ -203,56 +195,55 @@ def titan_vocabulary() -> tuple[Tensor, Tensor]:
     logits, labels = titan_problem()
     mesh = init_device_mesh("cpu", (WORLD,))
     sharded: Any = distribute_tensor(logits.detach(), mesh, [Shard(2)]).requires_grad_()
-    loss, _ = titan_loss()(sharded, labels, (labels != -100).sum())
+    loss, _ = titan_loss()(sharded, labels, (labels != IGNORED).sum())
     loss.backward()
     return loss.detach(), sharded.grad.full_tensor()
 
 
 @pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[Tensor, Tensor]]]:
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[Tensor, Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(rank_of_all, (folder,), nprocs=WORLD)  # type: ignore[no-untyped-call]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return on_ranks(partial(every_loop, folder=folder), WORLD, folder)
 
 
 def test_accelerate_on_two_ranks_is_one_process(
-    on_ranks: list[dict[str, tuple[Tensor, Tensor]]], monkeypatch: pytest.MonkeyPatch
+    of_ranks: list[dict[str, tuple[Tensor, Tensor]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved, losses = looped(NVAMPLoss(**ALL_TERMS), 2, monkeypatch)
-    for outcome in on_ranks:
+    for outcome in of_ranks:
         assert_same(outcome["accelerate"][0], moved)
         assert_same(outcome["accelerate"][1], losses)
 
 
-def test_statistics_of_two_ranks(on_ranks: list[dict[str, tuple[Tensor, Tensor]]], tmp_path: Path) -> None:
+def test_statistics_of_two_ranks(of_ranks: list[dict[str, tuple[Tensor, Tensor]]], tmp_path: Path) -> None:
     """Of a group they are those of one process; without one, those of its two micro-batches."""
     whole, _ = logged_stats(NVAMPLoss(), 2 * WORLD, 1, tmp_path)
     halves, share = logged_stats(NVAMPLoss(), 2, WORLD, tmp_path)
     assert whole.shape == (STEPS, 4)
     assert not torch.allclose(whole, halves, rtol=1e-3)  # else nothing is told
-    for outcome in on_ranks:
+    for outcome in of_ranks:
         torch.testing.assert_close(outcome["stats of a group"][0], whole, rtol=1e-5, atol=0)
         torch.testing.assert_close(outcome["stats"], (halves, share), rtol=1e-5, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_trl_on_two_ranks_is_one_process(
-    on_ranks: list[dict[str, tuple[Tensor, Tensor]]], tmp_path: Path
+    of_ranks: list[dict[str, tuple[Tensor, Tensor]]], tmp_path: Path
 ) -> None:
     moved, losses = with_trl(TokenNVAMPLoss(**ALL_TERMS), 2 * WORLD, tmp_path)
     assert len(losses) == STEPS
-    for outcome in on_ranks:
+    for outcome in of_ranks:
         assert_same(outcome["trl"][0], moved)
         assert_same(outcome["trl"][1], losses)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="torchtitan needs Python 3.11")
-def test_torchtitan_on_two_ranks(on_ranks: list[dict[str, tuple[Tensor, Tensor]]]) -> None:
+def test_torchtitan_on_two_ranks(of_ranks: list[dict[str, tuple[Tensor, Tensor]]]) -> None:
     logits, labels = titan_problem()
     loss = nvamp_loss(logits, labels, shift=False, **ALL_TERMS, gradient="token")
     (gradient,) = torch.autograd.grad(loss, logits)
-    parts = [outcome["sharded rows"] for outcome in on_ranks]
+    parts = [outcome["sharded rows"] for outcome in of_ranks]
     torch.testing.assert_close(sum(value for value, _ in parts), loss.detach())
     torch.testing.assert_close(sum(part for _, part in parts), gradient)
-    for outcome in on_ranks:
+    for outcome in of_ranks:
         torch.testing.assert_close(outcome["sharded vocabulary"], (loss.detach(), gradient))

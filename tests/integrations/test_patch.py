@@ -18,11 +18,13 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
-from nvamp.integrations import patching
-from nvamp.integrations.transformers import loss_function, patch, unpatch
-from nvamp.objective import GRADIENTS, Gradient
-from nvamp.study.training import LabelledBlocks, Recipe, quiet, training_arguments
+from nvamp.integrations.transformers import loss_function, patch, patching, unpatch
+from nvamp.objectives import Gradient
+from nvamp.study.models import quiet
+from nvamp.study.training import LabelledBlocks, Recipe, training_arguments
 from tests.integrations.architectures import Architecture, build
+from tests.integrations.tiny import CROSS_ENTROPY, logged_losses, weights_of
+from tests.parameters import with_gradient
 from tests.study.conftest import one_thread
 
 __all__ = ["one_thread"]
@@ -42,7 +44,6 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 OPTIONS: dict[str, Any] = {"alpha": 0.7, "beta": 0.3, "gamma": 0.2, "label_smoothing": 0.1, "z_loss": 1e-3}
-ENTROPY: dict[str, Any] = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0}
 
 
 def llama(dtype: torch.dtype = torch.float64) -> Any:
@@ -95,7 +96,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor], rtol: float = 1e-9)
 # The loss ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@with_gradient
 def test_every_gradient_and_option(gradient: Gradient, model: Any, batch: dict[str, Tensor]) -> None:
     options = {**OPTIONS, "gradient": gradient, "softcap": 20.0, "logit_scale": 0.5}
     expected = of_logits(model, batch, NVAMPLoss(**options), num_items_in_batch=50)
@@ -226,10 +227,10 @@ def test_evaluation_has_logits_and_the_same_loss(model: Any, batch: dict[str, Te
 def test_tuples_lack_the_logits(model: Any, batch: dict[str, Tensor]) -> None:
     arguments = {**batch, "return_dict": False, "output_hidden_states": True, "use_cache": False}
     _, logits, hidden = model(**arguments)
-    patch(model, LinearNVAMPLoss(**ENTROPY))
+    patch(model, LinearNVAMPLoss(**CROSS_ENTROPY))
     loss, patched = model(**arguments)
     torch.testing.assert_close(list(patched), list(hidden))
-    assert_same([loss.detach()], [NVAMPLoss(**ENTROPY)(logits, batch["labels"]).detach()])
+    assert_same([loss.detach()], [NVAMPLoss(**CROSS_ENTROPY)(logits, batch["labels"]).detach()])
 
 
 def test_labels_by_position(model: Any, batch: dict[str, Tensor]) -> None:
@@ -255,7 +256,7 @@ def test_unpatch_restores(model: Any, batch: dict[str, Tensor]) -> None:
     assert inspect.signature(model.forward) == before[-1]
     assert repr(model) == before[4]
     assert isinstance(model, LlamaForCausalLM)
-    patch(model, LinearNVAMPLoss(**ENTROPY))  # a second takes the place of the first
+    patch(model, LinearNVAMPLoss(**CROSS_ENTROPY))  # a second takes the place of the first
     expected = model(**batch).loss
     unpatch(model)
     assert state() == before
@@ -361,7 +362,7 @@ def test_accelerate_keeps_the_patch(batch: dict[str, Tensor]) -> None:
     assert model(**batch).logits is not None
 
 
-def trained(folder: Path, patched: bool) -> tuple[Tensor, list[float], float]:
+def trained(folder: Path, patched: bool) -> tuple[Tensor, Tensor, float]:
     """Weights, logged losses and loss in evaluation of a Trainer, under cross-entropy."""
     quiet()
     g = torch.Generator().manual_seed(0)
@@ -369,7 +370,7 @@ def trained(folder: Path, patched: bool) -> tuple[Tensor, list[float], float]:
     data = LabelledBlocks(blocks, V, 0.2, 0)
     model = llama(torch.float32)
     if patched:
-        patch(model, LinearNVAMPLoss(**ENTROPY))
+        patch(model, LinearNVAMPLoss(**CROSS_ENTROPY))
     arguments = training_arguments(Recipe(3, 4, 1e-2), 0, torch.device("cpu"), str(folder))
     arguments.gradient_accumulation_steps = 2
     arguments.logging_strategy, arguments.logging_steps = "steps", 1
@@ -377,18 +378,16 @@ def trained(folder: Path, patched: bool) -> tuple[Tensor, list[float], float]:
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     assert (model(blocks, labels=blocks).logits is None) == patched
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    return weights, logged, trainer.evaluate()["eval_loss"]
+    return weights_of(model), logged_losses(trainer), trainer.evaluate()["eval_loss"]
 
 
 def test_the_trainer_trains_the_same_weights(tmp_path: Path) -> None:
     weights, logged, evaluated = trained(tmp_path, patched=True)
     own_weights, own_logged, own_evaluated = trained(tmp_path, patched=False)
     assert len(logged) == 3
-    assert logged == pytest.approx(own_logged, rel=1e-5)
+    torch.testing.assert_close(logged, own_logged, rtol=1e-5, atol=0)
     assert evaluated == pytest.approx(own_evaluated, rel=1e-5)
-    start = torch.cat([p.detach().flatten() for p in llama(torch.float32).parameters()])
+    start = weights_of(llama(torch.float32))
     assert (weights - own_weights).norm() <= 1e-4 * (own_weights - start).norm()
 
 
@@ -539,7 +538,7 @@ def test_loss_function_is_called_as_transformers_own(
 ) -> None:
     expected = model(**batch, **items).loss
     expected_gradients = gradients(expected, model)
-    model.loss_function = loss_function(NVAMPLoss(**ENTROPY))
+    model.loss_function = loss_function(NVAMPLoss(**CROSS_ENTROPY))
     outputs = model(**batch, **items)
     assert outputs.logits.shape == (3, SEQ, V)
     found = [outputs.loss.detach(), *gradients(outputs.loss, model)]

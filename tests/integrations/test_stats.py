@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nvamp import NVAMPLoss
 from nvamp.integrations.stats import log_stats
 from nvamp.integrations.transformers import compute_loss_func, logits_of
-from tests.integrations.test_transformers_ranks import IGNORED, LOGGED, Rows, tiny
+from tests.integrations.tiny import IGNORED, LOGGED, Rows, tiny, trainer_of
 
 STEPS, EVERY, ACCUMULATE = 4, 2, 2
 OPTIONS: Any = {"gamma": 0.1, "gradient": "token"}
@@ -63,20 +62,17 @@ def expected(batches: list[NDArray[np.float64]]) -> dict[str, float]:
 
 
 def trainer_with(loss: Any, folder: Path, report_to: str) -> Any:
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=16,  # about a hundred tokens: their hardest hundredth are one or two
-        per_device_eval_batch_size=24,
-        gradient_accumulation_steps=ACCUMULATE,
-        **{**LOGGED, "logging_steps": EVERY, "report_to": report_to},
-    )
+    arguments = {
+        **LOGGED,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 16,  # about a hundred tokens: their hardest hundredth are one or two
+        "per_device_eval_batch_size": 24,
+        "gradient_accumulation_steps": ACCUMULATE,
+        "logging_steps": EVERY,
+        "report_to": report_to,
+    }
     rows = Rows(unequal=True)
-    trainer = transformers.Trainer(
-        tiny(), arguments, train_dataset=rows, eval_dataset=rows, compute_loss_func=loss
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
+    return trainer_of(tiny(), rows, folder, arguments, eval_dataset=rows, compute_loss_func=loss)
 
 
 def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:

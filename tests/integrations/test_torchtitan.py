@@ -14,9 +14,9 @@ if sys.version_info < (3, 11):
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
 
 from nvamp.integrations.torchtitan import NVAMPLoss
+from tests.integrations.tiny import CROSS_ENTROPY, IGNORED
 
 BATCH, SEQ, D, V = 4, 8, 5, 13
-CROSS_ENTROPY: Any = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0}
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def micro_batches() -> list[tuple[Tensor, Tensor]]:
     """(hidden [BATCH, SEQ, D], labels [BATCH, SEQ]) with unequal numbers of scored tokens."""
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(V, (2, BATCH, SEQ), generator=g)
-    labels[0, :3, 2:] = -100
+    labels[0, :3, 2:] = IGNORED
     return list(zip(torch.randn(2, BATCH, SEQ, D, generator=g), labels, strict=True))
 
 
@@ -33,7 +33,7 @@ def step(config: BaseLoss.Config, micro_batches: list[tuple[Tensor, Tensor]]) ->
     torch.manual_seed(0)
     body, head = nn.Linear(D, D), nn.Linear(D, V, bias=False)
     loss_fn = config.build(compile_config=None)
-    tokens = torch.stack([(labels != -100).sum() for _, labels in micro_batches]).sum()
+    tokens = torch.stack([(labels != IGNORED).sum() for _, labels in micro_batches]).sum()
     chunked = isinstance(loss_fn, ChunkedLossWrapper)
     if chunked:
         loss_fn.set_lm_head(head)

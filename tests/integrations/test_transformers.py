@@ -13,8 +13,20 @@ from nvamp import NVAMPLoss
 from nvamp.integrations.transformers import compute_loss_func
 from nvamp.study.corpus import Corpus
 from nvamp.study.losses import parse_loss
-from nvamp.study.training import LabelledBlocks, Recipe, build_model, quiet, training_arguments
-from tests.integrations.test_transformers_ranks import DESCENT, IGNORED, SEQ, V, assert_same, tiny, weights_of
+from nvamp.study.models import build_model, quiet
+from nvamp.study.training import LabelledBlocks, Recipe, training_arguments
+from tests.integrations.tiny import (
+    CROSS_ENTROPY,
+    DESCENT,
+    IGNORED,
+    SEQ,
+    V,
+    assert_same,
+    logged_losses,
+    tiny,
+    trainer_of,
+    weights_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -84,28 +96,23 @@ def run(collator: Any, accumulate: int, loss: Any, folder: Path) -> tuple[Tensor
     """By how much four steps of plain gradient descent move the tiny model, and the losses they log."""
     model = tiny()
     start = weights_of(model)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=4,
-        per_device_train_batch_size=8 // accumulate,
-        gradient_accumulation_steps=accumulate,
+    arguments = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 8 // accumulate,
+        "gradient_accumulation_steps": accumulate,
         **DESCENT,
-    )
+    }
     rows = [{"input_ids": ids} for ids in documents_of(0, 32)]
-    trainer = transformers.Trainer(
-        model, arguments, train_dataset=rows, data_collator=collator, compute_loss_func=loss
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
+    trainer = trainer_of(model, rows, folder, arguments, data_collator=collator, compute_loss_func=loss)
     trainer.train()
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return weights_of(model) - start, torch.tensor(logged)
+    return weights_of(model) - start, logged_losses(trainer)
 
 
 @pytest.mark.parametrize("layout", COLLATORS)
 def test_cross_entropy_is_the_trainers_own(layout: str, tmp_path: Path) -> None:
     """Step for step, in any number of micro-batches."""
     quiet()
-    loss = compute_loss_func(NVAMPLoss(alpha=0.0, beta=1.0, gamma=0.0))
+    loss = compute_loss_func(NVAMPLoss(**CROSS_ENTROPY))
     for accumulate in (1, 2, 4):
         moved, logged = run(COLLATORS[layout], accumulate, loss, tmp_path)
         expected, expected_log = run(COLLATORS[layout], accumulate, None, tmp_path)
@@ -143,7 +150,7 @@ def weights_after(model_dir: Any, corpus: Corpus, criterion: Any, batch: int, ac
         train_dataset=LabelledBlocks(corpus.train[:24], len(corpus.tokenizer), 0.0, 0),
         compute_loss_func=compute_loss_func(criterion),
     ).train()
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    return weights_of(model)
 
 
 def test_micro_batches_add_up_to_the_batch(model_dir: Any, corpus: Corpus) -> None:

@@ -1,44 +1,35 @@
 """The integration with the `Trainer` on two ranks, against one process: real processes, gloo."""
 
-import os
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-import transformers
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import Dataset
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.integrations.transformers import Criterion, compute_loss_func, loss_function, patch, unpatch
-from nvamp.study.training import quiet
+from nvamp.study.models import quiet
+from tests.integrations.tiny import (
+    ALL_TERMS,
+    CROSS_ENTROPY,
+    DESCENT,
+    SEQ,
+    Rows,
+    V,
+    assert_same,
+    logged_losses,
+    tiny,
+    trainer_of,
+    weights_of,
+)
+from tests.ranks import on_ranks
 
-WORLD, STEPS, ROWS, SEQ, V = 2, 4, 64, 12, 31
-IGNORED = -100
-ALL_TERMS = {"alpha": 1.0, "beta": 0.5, "gamma": 0.7}  # large enough that each shows
-CROSS_ENTROPY = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0}
-# Arguments of a Trainer on a CPU that logs every step and leaves nothing else behind ...
-LOGGED: dict[str, Any] = {
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "dataloader_pin_memory": False,
-}
-# ... and of one that takes plain gradient descent, where the gradient's size shows.
-DESCENT = {
-    **LOGGED,
-    "optim": "sgd",
-    "learning_rate": 0.1,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-}
+WORLD, STEPS = 2, 4
 
 
 class Case(NamedTuple):
@@ -83,35 +74,18 @@ class Outcome(NamedTuple):
     evaluated: float  # eval_loss of the Trainer, after training
 
 
-class Rows(Dataset[dict[str, Tensor]]):
-    """Random tokens, and as labels the same, with some of them ignored where `unequal`."""
-
-    def __init__(self, unequal: bool) -> None:
-        g = torch.Generator().manual_seed(0)
-        self.inputs = torch.randint(V, (ROWS, SEQ), generator=g)
-        kept = torch.randint(2, SEQ + 1, (ROWS,), generator=g) if unequal else torch.full((ROWS,), SEQ)
-        self.labels = torch.where(torch.arange(SEQ) < kept[:, None], self.inputs, IGNORED)
-
-    def __len__(self) -> int:
-        return ROWS
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.inputs[index], "labels": self.labels[index]}
-
-
 def trained(case: Case, batch: int, accumulate: int, grouped: bool, folder: Path) -> Outcome:
     """What a Trainer makes of a model; with plain gradient descent, where the gradient's size shows."""
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch,
-        gradient_accumulation_steps=accumulate,
-        average_tokens_across_devices=case.average,
-        ddp_find_unused_parameters=False,
-        ddp_backend="gloo" if dist.is_initialized() else None,
+    arguments = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        "gradient_accumulation_steps": accumulate,
+        "average_tokens_across_devices": case.average,
+        "ddp_find_unused_parameters": False,
+        "ddp_backend": "gloo" if dist.is_initialized() else None,
         **DESCENT,
-    )
+    }
     model = tiny()
     start = weights_of(model)
     criterion = case.criterion(grouped)
@@ -120,58 +94,28 @@ def trained(case: Case, batch: int, accumulate: int, grouped: bool, folder: Path
         patch(model, LinearNVAMPLoss(**(case.weights or {}), process_group=group))
     elif case.path == "loss_function" and criterion:
         model.loss_function = loss_function(criterion)
-    trainer = transformers.Trainer(
+    by_trainer = criterion if case.path == "compute_loss_func" else None
+    trainer = trainer_of(
         model,
+        Rows(case.unequal),
+        folder,
         arguments,
-        train_dataset=Rows(case.unequal),
         eval_dataset=Rows(case.unequal),
-        compute_loss_func=compute_loss_func(criterion)
-        if criterion and case.path == "compute_loss_func"
-        else None,
+        compute_loss_func=by_trainer and compute_loss_func(by_trainer),
     )
-    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     # Not before: the Trainer of transformers 5.23 then trains without DDP, each rank a model of its own.
     evaluated = trainer.evaluate()["eval_loss"]
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return Outcome(weights_of(model) - start, torch.tensor(logged), evaluated)
+    return Outcome(weights_of(model) - start, logged_losses(trainer), evaluated)
 
 
-def tiny() -> Any:
-    transformers.set_seed(1)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=V,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=SEQ,
-        )
-    )
-
-
-def weights_of(model: Any) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-
-
-def rank_of_all(rank: int, folder: Path) -> None:
-    """Every case, on one of the ranks."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # not used: they meet at a file
+def every_case(rank: int, world: int, folder: Path) -> dict[str, Outcome]:
+    """What one of the ranks does."""
     quiet()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    try:
-        outcomes = {
-            name: trained(case, 2, case.accumulate, case.grouped, folder)._asdict()
-            for name, case in CASES.items()
-        }
-        torch.save(outcomes, folder / f"{rank}.pt")
-        without_a_number_nothing_is_divided()
-        a_sharded_model_has_the_gradient_of_the_whole_batch()
-    finally:
-        dist.destroy_process_group()
+    outcomes = {name: trained(case, 2, case.accumulate, case.grouped, folder) for name, case in CASES.items()}
+    without_a_number_nothing_is_divided()
+    a_sharded_model_has_the_gradient_of_the_whole_batch()
+    return outcomes
 
 
 def without_a_number_nothing_is_divided() -> None:
@@ -209,12 +153,10 @@ def a_sharded_model_has_the_gradient_of_the_whole_batch() -> None:
 
 
 @pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome]]:
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome]]:
     """The outcomes of all cases on each rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(rank_of_all, (folder,), nprocs=WORLD)  # type: ignore[no-untyped-call]
-    saved = [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
-    return [{name: Outcome(**fields) for name, fields in outcomes.items()} for outcomes in saved]
+    return on_ranks(partial(every_case, folder=folder), WORLD, folder)
 
 
 def in_one_process(name: str, folder: Path, accumulate: int | None = None) -> Outcome:
@@ -223,10 +165,6 @@ def in_one_process(name: str, folder: Path, accumulate: int | None = None) -> Ou
     batch = 2 * WORLD * case.accumulate // (accumulate or case.accumulate)
     quiet()
     return trained(case, batch, accumulate or case.accumulate, False, folder)
-
-
-def assert_same(a: Tensor, b: Tensor) -> None:
-    assert float((a - b).norm() / b.norm()) <= 1e-5
 
 
 def assert_same_outcome(a: Outcome, b: Outcome) -> None:
@@ -239,34 +177,34 @@ def assert_same_outcome(a: Outcome, b: Outcome) -> None:
 @pytest.mark.parametrize(
     "name", [*(name for name in CASES if name.startswith("nvamp")), "cross-entropy", "trainer"]
 )
-def test_two_ranks_are_one_process(name: str, on_ranks: list[dict[str, Outcome]], tmp_path: Path) -> None:
+def test_two_ranks_are_one_process(name: str, of_ranks: list[dict[str, Outcome]], tmp_path: Path) -> None:
     expected = in_one_process(name, tmp_path)
-    for outcomes in on_ranks:
+    for outcomes in of_ranks:
         assert_same_outcome(outcomes[name], expected)
 
 
 @pytest.mark.parametrize("name", ["nvamp, patched", "nvamp, patched, accumulated", "nvamp, as loss_function"])
-def test_every_path_trains_the_same(name: str, on_ranks: list[dict[str, Outcome]]) -> None:
-    outcomes = on_ranks[0]
+def test_every_path_trains_the_same(name: str, of_ranks: list[dict[str, Outcome]]) -> None:
+    outcomes = of_ranks[0]
     assert_same_outcome(outcomes[name], outcomes["nvamp, accumulated" if "accumulated" in name else "nvamp"])
 
 
-def test_micro_batches_of_two_ranks_add_up(on_ranks: list[dict[str, Outcome]], tmp_path: Path) -> None:
+def test_micro_batches_of_two_ranks_add_up(of_ranks: list[dict[str, Outcome]], tmp_path: Path) -> None:
     name = "grouped cross-entropy, accumulated"
-    whole, parts = in_one_process(name, tmp_path, accumulate=1), on_ranks[0][name]
+    whole, parts = in_one_process(name, tmp_path, accumulate=1), of_ranks[0][name]
     assert_same(parts.moved, whole.moved)
     assert_same(parts.logged, whole.logged)
 
 
 @pytest.mark.parametrize("how", ["", ", own numbers", ", accumulated", ", accumulated, own numbers"])
-def test_without_a_group_it_is_the_trainers_own(how: str, on_ranks: list[dict[str, Outcome]]) -> None:
-    assert_same_outcome(on_ranks[0]["cross-entropy" + how], on_ranks[0]["trainer" + how])
+def test_without_a_group_it_is_the_trainers_own(how: str, of_ranks: list[dict[str, Outcome]]) -> None:
+    assert_same_outcome(of_ranks[0]["cross-entropy" + how], of_ranks[0]["trainer" + how])
 
 
-def test_own_numbers_weigh_ranks_as_the_trainer_does(on_ranks: list[dict[str, Outcome]]) -> None:
+def test_own_numbers_weigh_ranks_as_the_trainer_does(of_ranks: list[dict[str, Outcome]]) -> None:
     ours, trainers = (
-        on_ranks[0][name].moved for name in ("grouped cross-entropy, own numbers", "trainer, own numbers")
+        of_ranks[0][name].moved for name in ("grouped cross-entropy, own numbers", "trainer, own numbers")
     )
     assert_same(ours, trainers)
-    shared = on_ranks[0]["trainer"].moved
+    shared = of_ranks[0]["trainer"].moved
     assert float((trainers - shared).norm() / shared.norm()) > 0.1  # it is another gradient

@@ -15,7 +15,7 @@ from nvamp import NVAMPLoss, TokenNVAMPLoss
 from nvamp.integrations.stats import log_stats
 from nvamp.integrations.transformers import compute_loss_func
 from nvamp.integrations.trl import SFTTrainer
-from tests.integrations.test_transformers_ranks import (
+from tests.integrations.tiny import (
     CROSS_ENTROPY,
     DESCENT,
     IGNORED,

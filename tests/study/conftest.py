@@ -1,5 +1,9 @@
+import os
 import random
-from collections.abc import Iterator
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +11,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nvamp.study.compare import Settings, compare
 from nvamp.study.corpus import Corpus, build_corpus, train_tokenizer
-from nvamp.study.training import quiet
+from nvamp.study.metrics import METRICS
+from nvamp.study.models import quiet
+from nvamp.study.training import Progress
 
 
 def words(seed: int, count: int) -> str:
@@ -20,6 +27,19 @@ def words(seed: int, count: int) -> str:
         index = (index + 1 if rng.random() < 0.8 else rng.randrange(10)) % 10
         out.append(vocabulary[index])
     return " ".join(out)
+
+
+def started(command: Sequence[str]) -> subprocess.Popen[str]:
+    """A process on one thread that can be interrupted, its output to be read."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Tests that run in the background of a shell were told to ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +97,63 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 @pytest.fixture(scope="session")
 def corpus(documents: list[str], tokenizer: Any) -> Corpus:
     return build_corpus(documents, "words", 16, tokenizer)
+
+
+HELD_OUT = [metric.key for metric in METRICS if metric.key not in ("tokens_per_second", "loss_share")]
+
+
+class Silent:
+    """A display that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.kept = -1
+        self.trained: list[tuple[str, int]] = []
+
+    def prepared(self, corpus: Any, runs: int, kept: int) -> None:
+        self.kept = kept
+
+    def run(self, loss: str, seed: int) -> Progress:
+        return lambda step, value: None
+
+    def finished(self, record: dict[str, Any]) -> None:
+        self.trained.append((record["loss"], record["seed"]))
+
+    def waiting(self) -> None:
+        pass
+
+
+@pytest.fixture
+def settings(text_dir: Path, model_dir: Path) -> Settings:
+    return Settings(("ce", "dft"), 2, 6, 8, lr=1e-2, noise=0.1, model=str(model_dir), text=(str(text_dir),))
+
+
+@pytest.fixture
+def one(settings: Settings) -> Settings:
+    """Settings of a study of a single run."""
+    return replace(settings, losses=("ce",), seeds=1)
+
+
+def study(settings: Settings, out: Path, **options: Any) -> tuple[dict[str, Any], Silent]:
+    display = Silent()
+    results = compare(settings, out, "nvamp compare", display, **options)
+    assert results is not None
+    return results, display
+
+
+def without_times(results: dict[str, Any]) -> dict[str, Any]:
+    """All results but those that differ from run to run."""
+    losses = [
+        {
+            **loss,
+            **{
+                kind: {key: loss[kind].get(key) for key in HELD_OUT}
+                for kind in ("metrics", "differences", "verdicts")
+            },
+        }
+        for loss in results["losses"]
+    ]
+    runs = [
+        {**run, "seconds": None, "metrics": {key: run["metrics"][key] for key in HELD_OUT}}
+        for run in results["runs"]
+    ]
+    return {**results, "created": None, "settings": None, "losses": losses, "runs": runs}

@@ -43,7 +43,7 @@ class NVAMP(Objective):
         beta: weight of the cross-entropy.
         gamma: weight of the penalty.
         eps: added to the variance, in nats².
-        tail: share of the valid tokens that the penalty is the mean of; 0, as published, for the largest alone.
+        tail: share of the valid tokens whose mean loss is penalized; 0, as published, for the largest alone.
         gradient: one of the modes above.
 
     Raises:
@@ -64,34 +64,41 @@ class NVAMP(Objective):
     gradient: Gradient = option("scalar", one_of(*GRADIENTS))
 
     def few_weights(self, tokens: int) -> int | None:
-        if self.gradient == "detached" or (self.gradient == "scalar" and not self.gamma):
-            return 0
-        return most_tokens_of(self.tail, tokens) if self.gradient == "scalar" else None
+        if self.mode == "detached" or not self.gamma:
+            return 0 if self.mode in ("scalar", "detached") else None
+        return most_tokens_of(self.tail, tokens) if self.mode == "scalar" else None
 
     def evaluate(self, batch: Batch) -> Result:
         s = statistics(batch, self.eps, self.moments)
+        # Without alpha there are no moments yet, on one rank; nobody may want them.
+        found = (lambda: s) if self.alpha else lambda: statistics(batch, self.eps)
         # L = α·d·C + β·C + γ·X·(N/M)
         loss = (self.alpha * s.dispersion + self.beta) * s.cross_entropy
         penalty = None
         if self.gamma:
             largest, penalty = self._penalty(batch, s)
             loss = loss + self.gamma * largest * s.share
-        if self.gradient == "detached":
-            return Result(loss, self.alpha * s.dispersion / s.num_items, statistics=lambda: s)
-        if self.gradient == "scalar" or not self.alpha:
+        if self.mode == "detached":
+            return Result(loss, self.alpha * s.dispersion / s.num_items, statistics=found)
+        if self.mode == "scalar":
             shared = (self.alpha * s.dispersion + self.beta) / s.num_items
-            return Result(loss, shared, penalty, statistics=lambda: s)
-        per_token = self._token(batch, s) if self.gradient == "token" else self._full(batch, s)
+            return Result(loss, shared, penalty, statistics=found)
+        per_token = self._token(batch, s) if self.mode == "token" else self._full(batch, s)
         if penalty is not None:
             per_token = per_token + penalty
-        return Result(loss, None, per_token, statistics=lambda: s)
+        return Result(loss, None, per_token, statistics=found)
+
+    @property
+    def mode(self) -> Gradient:
+        """The gradient mode; without alpha all but "detached" are the same."""
+        return self.gradient if self.alpha or self.gradient == "detached" else "scalar"
 
     @property
     def moments(self) -> int:
         """How many moments of `Statistics` value and weights need."""
         if not self.alpha:
             return 0
-        return 3 if self.gradient == "full" else 2
+        return 3 if self.mode == "full" else 2
 
     def _penalty(self, batch: Batch, s: Statistics) -> tuple[Tensor, Tensor]:
         """X, and γ·(N/M)·[i in T]/k [tokens]."""

@@ -1,5 +1,5 @@
-"""What `nvamp compare` does: the same model from the same seeds under several losses, and what came of it."""
+"""What `nvamp compare` and `nvamp inspect` do: train a model under several losses, and look at its tokens."""
 
 
 class StudyError(Exception):
-    """A mistake in what the user asked for. The message is one line, fit for the terminal."""
+    """A mistake in what the user asked for. The message is one line that the terminal can show."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from nvamp.study import StudyError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file or directory to, which takes the place of `path` once it is complete.
+    """Yield a temporary path for a file or directory, which replaces `path` once it is complete.
 
     Raises:
-        StudyError: it cannot be written; what was at `path` is still there.
+        StudyError: it cannot be written; anything that was at `path` is still there.
     """
     temporary = path.with_name(path.name + ".part")
     try:
@@ -29,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a directory, where there is one."""
+    """Remove a file, a link or a directory, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from nvamp.study.corpus import CLASSES
 
-TAIL = 0.05  # the share of worst tokens that CVaR averages
+TAIL = 0.05  # the share of tokens, the worst ones, that CVaR averages
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a run: what to call it, its unit ("" for none), its decimals, and which way is better."""
+    """A number of a run: its label, its unit ("" for none), its decimals, and which direction is better."""
 
     key: str
     label: str
@@ -24,7 +24,7 @@ class Metric:
     lower_is_better: bool = True
 
     def shown(self, estimate: Mapping[str, Any] | None, sign: str = "") -> str:
-        """An `Estimate`, as JSON has it, in the words of a table."""
+        """Format an `Estimate`, given as JSON, for a table."""
         if estimate is None:
             return "–"
         mean = f"{estimate['mean']:{sign},.{self.decimals}f}".replace("-", "−")
@@ -78,11 +78,11 @@ def held_out_metrics(
     Args:
         nll: token losses in nats, [tokens].
         correct: [tokens] bool.
-        classes: the index in `CLASSES` of each label, [tokens].
+        classes: the index into `CLASSES` of each label, [tokens].
 
     Returns:
-        By the keys of `METRICS`; `None` for what has no value: all of them where a loss is not finite, a
-        class without tokens, a perplexity beyond floats. Accuracy is in percent.
+        The metrics by the keys of `METRICS`. A metric without a value is `None`: all of them if a loss is
+        not finite, a class without tokens, a perplexity that overflows. Accuracy is in percent.
     """
     nll = nll.astype(np.float64)
     if not np.isfinite(nll).all():
@@ -101,13 +101,13 @@ def held_out_metrics(
 
 
 def cvar(nll: NDArray[Any]) -> float:
-    """The mean of the `TAIL` largest losses, rounded up to whole tokens."""
+    """The mean of the largest losses, a share `TAIL` of them, rounded up to whole tokens."""
     worst = ceil(round(TAIL * nll.size, 9))
     return float(np.sort(nll)[-worst:].mean())
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:
-    """Mean and interval over seeds; `None` where any seed has no value: to drop it would flatter the loss."""
+    """Mean and interval over seeds; `None` if any seed has no value: dropping it would flatter the loss."""
     finite = [value for value in values if value is not None and isfinite(value)]
     if not finite or len(finite) < len(values):
         return None
@@ -122,7 +122,7 @@ def difference(values: Sequence[float | None], baseline: Sequence[float | None])
 
 
 def verdict(difference: Estimate | None, lower_is_better: bool) -> str:
-    """In a word, what a paired difference says."""
+    """What a paired difference says, in a few words."""
     if difference is None:
         return "no value"
     if difference.half_width is None:
@@ -133,10 +133,10 @@ def verdict(difference: Estimate | None, lower_is_better: bool) -> str:
 
 
 def _half_width(values: Sequence[float], mean: float) -> float | None:
-    """Of the 95% interval of the mean, by Student's t."""
+    """Half the width of the 95% interval of the mean, by Student's t; `None` for a single value."""
     n = len(values)
     if n < 2:
         return None
-    # Beyond the table its last quantile serves: an interval a little too wide, never too narrow.
+    # Beyond the table, its last quantile makes the interval a little too wide, never too narrow.
     t = _T[min(n - 1, len(_T)) - 1]
     return t * sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)

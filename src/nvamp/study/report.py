@@ -1,4 +1,4 @@
-"""The report of a study: one page that needs nothing but itself."""
+"""The report of a study: one self-contained page."""
 
 import re
 from collections.abc import Iterator
@@ -14,12 +14,13 @@ from matplotlib.figure import Figure
 from nvamp.study.corpus import CLASSES
 from nvamp.study.files import replacing
 from nvamp.study.metrics import METRICS
+from nvamp.study.store import Json
 
-# Okabe and Ito's palette, told apart by the colour-blind; dashes tell the losses apart without colour.
+# Okabe and Ito's palette, which the colour-blind can distinguish; dashes distinguish losses without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 
-# Colours that stand for those of the page, which has two: light and dark.
+# Placeholders for the colours of the page, which has a light and a dark scheme.
 _TEXT, _RULE = "#010203", "#040506"
 _STYLE = {
     "svg.fonttype": "none",
@@ -39,11 +40,13 @@ _STYLE = {
     "lines.linewidth": 1.8,
 }
 
-Json = dict[str, Any]
-
 
 def write_report(results: Json, path: Path) -> Path:
-    """Write the page of `results`, as `compare` returns them, to `path`; a `StudyError` where that fails."""
+    """Write the page of `results`, as `compare` returns them, to `path`.
+
+    Raises:
+        StudyError: it cannot be written.
+    """
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -66,7 +69,7 @@ def write_report(results: Json, path: Path) -> Path:
 
 
 def _emphasized(sentence: str) -> Markup:
-    """A sentence of the results with its verdicts marked."""
+    """A sentence of the results, its verdicts in bold."""
     verdicts = r": (better|worse)\b"
     return Markup(re.sub(verdicts, r': <strong class="\1">\1</strong>', str(escape(sentence))))
 
@@ -87,7 +90,7 @@ def curves(results: Json) -> Markup:
 
 
 def classes(results: Json) -> Markup:
-    """Cross-entropy of frequent, mid and rare tokens; and the paired difference to the baseline."""
+    """Cross-entropy of frequent, mid and rare tokens, and its paired difference to the baseline's."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(6, 3.7), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -142,7 +145,7 @@ def _figure() -> tuple[Any, Any]:
 
 
 def _bars(axes: Any, losses: Any, kind: str) -> None:
-    """One bar for each class and loss, with its interval; `kind` is "metrics" or "differences"."""
+    """Draw one bar for each class and loss, with its interval; `kind` is "metrics" or "differences"."""
     losses = list(losses)
     width = 0.8 / max(len(losses), 1)
     for index, (loss, colour, _) in enumerate(losses):
@@ -168,6 +171,6 @@ def _svg(figure: Any, name: str) -> Markup:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)  # HTML knows them
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)  # implied in HTML
     svg = svg.replace('id="', f'id="{name}-').replace('"#', f'"#{name}-').replace("url(#", f"url(#{name}-")
     return Markup(svg.replace(_TEXT, "currentColor").replace(_RULE, "var(--rule)"))

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,12 +12,13 @@ from rich.table import Table
 from nvamp.study import training
 from nvamp.study.corpus import Corpus
 from nvamp.study.metrics import METRICS
+from nvamp.study.store import Json
 
 _STYLES = {"better": "green", "worse": "red"}
 
 
 class Terminal:
-    """Shows a study's progress: the bar counts optimizer steps over all runs that are still to do."""
+    """Shows a study's progress: the bar counts the optimizer steps of all runs that are left to train."""
 
     def __init__(self, console: Console, steps: int) -> None:
         self._steps = steps
@@ -35,7 +35,7 @@ class Terminal:
             speed_estimate_period=120,
         )
         self._task = self._progress.add_task("reading the text", total=None, loss="")
-        self._done = 0  # runs of this session
+        self._done = 0  # runs finished in this session
 
     def __enter__(self) -> "Terminal":
         self._progress.start()
@@ -54,7 +54,7 @@ class Terminal:
             f"{corpus.held_out[:, 1:].numel():,} held out; {len(corpus.tokenizer):,} token types"
         )
         if kept:
-            self._print(f"{kept} of {runs} runs are finished already and kept")
+            self._print(f"{kept} of {runs} runs are already finished")
 
     def run(self, loss: str, seed: int) -> training.Progress:
         """See `nvamp.study.compare.Display`."""
@@ -66,7 +66,7 @@ class Terminal:
 
         return advance
 
-    def finished(self, record: dict[str, Any]) -> None:
+    def finished(self, record: Json) -> None:
         """See `nvamp.study.compare.Display`."""
         self._done += 1
         self._progress.update(self._task, completed=self._done * self._steps)
@@ -84,7 +84,7 @@ class Terminal:
 
 @contextmanager
 def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that `(done, of)` moves."""
+    """A progress bar, which the function `(done, of)` moves."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -98,8 +98,8 @@ def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]
         yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
-def show_results(console: Console, results: dict[str, Any]) -> None:
-    """The table and what it says."""
+def show_results(console: Console, results: Json) -> None:
+    """Print the table of metrics, and what it says about each loss."""
     seeds = results["settings"]["seeds"]
     over = f"mean ± 95% interval over {seeds} seeds" if seeds > 1 else "one seed"
     table = Table(title=f"Held-out text, {over}", title_justify="left")

@@ -1,13 +1,8 @@
-"""One run: a model trained with one loss from one seed by the `Trainer`, and its held-out token losses."""
+"""One run: the `Trainer` trains a model with one loss from one seed; held-out text gives its token losses."""
 
-import hashlib
-import logging
-import os
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any, cast
@@ -18,30 +13,30 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from nvamp.functional import token_nll
 from nvamp.integrations.transformers import LossFunction, compute_loss_func, logits_of
-from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus, spread
 from nvamp.study.losses import Loss, shifted
+from nvamp.study.models import build_model, quiet
 
-CURVE_POINTS = 10  # evaluations during a run, beside the one before it
-CURVE_TOKENS = 4096  # each on this much of the held-out text
+CURVE_POINTS = 10  # evaluations during a run, in addition to one before it
+CURVE_TOKENS = 4096  # held-out tokens in each of these evaluations
 
-# (steps done of this run, value of its loss)
+# (optimizer steps done, value of the loss)
 Progress = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained, whatever the loss.
+    """How a model is trained; the same for every loss.
 
     Attributes:
-        noise: share of the training labels replaced by random tokens.
-        model: a directory or hub id; the built-in model where it is `None`.
-        bf16: forward and backward under bfloat16 autocast, evaluation too; weights and losses stay float32.
-        scale: the built-in model's width, heads and layers are so many times the usual.
+        noise: share of the training labels that are replaced by random tokens.
+        model: a directory or hub id; `None` for the built-in model.
+        bf16: run forward, backward and evaluation under bfloat16 autocast; weights and losses stay float32.
+        scale: factor on the built-in model's width, heads and layers.
     """
 
     steps: int
@@ -55,7 +50,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a run.
+    """The outcome of a run.
 
     Attributes:
         model: the trained model.
@@ -63,10 +58,10 @@ class Run:
         correct: whether the likeliest token is the label, [tokens] bool.
         labels: the held-out labels, [tokens] int64.
         curve: (step, plain cross-entropy in nats on a slice of the held-out text).
-        steps: optimizer steps done; fewer than asked for where the run diverged.
-        tokens_per_second: of the median step.
-        loss_share: of the time of a step, in the loss and its gradient; the median.
-        seconds: of training, evaluations included.
+        steps: optimizer steps done; fewer than requested if the run diverged.
+        tokens_per_second: throughput of the median step.
+        loss_share: share of a step's time spent in the loss and its gradient; the median over steps.
+        seconds: training time, evaluations included.
     """
 
     model: Any
@@ -85,9 +80,10 @@ class Run:
 
 
 class LabelledBlocks(Dataset[dict[str, Tensor]]):
-    """Blocks [blocks, sequence] as inputs, and as labels with a share replaced by uniformly random tokens.
+    """Blocks [blocks, sequence] as inputs and as labels; random tokens replace some of the labels.
 
-    `noise` is the probability of that: one for all, or a tensor of one for each token [blocks, sequence].
+    `noise` is the probability that a label is replaced: one number, or a tensor [blocks, sequence]. The new
+    token is uniform over the vocabulary.
     """
 
     def __init__(self, blocks: Tensor, vocabulary: int, noise: float | Tensor, seed: int) -> None:
@@ -105,7 +101,7 @@ class LabelledBlocks(Dataset[dict[str, Tensor]]):
 
 
 class Clock:
-    """Marks points in time, on the device's own timeline: nothing waits for the device until `seconds`."""
+    """Marks points in time on the device's own timeline, and waits for the device only in `seconds`."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -125,12 +121,12 @@ class Clock:
 
 
 class TimedLoss:
-    """A loss function that notes when it and its gradient begin and end.
+    """A loss function that records when it and its gradient begin and end.
 
     Attributes:
         forward: (begin, end) of each call.
-        backward: (begin, end) of each gradient: from the loss's being there to the logits' being there.
-        last: the last value, on its device.
+        backward: (begin, end) of each gradient: from the gradient of the loss to the gradient of the logits.
+        last: the latest value, on its device.
     """
 
     def __init__(self, function: LossFunction, clock: Clock) -> None:
@@ -156,12 +152,12 @@ class TimedLoss:
 
 
 def _on_gradient(tensor: Tensor, action: Callable[[], None]) -> None:
-    """Call `action` in the backward pass, once the gradient of `tensor` is there."""
+    """Call `action` in the backward pass as soon as the gradient of `tensor` is computed."""
     tensor.register_hook(lambda _: action())  # type: ignore[no-untyped-call]
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Follows a run: its steps' times, its curve, its progress, and whether it diverged."""
+    """Follows a run: times its steps, draws its curve, shows its progress, and stops it if it diverges."""
 
     def __init__(
         self, loss: TimedLoss, clock: Clock, steps: int, held_out: Tensor, progress: Progress
@@ -170,7 +166,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped 
         self._clock = clock
         self._held_out = held_out
         self._progress = progress
-        self._look_every = max(1, steps // 100)  # reading the loss waits for the device
+        self._look_every = max(1, steps // 100)  # because reading the loss waits for the device
         self._evaluate_at = {round(steps * i / CURVE_POINTS) for i in range(CURVE_POINTS + 1)}
         self._begin: Any = None
         self.steps: list[tuple[Any, Any]] = []
@@ -197,7 +193,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped 
             self.curve.append((step, nll.mean(dtype=np.float64).item()))
 
     def times(self) -> tuple[float, float]:
-        """Of the median step: its seconds, and the share of it spent in the loss and its gradient."""
+        """Medians over the steps: the seconds of a step, and the share spent in the loss and its gradient."""
         seconds = [self._clock.seconds(*span) for span in self.steps]
         shares = [
             (self._clock.seconds(*forward) + self._clock.seconds(*backward)) / step
@@ -215,11 +211,11 @@ def train(
     noise: Tensor | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
-    """Train a fresh model with `loss`; everything else follows from `seed` and `recipe` alone.
+    """Train a fresh model with `loss`; `seed` and `recipe` alone determine everything else.
 
     Args:
-        noise: instead of the recipe's, the probability of each label to be replaced, [blocks, sequence].
-        callbacks: of the `Trainer`, to watch the run.
+        noise: the probability that each label is replaced, [blocks, sequence]; the recipe's if `None`.
+        callbacks: further callbacks for the `Trainer`, to watch the run.
     """
     quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -259,7 +255,7 @@ def train(
 
 
 def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch: str) -> Any:
-    """`TrainingArguments`: AdamW, float32 weights, a tenth of warm-up, then a cosine; clipping at 1."""
+    """`TrainingArguments`: AdamW on float32 weights, 10% warm-up, then a cosine; clipping at norm 1."""
     return transformers.TrainingArguments(
         output_dir=scratch,
         max_steps=recipe.steps,
@@ -269,12 +265,12 @@ def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch:
         warmup_steps=recipe.steps // 10,
         max_grad_norm=1.0,
         seed=seed,
-        dataloader_drop_last=True,  # every step the same number of tokens
+        dataloader_drop_last=True,  # every step has the same number of tokens
         dataloader_pin_memory=device.type == "cuda",
         use_cpu=device.type == "cpu",
         bf16=recipe.bf16,
         logging_strategy="no",
-        logging_nan_inf_filter=False,  # it waits for the device at every step
+        logging_nan_inf_filter=False,  # it would wait for the device at every step
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -283,7 +279,11 @@ def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch:
 
 @torch.no_grad()
 def held_out_nll(model: Any, blocks: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Losses (nats) of the tokens of `blocks` [blocks, sequence] but the first of each, and the hits."""
+    """The losses of the tokens of `blocks` [blocks, sequence], except the first token of each block.
+
+    Returns:
+        The losses in nats, [tokens] float32; and whether the likeliest token was right, [tokens] bool.
+    """
     model.eval()
     device = next(model.parameters()).device
     losses: list[Tensor] = []
@@ -294,82 +294,3 @@ def held_out_nll(model: Any, blocks: Tensor) -> tuple[NDArray[np.float32], NDArr
         losses.append(nll[:, :-1].reshape(-1).float().cpu())
         hits.append(metrics.correct[:, :-1].reshape(-1).cpu())
     return torch.cat(losses).numpy(), torch.cat(hits).numpy()
-
-
-def build_model(name: str | None, corpus: Corpus, scale: int = 1) -> Any:
-    """A pretrained model in float32; without a name a fresh Llama, at scale 1 of two million parameters."""
-    if name is not None:
-        return load_model(name)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(corpus.tokenizer),
-            hidden_size=224 * scale,
-            intermediate_size=608 * scale,
-            num_hidden_layers=2 * scale,
-            num_attention_heads=4 * scale,
-            max_position_embeddings=corpus.train.shape[1],
-            bos_token_id=None,
-            eos_token_id=corpus.tokenizer.eos_token_id,
-            pad_token_id=None,
-        )
-    )
-
-
-def load_model(name: str) -> Any:
-    """A pretrained model in float32."""
-    return _load(AutoModelForCausalLM, name, dtype=torch.float32)
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a pretrained model."""
-    return _load(AutoTokenizer, name)
-
-
-def max_positions(name: str) -> int | None:
-    """The longest sequence a pretrained model takes, where its configuration says."""
-    return positions(_load(transformers.AutoConfig, name))
-
-
-def model_fingerprint(name: str) -> str:
-    """The same for the same configuration and weights: the hub's commit, or a hash of a directory's files."""
-    directory = Path(name)
-    if not directory.is_dir():
-        return str(_load(transformers.AutoConfig, name)._commit_hash)
-    digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        known = path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json")
-        if known and path.is_file():
-            digest.update(f"{path.name} {path.stat().st_size} ".encode())
-            with path.open("rb") as file:
-                while part := file.read(2**22):
-                    digest.update(part)
-    return digest.hexdigest()[:16]
-
-
-def positions(config: Any) -> int | None:
-    """The longest sequence that a model of this configuration takes, where it says."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def _load(kind: Any, name: str, **kwargs: Any) -> Any:
-    quiet()
-    if not name:
-        raise StudyError("--model: expected a directory or hub id, got an empty name")
-    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1  # no id of a hub is
-    if is_path and not Path(name).is_dir():
-        raise StudyError(f"--model {name}: no such directory")
-    try:
-        # Code that comes with a model is not run; where this is left open, the user is asked on the terminal.
-        return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except Exception as error:  # what a hub or a model's files raise is any library's any error
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        nor = "" if os.path.exists(name) else " (no such directory here either)"
-        raise StudyError(f"--model {name}: {reason}{nor}") from error
-
-
-def quiet() -> None:
-    """Silence what the libraries below print: this study has its own progress bar."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch\.utils\.data)")

@@ -1,9 +1,10 @@
 """Draws examples for every property test of the engine and the losses until time is up.
 
-    python -m tests.fuzz [--seconds 3600] [--seed SEED]
+    python -m tools.fuzz [--seconds 3600] [--seed SEED]
 
-In rounds, each with a seed of its own, one more than that of the round before; prints it, and how many examples
-held. Ends at the first failure with exit code 1: `--seed` with the seed of that round finds it again.
+It works in rounds. Each has its own seed, one more than the last, and ends with a line that gives the seed
+and the number of examples that held. The first failure ends the run with exit code 1; `--seed` with the seed
+of that round reproduces it.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def main() -> int:
         )
         spent = time.monotonic() - started
         if code:
-            print(f"fuzz: failed after {count.total} examples; again: python -m tests.fuzz --seed {seed}")
+            print(f"fuzz: failed after {count.total} examples; again: python -m tools.fuzz --seed {seed}")
             return 1
         print(f"fuzz: seed {seed} done, {count.total} examples in {spent:.0f} s", flush=True)
         if spent > arguments.seconds:

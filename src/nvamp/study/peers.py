@@ -1,7 +1,7 @@
-"""The ranks of `torchrun`: they share the runs of a study, and each trains its own by itself.
+"""The ranks of `torchrun`: they share the runs of a study, and each trains its own independently.
 
-There is no process group. The ranks meet at the store that `torchrun` keeps for them: the first one tells the
-others what there is to do, and no more than one tells the user what went wrong.
+There is no process group. The ranks communicate through the store that `torchrun` keeps for them: the first
+rank says which runs to train, and only one rank reports an error.
 """
 
 import json
@@ -15,20 +15,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-POLL = 0.1  # seconds; blocking calls of the store would hold back signals
+POLL = 0.1  # seconds; a blocking call of the store would delay signals
 
-# All of these are set by `torchrun`; other launchers and old shells may leave some of them.
+# `torchrun` sets all of these; other launchers and old shells may leave some of them.
 _MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# By these the libraries below would take several runs for one of several processes.
+# These would make the libraries below believe that the ranks train one model together.
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 
 
 @dataclass(frozen=True)
 class Peers:
-    """Which of how many processes this one is.
+    """The rank of this process, and the number of processes.
 
     Attributes:
-        store: where they meet, a `torch.distributed.Store`; `None` for a process on its own.
+        store: the `torch.distributed.Store` that they share; `None` for a process on its own.
     """
 
     rank: int = 0
@@ -36,7 +36,7 @@ class Peers:
     store: Any = None
 
     def of_first(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on the first rank, where alone it is called; JSON. The others wait for it."""
+        """Call `make` on the first rank only, and return its result (JSON) on every rank."""
         if self.store is None:
             return make()
         if self.rank == 0:
@@ -46,26 +46,26 @@ class Peers:
         return json.loads(self.store.get("first"))
 
     def first_to_fail(self) -> bool:
-        """Whether no other rank has called this before: what ends the study is told once."""
+        """Whether no other rank has called this before; only that rank reports the error."""
         if self.store is None:
             return True
         try:
             return bool(self.store.add("failed", 1) == 1)
-        except RuntimeError:  # the store has gone with the process that kept it
+        except RuntimeError:  # the process that kept the store has ended
             return self.rank == 0
 
 
 def join() -> Peers:
     """Join the other ranks, and hide them from the libraries below.
 
-    On GPUs a process sees one device, its own: call this before CUDA is initialized.
+    Afterwards each process sees one GPU, its own: call this before CUDA is initialized.
     """
     if not all(name in os.environ for name in _MEETING) or os.environ["WORLD_SIZE"] == "1":
         hide(os.environ)
         return Peers()
-    # mypy: both are public, and imported there without saying so.
+    # mypy: both are public, but not explicitly re-exported.
     store, rank, world = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-    # Where torchrun starts the ranks anew, the store still has what the last ones wrote.
+    # If torchrun restarts the ranks, the store still holds what the previous ones wrote.
     prefix = f"nvamp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
     hide(os.environ)
@@ -75,9 +75,9 @@ def join() -> Peers:
 
 
 def hide(environ: MutableMapping[str, str]) -> None:
-    """Make the environment that of a process on its own, with one GPU to see: the one of its local rank.
+    """Make the environment look like a single process's that sees one GPU, the one of its local rank.
 
-    Of a process without a rank it is the first: of several the `Trainer` would make larger batches.
+    A process without a rank sees the first GPU: if it saw several, the `Trainer` would enlarge the batches.
     """
     local = int(environ.get("LOCAL_RANK", "0"))
     visible = environ.get("CUDA_VISIBLE_DEVICES")
@@ -88,7 +88,7 @@ def hide(environ: MutableMapping[str, str]) -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """`torchrun` ends its ranks by either signal, and may send more while they clear up: one is enough."""
+    """Interrupt once: `torchrun` ends its ranks with either signal, and may send more while they clean up."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt

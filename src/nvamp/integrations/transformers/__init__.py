@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nvamp.integrations.model_loss import Criterion, ModelLoss, share
-from nvamp.integrations.patching import patch, unpatch
+from nvamp.integrations.transformers.model_loss import Criterion, ModelLoss, share
+from nvamp.integrations.transformers.patching import patch, unpatch
 
 __all__ = ["Criterion", "LossFunction", "compute_loss_func", "logits_of", "loss_function", "patch", "unpatch"]
 

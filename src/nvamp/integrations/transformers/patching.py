@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from nvamp.apply import TokenInputs
-from nvamp.integrations.deferred import DeferredLogits
-from nvamp.integrations.model_loss import ModelLoss
+from nvamp.integrations.transformers.deferred import DeferredLogits
+from nvamp.integrations.transformers.model_loss import ModelLoss
 from nvamp.losses import LinearLoss
 
 

@@ -1,4 +1,4 @@
-"""`nvamp inspect`: what it finds, against the model itself. The page: `test_inspect_page.py`."""
+"""The page of `nvamp inspect`: its data, and the files around it. In a browser: `test_browser.py`."""
 
 import base64
 import json
@@ -9,116 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from nvamp.study import StudyError, inspect
-from nvamp.study.inspect import (
-    ALTERNATIVES,
-    inspect_file,
-    inspect_text,
-    page_data,
-    spell,
-    tokenize,
-    typed_array,
-    windows,
-)
-from nvamp.study.training import load_model, load_tokenizer
+from nvamp.study import StudyError
+from nvamp.study.inspect import score
+from nvamp.study.inspect.page import inspect_file, page_data, typed_array
+from nvamp.study.inspect.score import inspect_text
+from nvamp.study.models import load_model, load_tokenizer
 from tests.study.conftest import words
-
-ODD = "a😀b é\r\n\tשלום\x00\x07\u202ex 日本</script>"
-
-
-@pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize("size", [2, 3, 7, 8, 64])
-@pytest.mark.parametrize("tokens", [2, 3, 7, 8, 9, 30, 100])
-def test_every_token_is_scored_once_with_half_a_window_before_it(tokens: int, size: int, first: int) -> None:
-    spans = list(windows(tokens, size, first))
-    assert [t for span in spans for t in range(span.scored, span.end)] == list(range(first, tokens))
-    assert {span.end - span.begin for span in spans} == {min(size, tokens)}
-    assert spans[0].begin == 0
-    assert all(span.scored - span.begin >= size / 2 for span in spans[1:])
-
-
-def direct(model: Any, context: list[int]) -> torch.Tensor:
-    """ln p of every token after `context`."""
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([context])).logits[0, -1].double().log_softmax(-1)
-
-
-def starting(tokenizer: Any) -> Any:
-    """The tokenizer, but it puts a token before every text."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    end = tokenizer.eos_token
-    backend.post_processor = processors.TemplateProcessing(
-        f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=end, eos_token=end)
-
-
-@pytest.mark.parametrize("start", [False, True])
-def test_scores_are_those_of_the_model(model_dir: Path, start: bool) -> None:
-    model, tokenizer = load_model(str(model_dir)), load_tokenizer(str(model_dir))
-    if start:
-        tokenizer = starting(tokenizer)
-    before = [tokenizer.eos_token_id] if start else []
-    seen: list[tuple[int, int]] = []
-    found = inspect_text(model, tokenizer, words(5, 60), lambda *now: seen.append(now))
-    ids = found.tokens.ids.tolist()
-    assert found.window == 16
-    assert len(ids) > 40  # several windows
-    assert seen[-1] == (len(list(windows(len(ids), 16 - start, 1 - start))),) * 2
-    assert len(found.scores.nll) == len(ids) - (not start)
-    for span in windows(len(ids), 16 - start, 1 - start):
-        for t in range(span.scored, span.end):
-            i = t - 1 + start
-            log_p = direct(model, before + ids[span.begin : t])
-            likeliest = log_p.topk(ALTERNATIVES)
-            assert found.scores.nll[i] == pytest.approx(-log_p[ids[t]].item(), rel=1e-5)
-            assert found.scores.alternatives[i].tolist() == likeliest.indices.tolist()
-            np.testing.assert_allclose(found.scores.alternative_nll[i], -likeliest.values, rtol=1e-5)
-    nll = found.scores.nll.astype(np.float64)
-    assert float(found.statistics.mean) == pytest.approx(nll.mean())
-    assert float(found.statistics.std) == pytest.approx(np.sqrt(nll.var() + 1e-6))
-    assert int(found.statistics.max_index) == nll.argmax()
-
-
-def test_tokens_cover_the_text_to_the_character(tokenizer: Any) -> None:
-    tokens = tokenize(tokenizer, ODD)
-    assert tokens.text == ODD
-    assert tokens.ends[-1] == len(ODD)
-    covered = [ODD[a:b] for a, b in zip([0, *tokens.ends], tokens.ends, strict=False)]
-    assert "".join(covered) == ODD
-    at = covered.index("😀")
-    assert covered[at : at + 5] == ["😀", "", "", "", "b"]  # it takes four tokens
-    spelled = spell(tokenizer, tokens.ids.tolist())
-    assert [spelled[index] for index in tokens.ids[at : at + 4]] == [r"\xf0", r"\x9f", r"\x98", r"\x80"]
-    ids = tokenizer.encode("loss mean")
-    assert [spell(tokenizer, ids)[index] for index in ids] == ["loss", " mean"]
-
-
-def test_text_that_no_token_covers_goes_with_the_next_one() -> None:
-    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokens = tokenize(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?"), "a  b\n")
-    assert tokens.ids.tolist() == [0, 1]
-    assert tokens.ends.tolist() == [1, 5]
-
-
-def test_a_leading_space_is_spelled() -> None:
-    backend = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "?": 2}, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
-    assert spell(tokenizer, [1, 9]) == {1: " b", 9: "[9]"}
-
-
-def test_a_tokenizer_without_offsets_spells_the_text() -> None:
-    tokenizer = ByT5Tokenizer()
-    assert not tokenizer.is_fast
-    tokens = tokenize(tokenizer, "ab cd")
-    assert tokens.text == "ab cd"
-    assert tokens.ends.tolist() == [1, 2, 3, 4, 5]
+from tests.study.inspect.test_score import ODD
 
 
 @pytest.mark.parametrize(
@@ -171,16 +69,16 @@ def test_texts_that_are_none(model_dir: Path, tmp_path: Path, monkeypatch: pytes
     for content, message in (
         (b"", "empty"),
         (b"ab\xff", "not UTF-8, see byte 2"),
-        (b"a", "1 tokens, expected at least 2: the first is not predicted"),
+        (b"a", "expected at least 2 tokens, got 1: the first one is not predicted"),
     ):
         (tmp_path / "text").write_bytes(content)
         assert error_of(model_dir, tmp_path / "text", out) == f"--text {tmp_path / 'text'}: {message}"
     missing = tmp_path / "missing"
     assert error_of(model_dir, missing, out) == f"--text {missing}: No such file or directory"
     assert error_of(model_dir, tmp_path, out) == f"--text {tmp_path}: Is a directory"
-    monkeypatch.setattr(inspect, "MAX_TOKENS", 1)
+    monkeypatch.setattr(score, "MAX_TOKENS", 1)
     (tmp_path / "text").write_text("abc def")
-    assert error_of(model_dir, tmp_path / "text", out).endswith("tokens, a page holds 1")
+    assert ": expected at most 1 tokens, got " in error_of(model_dir, tmp_path / "text", out)
     assert not out.exists()
 
 
@@ -211,7 +109,9 @@ def test_an_output_that_cannot_be(text: Path, tmp_path: Path) -> None:
     """It is told before the model is looked for, and the text is as it was."""
     model, content = tmp_path / "no" / "model", text.read_bytes()
     assert error_of(model, text, tmp_path) == f"--out {tmp_path}: Is a directory"
-    assert error_of(model, text, text / "page.html") == f"--out {text / 'page.html'}: {text} is no directory"
+    assert (
+        error_of(model, text, text / "page.html") == f"--out {text / 'page.html'}: {text} is not a directory"
+    )
     (tmp_path / "link").symlink_to(text)
     for out in (text, tmp_path / "link", tmp_path / ".." / tmp_path.name / text.name):
         assert error_of(model, text, out) == f"--out {out}: the file of --text, which the page would replace"

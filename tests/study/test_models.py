@@ -1,4 +1,4 @@
-"""A model directory from anywhere: no code that comes with it is run."""
+"""The built-in model, and models from anywhere: no code that comes with one is run."""
 
 import json
 import shutil
@@ -9,9 +9,21 @@ import pytest
 import torch
 
 from nvamp.study import StudyError
-from nvamp.study.training import load_model, load_tokenizer, max_positions
+from nvamp.study.corpus import Corpus
+from nvamp.study.models import build_model, load_model, load_tokenizer, max_positions
 
 LOADERS = {"model": load_model, "tokenizer": load_tokenizer, "configuration": max_positions}
+
+
+def test_the_built_in_model_has_about_two_million_parameters(corpus: Corpus) -> None:
+    class Tokenizer:
+        eos_token_id = 0
+
+        def __len__(self) -> int:
+            return 2048
+
+    model = build_model(None, Corpus(Tokenizer(), corpus.train, corpus.held_out, "", ""))
+    assert 1.8e6 < model.num_parameters() < 2.3e6
 
 
 @pytest.fixture

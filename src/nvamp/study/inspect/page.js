@@ -22,7 +22,7 @@ const SLIDERS = { alpha: ["α", 2, 0.01], beta: ["β", 1, 0.01], gamma: ["γ", 0
 
 const state = { view: "token", weight: "token", coefficients: { ...data.defaults }, active: -1, hovered: -1 };
 const rows = { token: [], char: [], from: 0, to: 0, columns: 0 }; // where each row begins, and which are drawn
-let values, domain; // of the view
+let values, domain; // of the current view
 
 function numbers({ type, base64 }) {
   const binary = atob(base64);
@@ -56,22 +56,22 @@ const fixed = (x, digits) => x.toFixed(digits).replace("-", "−");
 const exponential = (x) => x.toExponential(3).replaceAll("-", "−");
 const signed = (x, digits) => (x < 0 ? "" : "+") + fixed(x, digits);
 const many = (x) => x.toLocaleString("en");
-// At most 65,535 steps are kept, e⁻¹⁶.
+// The data end at 65,535 steps, which is e⁻¹⁶.
 const probability = (p) => (p < 1.2e-7 ? "< 1.2e−7" : p < 0.001 ? p.toExponential(2).replace("-", "−") : p.toFixed(4));
 
-// Characters that have no shape of their own, or would change that of others, by name. Newlines, tabs and
-// joiners (of emoji and of Indic letters) stay.
+// Shows characters that are invisible, or change how others look, by their numbers. Newlines, tabs and joiners
+// (in emoji and Indic letters) stay.
 function visible(s) {
   return s.replace(/(?![\t\n\u200c\u200d])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (c) =>
     c === "\r" ? "⟨\\r⟩" : `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 }
 
-// On one line, spaces marked.
+// On one line, with visible spaces.
 const inline = (s) => visible(s).replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
 
 const pieceOf = (i) => data.pieces[tokens[i]];
 
-// What token i covers; for the parts of a split character, that character.
+// The text that token i covers; if it is part of a character, that character.
 function covered(i) {
   let j = i;
   while (j > 0 && startOf(j) === ends[j]) j--;
@@ -114,7 +114,7 @@ function svg(name, attributes, content = "") {
 
 const byId = (id) => document.getElementById(id);
 
-// Colour: lightness in even steps of OKLCH, blue where one-sided; blue below and orange above where two-sided.
+// Colour: lightness in even steps of OKLCH. A one-sided scale is blue; a two-sided one is blue below, orange above.
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -128,8 +128,8 @@ function colour(t) {
   };
 }
 
-// From which value to which the scale goes. Weights have outliers (the largest loss carries all of gamma): beyond the
-// 99.5% quantile the scale is full; and at least to twice the median, so that equal weights are of middling colour.
+// The range of the scale. Weights have outliers (the largest loss carries all of gamma), so the scale ends at the 99.5%
+// quantile; but not below twice the median, so that equal weights get a middling colour.
 function domainOf(view) {
   if (view === "z") return { low: -3, high: 3 };
   const sorted = Float64Array.from(values, Math.abs).sort();
@@ -149,7 +149,7 @@ function drawScale() {
     el("span", { className: "number" }, show(low)), bar, el("span", { className: "number" }, `${show(high)} ${unit}`));
 }
 
-// Layout: the text in rows of a monospaced font, so that the place of every row is known without drawing it.
+// Layout: the text in rows of a monospaced font, so that every row's position is known without drawing it.
 
 const WIDE = /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6\u{1f300}-\u{1faff}\u{20000}-\u{3fffd}]/u;
 
@@ -159,7 +159,7 @@ function widthOf(character, column) {
   return WIDE.test(character) ? 2 : visible(character).length;
 }
 
-// The width of s from a column on, and how many code units of it fit before the limit.
+// The width of s if it starts at this column, and how many of its code units fit before the limit.
 function measure(s, column, limit) {
   if (/^[ -~]*$/.test(s)) return { width: s.length, fits: Math.max(limit - column, 0) };
   let width = 0;
@@ -410,7 +410,7 @@ function drawHistogram() {
     `Histogram of the nll of ${many(nll.length)} tokens: mean ${fixed(batch.mean, 3)}, sigma ${fixed(batch.std, 3)}, largest ${fixed(batch.max, 3)} nats`);
 }
 
-// Where token i is in the histogram.
+// Marks token i in the histogram.
 function mark(i) {
   const shown = i >= first;
   byId("mark").setAttribute("visibility", shown ? "visible" : "hidden");
@@ -419,7 +419,7 @@ function mark(i) {
 
 // The table
 
-// The scored tokens of the largest values, largest first, of equal ones those of larger nll.
+// The scored tokens with the largest values, largest first; among equal values, the larger nll comes first.
 function heaviest(x) {
   const found = [];
   const before = (a, b) => x[a] - x[b] || nll[a] - nll[b];
@@ -535,5 +535,5 @@ fit();
 update();
 listen();
 
-// For tests, and for whoever opens the console.
+// For tests, and for the console.
 globalThis.nvamp = { nll, weight, goTo, state, rows };

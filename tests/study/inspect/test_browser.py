@@ -11,10 +11,11 @@ import torch
 from playwright.sync_api import Browser, Page
 
 from benchmarks.inspect_page import chromium
-from nvamp import objective
 from nvamp.functional import token_weights
-from nvamp.objective import GRADIENTS
-from nvamp.study.inspect import Inspection, Scores, Tokens, inspect_text, tokenize, write_page
+from nvamp.objectives import GRADIENTS, NVAMP, Batch
+from nvamp.objectives.statistics import statistics as statistics_of
+from nvamp.study.inspect.page import write_page
+from nvamp.study.inspect.score import Inspection, Scores, Tokens, inspect_text, tokenize
 from tests.study.conftest import small_llama, words
 
 HOSTILE = (
@@ -151,7 +152,7 @@ def test_weights_are_those_of_the_library(shown: Opened, made: Made, gradient: A
         for name, value in moves.items():
             page.get_by_role("slider", name=name).fill(str(value))
         coefficients |= moves
-        expected = token_weights(nll, **coefficients, gradient=gradient)
+        expected = token_weights(NVAMP(**coefficients, gradient=gradient), nll)
         torch.testing.assert_close(weights_on(page, gradient), expected, rtol=1e-9, atol=1e-18)
         for i in (largest, 3, 17):
             page.evaluate("i => nvamp.goTo(i)", i + 1)
@@ -171,15 +172,15 @@ def test_a_number_may_go_beyond_its_slider(shown: Opened, made: Made) -> None:
     page = shown.page
     page.get_by_role("spinbutton", name="gamma").fill("7.5")
     nll = torch.from_numpy(made.found.scores.nll).double()
-    expected = token_weights(nll, gamma=7.5, gradient="token")
+    expected = token_weights(NVAMP(gamma=7.5, gradient="token"), nll)
     torch.testing.assert_close(weights_on(page, "token"), expected, rtol=1e-9, atol=0)
-    value = objective.value(made.found.statistics, alpha=1.0, beta=0.02, gamma=7.5)
+    value = NVAMP(gamma=7.5).evaluate(Batch(nll, torch.ones_like(nll, dtype=torch.bool))).loss
     assert page.locator("#value").inner_text() == f"L = {value:.4f} nats"
     page.get_by_role("spinbutton", name="gamma").fill("")  # half typed
     torch.testing.assert_close(weights_on(page, "token"), expected, rtol=1e-9, atol=0)
     page.get_by_role("button", name="Defaults").click()
     torch.testing.assert_close(
-        weights_on(page, "token"), token_weights(nll, gradient="token"), rtol=1e-9, atol=0
+        weights_on(page, "token"), token_weights(NVAMP(gradient="token"), nll), rtol=1e-9, atol=0
     )
 
 
@@ -353,7 +354,7 @@ def test_a_text_of_two_tokens(browser: Browser, model: Any, tokenizer: Any, tmp_
     # A model that is sure: no loss at all.
     for nll in (found.scores.nll, np.zeros(1, np.float32)):
         ell = torch.from_numpy(nll).double()
-        statistics = objective.statistics(ell, torch.ones_like(ell, dtype=torch.bool))
+        statistics = statistics_of(Batch(ell, torch.ones_like(ell, dtype=torch.bool)))
         write_page(
             found._replace(scores=found.scores._replace(nll=nll), statistics=statistics), "m", "t", path
         )
@@ -378,7 +379,7 @@ def long_page(tokenizer: Any, path: Path, tokens: int) -> Inspection:
     alternatives = rng.integers(0, len(tokenizer), (len(nll), 5))
     scores = Scores(nll, alternatives, np.sort(rng.gamma(2, 2, (len(nll), 5))).astype(np.float32))
     ell = torch.from_numpy(nll).double()
-    statistics = objective.statistics(ell, torch.ones_like(ell, dtype=torch.bool))
+    statistics = statistics_of(Batch(ell, torch.ones_like(ell, dtype=torch.bool)))
     pieces = {index: tokenizer.decode([index]) for index in range(len(tokenizer))}
     inspection = Inspection(Tokens(text[: ends[-1]], ids, ends), scores, pieces, 64, statistics)
     write_page(inspection, "model", "text", path)
@@ -415,7 +416,7 @@ def test_a_long_text_is_drawn_in_part(browser: Browser, tokenizer: Any, tmp_path
     assert nodes() < 4000
     nll = torch.from_numpy(found.scores.nll).double()
     for gradient in GRADIENTS:
-        expected = token_weights(nll, gradient=gradient)
+        expected = token_weights(NVAMP(gradient=gradient), nll)
         torch.testing.assert_close(weights_on(page, gradient), expected, rtol=1e-9, atol=1e-15)
     assert said == []
     assert requests == [path.as_uri()]

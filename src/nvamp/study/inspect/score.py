@@ -1,0 +1,212 @@
+"""Scores of a text under a model: the loss of each token, and the likeliest tokens in its place."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from nvamp.integrations.transformers import logits_of
+from nvamp.objectives import Batch, Statistics
+from nvamp.objectives.statistics import statistics as statistics_of
+from nvamp.study import StudyError
+from nvamp.study.models import positions
+
+WINDOW = 1024  # most positions in a window, if the model takes more or does not say
+ALTERNATIVES = 5  # how many of the likeliest tokens are kept at each position
+MAX_TOKENS = 1_000_000  # a page of so many takes tens of megabytes
+LOGITS = 2**23  # most logits in one batch of windows, which has at least one window
+
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+
+# (windows done, windows there are)
+Progress = Callable[[int, int], None]
+
+
+class Tokens(NamedTuple):
+    """A text and its tokens.
+
+    Attributes:
+        text: the text that the tokens cover.
+        ids: [tokens] int64.
+        ends: [tokens] int64, the character of the text at which each token ends; it begins where the
+            previous one ends. If tokens share a character, the first one covers it and the others are empty.
+    """
+
+    text: str
+    ids: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
+class Scores(NamedTuple):
+    """A model's predictions of the tokens of a text: of all of them, or all but the first.
+
+    Attributes:
+        nll: [scored] float32, the losses of the tokens in nats.
+        alternatives: [scored, ALTERNATIVES] int64, the likeliest tokens in their place, likeliest first.
+        alternative_nll: [scored, ALTERNATIVES] float32, the losses of these in nats.
+    """
+
+    nll: NDArray[np.float32]
+    alternatives: NDArray[np.int64]
+    alternative_nll: NDArray[np.float32]
+
+
+class Inspection(NamedTuple):
+    """A text and its scores under a model.
+
+    Attributes:
+        pieces: the text of each token type that is among the tokens or the alternatives.
+        window: the positions that the model sees at once.
+        statistics: the statistics of all scored tokens as one batch, float64.
+    """
+
+    tokens: Tokens
+    scores: Scores
+    pieces: dict[int, str]
+    window: int
+    statistics: Statistics
+
+
+def inspect_text(
+    model: Any, tokenizer: Any, text: str, progress: Progress = lambda done, of: None
+) -> Inspection:
+    """Score every token of `text` on the device of `model`.
+
+    Raises:
+        StudyError: the text has too few or too many tokens, the tokenizer belongs to another model, or a loss
+            is not finite.
+    """
+    tokens = tokenize(tokenizer, text)
+    start = _start(tokenizer)
+    scored = len(tokens.ids) - (not start)
+    if scored < 1:
+        raise StudyError(f"expected at least 2 tokens, got {len(tokens.ids)}: the first one is not predicted")
+    if scored > MAX_TOKENS:
+        raise StudyError(f"expected at most {MAX_TOKENS:,} tokens, got {len(tokens.ids):,}")
+    vocabulary = model.config.get_text_config().vocab_size
+    if (largest := int(tokens.ids.max())) >= vocabulary:
+        raise StudyError(f"the tokenizer gives token {largest}, but the model has {vocabulary} tokens")
+    window = min(positions(model.config) or WINDOW, WINDOW)
+    scores = score(model, start, tokens.ids, window, progress)
+    if not np.isfinite(scores.nll).all():
+        raise StudyError("the model gives losses that are not finite")
+    used = np.unique(np.concatenate((tokens.ids, scores.alternatives.ravel())))
+    nll = torch.from_numpy(scores.nll).double()
+    statistics = statistics_of(Batch(nll, torch.ones_like(nll, dtype=torch.bool)))
+    return Inspection(tokens, scores, spell(tokenizer, used.tolist()), window, statistics)
+
+
+def tokenize(tokenizer: Any, text: str) -> Tokens:
+    """The tokens of `text`, without the special tokens that a tokenizer puts around it.
+
+    A slow tokenizer does not report where its tokens are: the text is then what its tokens spell.
+    """
+    if tokenizer.is_fast:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, ends = found["input_ids"], [end for _, end in found["offset_mapping"]]
+        ends = list(accumulate(ends, max))
+        ends[-1:] = [len(text)] if ends else []  # the last token takes what is left over
+    else:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        spelled = spell(tokenizer, ids)
+        text = "".join(spelled[index] for index in ids)
+        ends = list(accumulate(len(spelled[index]) for index in ids))
+    return Tokens(text, np.array(ids, np.int64), np.array(ends, np.int64))
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer puts before every text, as Llama's and Gemma's do; or none."""
+    around: list[int] = tokenizer("")["input_ids"]
+    return around[:1] if around and around[0] == tokenizer.bos_token_id else []
+
+
+def spell(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
+    """The text of each token as it follows other text; a part of a character as its bytes, such as \\xf0."""
+    before = tokenizer.encode("a", add_special_tokens=False)  # on its own, a token may lose its leading space
+    cut = len(tokenizer.decode(before))
+    spelled: dict[int, str] = {}
+    for index in ids:
+        if index not in spelled:
+            text = tokenizer.decode([*before, index], clean_up_tokenization_spaces=False)[cut:]
+            spelled[index] = text if text and "\ufffd" not in text else _raw(tokenizer, index)
+    return spelled
+
+
+def _raw(tokenizer: Any, index: int) -> str:
+    piece = tokenizer.convert_ids_to_tokens(index)
+    if piece is None:  # the model's vocabulary is padded beyond the tokenizer's
+        return f"[{index}]"
+    if all(character in _BYTES for character in piece):
+        return "".join(f"\\x{_BYTES[character]:02x}" for character in piece)
+    return str(piece)
+
+
+class Window(NamedTuple):
+    """The tokens [begin, end) that a model sees at once; it scores those from `scored` on."""
+
+    begin: int
+    scored: int
+    end: int
+
+
+def windows(tokens: int, size: int, first: int) -> Iterator[Window]:
+    """Windows that each advance by half their size, and score the tokens that are new.
+
+    Every token outside the first window is thus scored with at least half a window before it. All windows
+    have the same length: the last one begins earlier instead of being shorter.
+
+    Args:
+        tokens: the number of tokens.
+        size: the number of tokens in a window.
+        first: the first token to score.
+    """
+    end, scored = min(size, tokens), first
+    while True:
+        yield Window(max(end - size, 0), scored, end)
+        if end == tokens:
+            return
+        end, scored = min(end + max(size // 2, 1), tokens), end
+
+
+@torch.no_grad()
+def score(model: Any, start: list[int], ids: NDArray[np.int64], size: int, progress: Progress) -> Scores:
+    """Score the tokens `ids`.
+
+    Args:
+        start: the one token that every window begins with, or empty; then the first of `ids` is not scored.
+        ids: [tokens].
+        size: the number of tokens in a window, `start` included.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    text, before = torch.from_numpy(ids), torch.tensor(start, dtype=torch.int64)
+    spans = list(windows(len(text), size - len(start), 1 - len(start)))
+    length = len(start) + spans[0].end
+    batch = max(1, LOGITS // (length * model.config.get_text_config().vocab_size))
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for done in range(0, len(spans), batch):
+        some = spans[done : done + batch]
+        inputs = torch.stack([torch.cat((before, text[span.begin : span.end])) for span in some])
+        logits = logits_of(model(input_ids=inputs.to(device), use_cache=False))
+        # The logits at a position predict the token after it.
+        predicted = [
+            row[len(start) + span.scored - span.begin - 1 : -1]
+            for row, span in zip(logits, some, strict=True)
+        ]
+        labels = torch.cat([text[span.scored : span.end] for span in some]).to(device)
+        parts.append(_scores_of(torch.cat(predicted).float(), labels))
+        progress(min(done + batch, len(spans)), len(spans))
+    nll, alternatives, alternative_nll = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    return Scores(nll, alternatives, alternative_nll)
+
+
+def _scores_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of `Scores`, on the CPU, from logits [tokens, vocabulary] float32 and labels [tokens]."""
+    log_p = logits.log_softmax(-1)
+    top = log_p.topk(min(ALTERNATIVES, logits.shape[-1]))
+    return -log_p.gather(-1, labels[:, None])[:, 0].cpu(), top.indices.cpu(), -top.values.cpu()

@@ -1,0 +1,94 @@
+"""The models of a study: the built-in one, and pretrained ones with their tokenizers."""
+
+import hashlib
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from nvamp.study import StudyError
+from nvamp.study.corpus import Corpus
+
+
+def build_model(name: str | None, corpus: Corpus, scale: int = 1) -> Any:
+    """A pretrained model in float32; without a name, a fresh Llama, of two million parameters at scale 1."""
+    if name is not None:
+        return load_model(name)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(corpus.tokenizer),
+            hidden_size=224 * scale,
+            intermediate_size=608 * scale,
+            num_hidden_layers=2 * scale,
+            num_attention_heads=4 * scale,
+            max_position_embeddings=corpus.train.shape[1],
+            bos_token_id=None,
+            eos_token_id=corpus.tokenizer.eos_token_id,
+            pad_token_id=None,
+        )
+    )
+
+
+def load_model(name: str) -> Any:
+    """A pretrained model in float32."""
+    return _load(AutoModelForCausalLM, name, dtype=torch.float32)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a pretrained model."""
+    return _load(AutoTokenizer, name)
+
+
+def max_positions(name: str) -> int | None:
+    """The longest sequence that a pretrained model takes; `None` if its configuration does not say."""
+    return positions(_load(transformers.AutoConfig, name))
+
+
+def model_fingerprint(name: str) -> str:
+    """Identifies configuration and weights: the hub's commit, or a hash of the files in a directory."""
+    directory = Path(name)
+    if not directory.is_dir():
+        return str(_load(transformers.AutoConfig, name)._commit_hash)
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        known = path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json")
+        if known and path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+            with path.open("rb") as file:
+                while part := file.read(2**22):
+                    digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def positions(config: Any) -> int | None:
+    """The longest sequence that a model of this configuration takes; `None` if it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _load(kind: Any, name: str, **kwargs: Any) -> Any:
+    quiet()
+    if not name:
+        raise StudyError("--model: expected a directory or hub id, got an empty name")
+    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1  # hub ids are not
+    if is_path and not Path(name).is_dir():
+        raise StudyError(f"--model {name}: no such directory")
+    try:
+        # Never run code that comes with a model. The default would ask the user on the terminal.
+        return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except Exception as error:  # a hub or a model's files can raise any error of any library
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        nor = "" if os.path.exists(name) else " (no such directory here either)"
+        raise StudyError(f"--model {name}: {reason}{nor}") from error
+
+
+def quiet() -> None:
+    """Silence the libraries below: the study has its own progress bar."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch\.utils\.data)")

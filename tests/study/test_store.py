@@ -1,0 +1,164 @@
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import nvamp.study.store
+from nvamp.study import StudyError
+from nvamp.study.compare import Settings, prepare
+from nvamp.study.inspect.score import inspect_text
+from nvamp.study.models import load_model
+from nvamp.study.store import finite, write_json
+from tests.study.conftest import study
+
+
+def test_an_unfinished_run_is_not_taken_for_a_finished_one(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", full_disk)
+    with pytest.raises(KeyboardInterrupt):
+        study(settings, tmp_path)
+    monkeypatch.undo()
+    assert not list((tmp_path / "runs").glob("*.json"))
+    _, display = study(settings, tmp_path)
+    assert display.kept == 0
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_trained_models_can_be_opened(settings: Settings, tmp_path: Path) -> None:
+    study(settings, tmp_path)
+    directory = tmp_path / "models" / "dft-seed1"
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert (directory / "model.safetensors").exists()
+    assert len(AutoTokenizer.from_pretrained(directory)) == model.config.vocab_size
+
+
+def test_held_out_text_is_read_by_the_first_model_of_each_loss(settings: Settings, tmp_path: Path) -> None:
+    results, _ = study(settings, tmp_path)
+    assert results["pages"] == {"ce": "inspect/ce-seed0.html", "dft": "inspect/dft-seed0.html"}
+    assert sorted(tmp_path.glob("inspect/*")) == [tmp_path / page for page in results["pages"].values()]
+    data = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>',
+        (tmp_path / results["pages"]["dft"]).read_text(),
+    )
+    assert data
+    page = json.loads(data[1])
+    assert page["text"] == prepare(settings).excerpt
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "dft-seed0")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "models" / "dft-seed0")
+    again = inspect_text(model, tokenizer, page["text"])
+    assert page["statistics"]["mean"] == pytest.approx(float(again.statistics.mean), rel=1e-6)
+    assert page["statistics"]["mean"] == pytest.approx(
+        results["runs"][2]["metrics"]["cross_entropy"], rel=0.1
+    )
+
+
+def test_text_that_makes_no_page_is_no_failed_run(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_page(*args: Any) -> None:
+        raise StudyError("expected at least 2 tokens, got 1")
+
+    monkeypatch.setattr(nvamp.study.store, "inspect_text", no_page)
+    results, display = study(settings, tmp_path)
+    assert len(display.trained) == 4
+    assert results["pages"] == {}
+
+
+def test_runs_of_other_settings_are_not_mixed_in(settings: Settings, one: Settings, tmp_path: Path) -> None:
+    changed = replace(settings, steps=5, noise=0.0)
+    study(one, tmp_path)
+    mine = [tmp_path / name for name in ("mine", "models/mine.bin", "runs/notes.json", "inspect/ce.html")]
+    for path in mine:
+        path.write_text("keep")
+    (tmp_path / "models" / "focal-seed7.part").mkdir()  # of a run that was interrupted
+    with pytest.raises(StudyError) as error:
+        study(changed, tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path} holds runs of another study: --steps 6 (now 5), --noise 0.1 (now 0.0); "
+        "choose another --out, or start over with --overwrite"
+    )
+    results, display = study(changed, tmp_path, overwrite=True)
+    assert display.kept == 0
+    assert {run["steps"] for run in results["runs"]} == {5}
+    assert [path.read_text() for path in mine] == ["keep"] * 4
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("content", [None, b"{}", b"[]", b"\xff", b'{"editor.tabSize": 4}'])
+def test_a_directory_that_holds_no_study_is_left_alone(
+    settings: Settings, tmp_path: Path, content: bytes | None, overwrite: bool
+) -> None:
+    (tmp_path / "models").mkdir()
+    for name in ("models/ce-seed0", "report.html", "results.json"):
+        (tmp_path / name).write_text("mine")
+    if content is not None:
+        (tmp_path / "settings.json").write_bytes(content)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises(StudyError, match=f"{tmp_path}.*(not a study's|is damaged)"):
+        study(settings, tmp_path, overwrite=overwrite)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_another_model_in_the_same_place_is_another_study(
+    one: Settings, tmp_path: Path, model_dir: Path
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(model_dir, directory)
+    one = replace(one, model=str(directory))
+    study(one, tmp_path / "out")
+    (directory / "README.md").write_text("Of no weight.")
+    assert study(one, tmp_path / "out")[1].kept == 1
+    model = load_model(str(directory))
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(directory)
+    with pytest.raises(StudyError, match="another study: the content of --model has changed since; choose"):
+        study(one, tmp_path / "out")
+
+
+def test_damaged_runs(one: Settings, tmp_path: Path) -> None:
+    study(one, tmp_path)
+    record, nll = (tmp_path / "runs" / f"ce-seed0.{suffix}" for suffix in ("json", "npy"))
+    nll.unlink()
+    assert study(one, tmp_path)[1].trained == [("ce", 0)]
+    for path, content in (
+        (nll, b""),
+        (nll, b"\x93NUMPY"),
+        (record, b"{"),
+        (record, b"[]"),
+        (record, b"\xff"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(StudyError, match=f"^{path} is damaged: "):
+            study(one, tmp_path)
+
+
+def test_other_text_is_another_study(one: Settings, tmp_path: Path, text_dir: Path) -> None:
+    study(one, tmp_path / "out")
+    (tmp_path / "more").write_text("entirely different words here " * 20)
+    with pytest.raises(StudyError, match="another study: the text has changed since; choose"):
+        study(replace(one, text=(str(text_dir), str(tmp_path / "more"))), tmp_path / "out")
+
+
+def test_out_that_is_a_file(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StudyError, match=f"--out {tmp_path / 'file'}: "):
+        study(settings, tmp_path / "file")
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    write_json(tmp_path / "x", {"a": [float("nan"), (1.5, float("inf"))], "b": np.float64("nan"), "c": "NaN"})
+    found = json.loads((tmp_path / "x").read_text(), parse_constant=pytest.fail)
+    assert found == {"a": [None, [1.5, None]], "b": None, "c": "NaN"} == finite(found)
