@@ -2,10 +2,8 @@
 
 import dataclasses
 import re
-import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -13,9 +11,6 @@ from torch import Tensor
 
 from nvamp.apply import TokenInputs
 from nvamp.objectives import OBJECTIVES, Objective
-from nvamp.ranks import Ranks
-
-T = TypeVar("T")
 
 KINDS = {name: kind for name, kind in OBJECTIVES.items() if kind.__module__.startswith("nvamp.")}
 NUMBERS = [0.0, 0.05, 0.2, 0.25, 1 / 3, 0.5, 0.7, 1.0, 2.0, 3.5, -0.5, -1.0]
@@ -127,35 +122,3 @@ def fixed(labels: Tensor, seed: int = 0) -> Tokens:
     for name in ("old_logprob", "ref_logprob"):
         inputs[name] = inputs[name] / 2 - 3
     return Tokens(torch.empty(0), labels != -100, torch.empty(0), inputs, None)
-
-
-# Ranks -------------------------------------------------------------------------------------------------
-
-
-def on_threads(world: int, run: Callable[[Ranks], T]) -> Sequence[T]:
-    """What run(ranks) returns on each of so many ranks, which are threads of this process."""
-    barrier, shared, results = threading.Barrier(world, timeout=30), [torch.empty(0)] * world, {}
-
-    def rank(r: int) -> None:
-        def exchanged(x: Tensor) -> Tensor:
-            shared[r] = x
-            barrier.wait()
-            x = torch.stack(shared)
-            barrier.wait()
-            return x
-
-        def total(x: Tensor) -> Tensor:
-            return exchanged(x).sum(0)
-
-        try:
-            results[r] = run(Ranks(r, world, exchanged, total, lambda x: exchanged(x).amax(0)))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    threads = [threading.Thread(target=rank, args=(r,)) for r in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [results[r] for r in range(world)]

@@ -1,7 +1,5 @@
 """A batch on several ranks against the same batch in one process."""
 
-import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,7 +15,9 @@ from nvamp import LinearLoss, Loss
 from nvamp.objectives import NVAMP, Batch, ClippedPolicy, Objective, Tail, Tilted, TokenWeighted, Truncated
 from nvamp.objectives.hardest import hardest, most_tokens_of, tokens_of
 from nvamp.ranks import Ranks
-from tests.objectives.problems import KINDS, fixed, is_exact, objectives, on_threads, tokens
+from tests.engine.test_parts import on_ranks as on_threads
+from tests.objectives.problems import KINDS, fixed, is_exact, objectives, tokens
+from tests.ranks import on_ranks
 from tests.strategies import examples
 
 WORLDS = st.integers(2, 4)
@@ -123,22 +122,8 @@ OBJECTIVES: list[Objective] = [
     Tilted(t=-0.7),
     Truncated(share=0.4),
     TokenWeighted(normalize=True),
-    ClippedPolicy(kl=0.1),
+    ClippedPolicy(kl=0.1, entropy=0.1),
 ]
-
-
-def on_ranks(check: Callable[[int, int], None], world: int, folder: Path) -> None:
-    """Runs check(rank, world) in that many processes of one group."""
-    mp.spawn(_rank, (check, world, str(folder / "store")), nprocs=world)  # type: ignore[no-untyped-call]
-
-
-def _rank(rank: int, check: Callable[[int, int], None], world: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    check(rank, world)
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # where Python ends, a group that something still holds would abort the process
 
 
 def ranks_are_one_process(rank: int, world: int) -> None:

@@ -200,7 +200,9 @@ def test_an_entropy_that_is_rounded_below_zero(kind: Any) -> None:
         (1.5, -2.0, 3.0, -3.0),
     ],
 )
-def test_a_ratio_is_clipped_on_both_sides(ratio: float, advantage: float, value: float, weight: float) -> None:
+def test_a_ratio_is_clipped_on_both_sides(
+    ratio: float, advantage: float, value: float, weight: float
+) -> None:
     old = torch.tensor([-1.0 - math.log(ratio)], dtype=torch.float64)
     o, a = ClippedPolicy(clip=0.2, clip_high=0.28), torch.tensor([advantage])
     loss, weights = judged(o, [1.0], advantage=a, old_logprob=old)
