@@ -189,6 +189,20 @@ def test_an_entropy_that_is_rounded_below_zero(kind: Any) -> None:
     assert loss == (0.0 if kind == "eaft" else 1.5)
 
 
+def test_how_far_the_entropy_of_20_classes_is_from_that_of_all() -> None:
+    """The bound that `EntropyWeighted` documents."""
+    for scale in (0.1, 1.0, 3.0, 10.0):
+        logits = scale * torch.randn(
+            50, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
+        p, entropy = logits.softmax(-1), torch.special.entr
+        top = p.topk(20).values
+        m = 1 - top.sum(-1)
+        of_top = entropy(top / top.sum(-1, keepdim=True)).sum(-1)
+        bound = entropy(m) + entropy(1 - m) + m * math.log(1000)
+        assert ((entropy(p).sum(-1) - of_top).abs() <= bound + 1e-12).all()
+
+
 @pytest.mark.parametrize(
     ("ratio", "advantage", "value", "weight"),
     [

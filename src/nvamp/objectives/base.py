@@ -90,7 +90,7 @@ class Result(NamedTuple):
 class Objective:
     """Derive from it, as a frozen dataclass with the options as its fields, and define `evaluate`.
 
-    What else an objective says of itself, it says by a property, or by an attribute of its class.
+    The properties may be overridden too, also by attributes of the class: `inputs = ("advantage",)`.
     """
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ class Tail(Objective):
     A token of T has the weight (1 + strength)/M, any other 1/M. The part of T is k times the CVaR of the
     losses, their mean beyond a quantile.
 
-    T is that of the tokens of a call: micro-batches have one each.
+    T is chosen among the tokens of a call, so each micro-batch has its own.
 
     Args:
         share: of the valid tokens that are in T, in [0, 1]; 0 for the largest loss alone.
