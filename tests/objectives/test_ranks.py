@@ -69,6 +69,20 @@ def test_hardest(dtype: torch.dtype, data: st.DataObject) -> None:
         torch.testing.assert_close(part.mean, mean, equal_nan=True)
 
 
+@pytest.mark.parametrize("count", range(5))
+def test_every_nan_is_as_large(count: int) -> None:
+    """Of either sign, and of any payload."""
+    losses = torch.tensor([2.0, -torch.nan, torch.inf, torch.nan])
+    valid = torch.ones(4, dtype=torch.bool)
+
+    def among(ranks: Ranks) -> Tensor:
+        mine = slice(2 * ranks.rank, 2 * ranks.rank + 2)
+        return hardest(Batch(losses[mine], valid[mine], ranks=ranks), torch.tensor(count)).among
+
+    found = torch.cat(on_threads(2, among))
+    assert set(found.nonzero().flatten().tolist()) == set([1, 3, 2, 0][:count])
+
+
 @pytest.mark.parametrize(
     ("share", "n", "k"),
     [(0.05, 20, 1), (0.05, 21, 2), (0.07, 100, 7), (0.29, 100, 29), (1.0, 7, 7), (0.1, 0, 0)],
