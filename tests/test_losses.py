@@ -164,6 +164,18 @@ def test_stats(path: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> Non
     assert loss.requires_grad
 
 
+@with_path
+def test_stats_describe_the_losses_whatever_the_loss_needs(
+    path: str, hidden: Tensor, weight: Tensor, labels: Tensor
+) -> None:
+    """Without alpha, mean, deviation and dispersion are needed for nothing else."""
+    _, expected = loss_of(path, hidden, weight, labels, return_stats=True, eps=0.5)
+    for gradient in GRADIENTS:
+        options: Any = {"alpha": 0.0, "gradient": gradient, "eps": 0.5}
+        _, stats = loss_of(path, hidden, weight, labels, return_stats=True, **options)
+        assert tuple(stats)[:7] == tuple(expected)[:7]
+
+
 @with_gradient
 @pytest.mark.parametrize("valid_tokens", [1, 100, 101, 350])
 def test_share_of_the_hardest_hundredth(gradient: Gradient, valid_tokens: int) -> None:
