@@ -70,7 +70,9 @@ def test_every_objective_that_text_is_enough_for_can_be_trained_with(name: str) 
 
 
 def test_options_reach_the_criterion() -> None:
-    criterion = parse_loss("nvamp:gamma=0.05,gradient=token,alpha=0.5,label_smoothing=0.1,softcap=30").criterion
+    criterion = parse_loss(
+        "nvamp:gamma=0.05,gradient=token,alpha=0.5,label_smoothing=0.1,softcap=30"
+    ).criterion
     assert isinstance(criterion, nvamp.Loss)
     assert criterion.objective == NVAMP(alpha=0.5, gamma=0.05, gradient="token")
     assert (criterion.label_smoothing, criterion.softcap, criterion.z_loss) == (0.1, 30, 0)
@@ -130,7 +132,10 @@ def test_different_options_have_different_files(a: float, b: float) -> None:
     [
         ("bogus", "unknown objective 'bogus', known are ce, nvamp, "),
         ("", "unknown objective '', known are ce, nvamp, "),
-        ("nvamp:delta=1", "unknown option 'delta', nvamp takes alpha, beta, gamma, eps, tail, gradient, label_smoothing"),
+        (
+            "nvamp:delta=1",
+            "unknown option 'delta', nvamp takes alpha, beta, gamma, eps, tail, gradient, label_smoothing",
+        ),
         ("ce:gamma=1", "unknown option 'gamma', ce takes label_smoothing, z_loss, softcap, logit_scale"),
         ("ce:label_smoothing=2", "label_smoothing must be in [0, 1], got 2.0"),
         ("focal:gamma=much", "gamma must be a number, got 'much'"),
@@ -142,7 +147,10 @@ def test_different_options_have_different_files(a: float, b: float) -> None:
         ("nvamp:eps=inf", "eps must be finite and at least "),
         ("nvamp:gradient=upward", "gradient must be one of scalar, token, detached, full"),
         ("token_weighted", "needs token_weight of every token, which text alone does not have"),
-        ("clipped_policy:kl=0.1", "needs advantage, ref_logprob of every token, which text alone does not have"),
+        (
+            "clipped_policy:kl=0.1",
+            "needs advantage, ref_logprob of every token, which text alone does not have",
+        ),
     ],
 )
 def test_a_bad_spec_is_reported_in_one_line(spec: str, message: str) -> None:

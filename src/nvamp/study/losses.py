@@ -1,4 +1,4 @@
-"""The losses of a study from their text: `ce`, `nvamp:gamma=0.05,gradient=token`, `ce:label_smoothing=0.1`."""
+"""The losses of a study from their text: `ce`, `nvamp:gradient=token`, `ce:label_smoothing=0.1`."""
 
 import re
 from collections.abc import Sequence
