@@ -7,7 +7,7 @@ tensors: nothing here waits for a device. The batch may lie on several ranks, wh
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +47,9 @@ class Batch(NamedTuple):
         return Result(
             total / m,
             per_token=weights / m,
-            entropy_weights=None if entropy_weights is None else entropy_weights / m,
+            entropy_weights=None
+            if entropy_weights is None
+            else torch.where(self.valid, entropy_weights / m, 0),
         )
 
 
@@ -92,19 +94,24 @@ class Result(NamedTuple):
 class Objective:
     """Derive from it, as a frozen dataclass with the options as its fields, and define `evaluate`.
 
-    Class attributes:
-        inputs: names of the per-token inputs that `evaluate` needs, such as "token_weight".
-        optional_inputs: names of those that it takes.
+    What else an objective says of itself, it says by a property, or by an attribute of its class.
     """
-
-    inputs: ClassVar[tuple[str, ...]] = ()
-    optional_inputs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
             check = field.metadata.get("check")
             if check is not None:
                 check(field.name, getattr(self, field.name))
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the per-token inputs that `evaluate` needs, such as "token_weight"."""
+        return ()
+
+    @property
+    def optional_inputs(self) -> tuple[str, ...]:
+        """Names of those that it takes."""
+        return ()
 
     @property
     def needs_entropy(self) -> bool:

@@ -104,7 +104,7 @@ class NVAMP(Objective):
             at = torch.arange(batch.nll.numel(), device=batch.nll.device) == s.max_index
             return s.max, torch.where(at, self.gamma * s.share, torch.zeros_like(batch.nll))
         tail = hardest(batch, tokens_of(self.tail, s.num_tokens.long()))
-        weight = self.gamma * s.share / tail.k.clamp(min=1)
+        weight = self.gamma * s.share / tail.k.clamp(min=1).to(batch.nll.dtype)
         return tail.mean, torch.where(tail.among, weight, torch.zeros_like(batch.nll))
 
     def _token(self, batch: Batch, s: Statistics) -> Tensor:

@@ -9,15 +9,31 @@ from dataclasses import Field, fields, replace
 from typing import NamedTuple, cast
 
 from nvamp.objectives.base import Objective
+from nvamp.objectives.clipped_policy import ClippedPolicy
 from nvamp.objectives.cross_entropy import CrossEntropy
+from nvamp.objectives.dft import DFT
+from nvamp.objectives.entropy_weighted import EntropyWeighted
 from nvamp.objectives.focal import Focal
+from nvamp.objectives.gce import GCE
 from nvamp.objectives.nvamp import NVAMP
+from nvamp.objectives.tail import Tail
+from nvamp.objectives.tilted import Tilted
+from nvamp.objectives.token_weighted import TokenWeighted
+from nvamp.objectives.truncated import Truncated
 from nvamp.options import DECLARED, TokenOptions
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "ce": CrossEntropy,
     "nvamp": NVAMP,
+    "tail": Tail,
+    "tilted": Tilted,
+    "truncated": Truncated,
     "focal": Focal,
+    "gce": GCE,
+    "dft": DFT,
+    "entropy": EntropyWeighted,
+    "token_weighted": TokenWeighted,
+    "clipped_policy": ClippedPolicy,
 }
 
 

@@ -1,0 +1,78 @@
+"""The clipped policy gradient of PPO, GRPO and DAPO."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nvamp.objectives.base import Batch, Objective, Result
+from nvamp.options import between, option, optional
+
+
+@dataclass(frozen=True)
+class ClippedPolicy(Objective):
+    """The clipped policy gradient for tokens that the model has drawn, with advantages A:
+
+        L = Σ [−min(r·A, clip(r, 1 − clip, 1 + clip_high)·A) + kl·(e^δ − δ − 1) − entropy·H] / M
+
+        r = exp(logprob − old_logprob),   δ = ref_logprob − logprob,   logprob = −ℓ
+
+    with ℓ the losses (nats) of the valid tokens, H the entropies of their predictions (nats), and
+    M = `num_items_in_batch`, by default the number of valid tokens: a mean over tokens, as DAPO's. The middle
+    term estimates the KL divergence from the reference policy. The gradient is the exact derivative, through
+    H as well; clipped tokens have none from the first term.
+
+    The call takes `advantage`, and `old_logprob` of the policy that drew the tokens and `ref_logprob` of the
+    reference policy, both in nats; all of them on the grid of the labels, and constants. Without
+    `old_logprob` the model has drawn the tokens as it is now: r is 1, with its gradient.
+
+    Args:
+        clip: how far below 1 the ratio r counts, in [0, 1].
+        clip_high: how far above, at least 0; `None` for `clip`. DAPO has 0.28.
+        kl: weight of the KL divergence, at least 0. If it is above 0, `ref_logprob` is needed.
+        entropy: weight of the entropy bonus, at least 0.
+
+    Raises:
+        TypeError, ValueError: an option of another type, or out of range; an input of the call that is
+            missing or does not fit.
+
+    References:
+        Schulman et al., Proximal Policy Optimization Algorithms, 2017: arXiv 1707.06347
+        Shao et al., DeepSeekMath, 2024, GRPO: arXiv 2402.03300
+        Yu et al., DAPO, 2025: arXiv 2503.14476
+
+    Example:
+        >>> criterion = nvamp.LinearLoss(ClippedPolicy(clip=0.2, clip_high=0.28))
+        >>> loss = criterion(hidden, lm_head.weight, labels, advantage=advantage, old_logprob=old_logprob)
+    """
+
+    clip: float = option(0.2, between(0, 1))
+    clip_high: float | None = option(None, optional(between(0)))
+    kl: float = option(0.0, between(0))
+    entropy: float = option(0.0, between(0))
+
+    optional_inputs = ("old_logprob", "ref_logprob")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("advantage", "ref_logprob") if self.kl else ("advantage",)
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.entropy != 0
+
+    def evaluate(self, batch: Batch) -> Result:
+        ell, advantage = batch.nll, batch.inputs["advantage"]
+        ratio = (-ell - batch.inputs.get("old_logprob", -ell)).exp()
+        high = self.clip if self.clip_high is None else self.clip_high
+        free, clipped = ratio * advantage, ratio.clamp(1 - self.clip, 1 + high) * advantage
+        value = -torch.minimum(free, clipped)
+        weight = torch.where(free > clipped, 0, free)  # ∂r/∂ℓ = −r
+        if self.kl:
+            delta = batch.inputs["ref_logprob"] + ell
+            value = value + self.kl * (delta.expm1() - delta)
+            weight = weight + self.kl * delta.expm1()
+        if not self.entropy:
+            return batch.mean(value, weight)
+        assert batch.entropy is not None
+        value = value - self.entropy * batch.entropy
+        return batch.mean(value, weight, torch.full_like(ell, -self.entropy))
