@@ -1,9 +1,7 @@
 """The examples of the documentation: against float64 autograd of their formulas, and as a user runs them."""
 
 import importlib
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +12,9 @@ from torch import Tensor, nn
 from examples import custom_losses, exact_accumulation, lightning_module, trainer
 from examples.custom_losses import IGNORED, dft_loss, focal_loss, weighted_loss
 from nvamp import LinearNVAMPLoss
-from nvamp.objectives import GRADIENTS, NVAMP, Gradient
+from nvamp.objectives import NVAMP, Gradient
+from tests.parameters import with_gradient
+from tests.processes import python
 from tests.study.conftest import documents, text_dir
 
 __all__ = ["documents", "text_dir"]
@@ -65,7 +65,7 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
         assert float(last) < float(first)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@with_gradient
 def test_two_passes_are_the_whole_batch(
     gradient: Gradient, problem: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> None:
@@ -125,9 +125,7 @@ def test_examples_of_trainers_run(
 
 def curve(text: Path, *command: str) -> Tensor:
     """What an example prints: loss and another number of each step, [steps, 2]."""
-    command = (sys.executable, *command, "--steps", "6", "--text", str(text))
-    root, env = Path(custom_losses.__file__).parents[1], {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=env)
+    ran = python(*command, "--steps", "6", "--text", str(text), OMP_NUM_THREADS="1")
     assert ran.returncode == 0, ran.stderr
     return printed(ran.stdout.splitlines())
 

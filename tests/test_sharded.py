@@ -19,9 +19,9 @@ from torch.distributed.tensor.parallel import loss_parallel
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import linear_token_nll, token_nll
 from nvamp.objectives import GRADIENTS
-from tests.engine.problems import OPTIONS
+from tests.engine.problems import IGNORED, OPTIONS
 from tests.ranks import on_ranks
-from tests.test_distributed import IGNORED, RELATIVE, WEIGHTS, D, V, assert_same, batch
+from tests.test_distributed import RELATIVE, WEIGHTS, D, V, assert_same, batch
 
 # Every backend with all options is in tests/engine/test_parts.py.
 BACKENDS = [("chunked", gradient) for gradient in GRADIENTS] + [("reference", "token"), ("triton", "token")]

@@ -19,11 +19,12 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.integrations.transformers import loss_function, patch, patching, unpatch
-from nvamp.objectives import GRADIENTS, Gradient
+from nvamp.objectives import Gradient
 from nvamp.study.models import quiet
 from nvamp.study.training import LabelledBlocks, Recipe, training_arguments
 from tests.integrations.architectures import Architecture, build
 from tests.integrations.tiny import CROSS_ENTROPY, logged_losses, weights_of
+from tests.parameters import with_gradient
 from tests.study.conftest import one_thread
 
 __all__ = ["one_thread"]
@@ -95,7 +96,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor], rtol: float = 1e-9)
 # The loss ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@with_gradient
 def test_every_gradient_and_option(gradient: Gradient, model: Any, batch: dict[str, Tensor]) -> None:
     options = {**OPTIONS, "gradient": gradient, "softcap": 20.0, "logit_scale": 0.5}
     expected = of_logits(model, batch, NVAMPLoss(**options), num_items_in_batch=50)

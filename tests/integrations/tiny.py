@@ -8,8 +8,9 @@ import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tests.engine.problems import IGNORED
+
 ROWS, SEQ, V = 64, 12, 31
-IGNORED = -100
 ALL_TERMS = {"alpha": 1.0, "beta": 0.5, "gamma": 0.7}  # large enough that each shows
 CROSS_ENTROPY = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0}
 # Arguments of a Trainer on a CPU that logs every step and leaves nothing else behind ...

@@ -1,7 +1,7 @@
 """The engine: losses of single tokens, differentiable in the weight that each token gets.
 
-Two primitives, `token_nll` from logits and `linear_token_nll` from hidden states; `linear_nll_sum_max` is the
-latter for objectives whose gradient needs the sum and the maximum of the losses only.
+Two primitives, `token_nll` from logits and `linear_token_nll` from hidden states; `linear_nll_sum` is the
+latter for objectives that give all tokens the same weight, and a few of them an extra one.
 """
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
@@ -224,7 +224,7 @@ def _refuse_metrics(return_metrics: bool) -> None:
 
 
 def can_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> bool:
-    """Whether `linear_nll_sum_max` is of use: there is a gradient to take, in a dtype with room for it.
+    """Whether `linear_nll_sum` is of use: there is a gradient to take, in a dtype with room for it.
 
     The gradient of a sum over a whole batch overflows float16.
     """
@@ -234,32 +234,42 @@ def can_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: s
     return differentiated and not half and backend_for(hidden, backend) != "reference"
 
 
-def linear_nll_sum_max(
+def linear_nll_sum(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None = None,
     *,
+    few: int,
     ignore_index: int = -100,
     accum_dtype: torch.dtype | None = None,
     backend: str | None = None,
     **options: Unpack[TokenOptions],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum and maximum of the losses, differentiable, and the losses [...] themselves, which are not.
+) -> tuple[Tensor, Tensor]:
+    """The sum of the losses, and the losses [...]; the gradient of the sum is taken in the forward.
 
-    The gradient of the sum is taken in the forward, while the logits are there: three matrix products in
-    place of the four of `linear_token_nll`, for holding the gradients of `hidden` and `weight` until the
-    backward. The maximum is the first where tied, and 0 where every label is ignored. There is no
-    `"reference"` of it.
+    So it takes three matrix products in place of the four of `linear_token_nll`, for holding the gradients of
+    `hidden` and `weight` until the backward. What a backward may ask of the losses is limited:
+
+    Args:
+        few: the gradient by the losses is 0 but for at most so many rows. 0: the losses have no gradient.
+            1: it is that of the largest loss, the first if tied, whose row is kept. More: any rows; the
+            backward computes their logits again and adds their part of the gradient of the weight, two
+            products of as many rows. Elsewhere than on a CPU the rows beyond the first `few`, by magnitude,
+            are not looked for.
+
+    The other arguments and the errors are those of `linear_token_nll`; there is no `"reference"` of it.
     """
     head = _head(hidden, weight, labels, bias)
     check_accum_dtype(accum_dtype, head.weight)
+    if few < 0:
+        raise ValueError(f"few must be at least 0, got {few}")
     opt = checked(Options(ignore_index, **options))
     needs = Needs(*(t is not None and t.requires_grad for t in head[:3]))
     name = backend_for(hidden, backend)
     check_transforms(name, *head[:3])
-    total, largest, nll, *_ = ops.linear_nll_sum_max(head, needs, True, accum_dtype, name, opt)
-    return total, largest, nll.view(labels.shape)
+    total, nll, *_ = ops.linear_nll_sum(head, needs, few, True, accum_dtype, name, opt)
+    return total, nll.view(labels.shape)
 
 
 def _result(nll: Tensor, metrics: list[Tensor], return_metrics: bool) -> Tensor | tuple[Tensor, TokenMetrics]:

@@ -3,9 +3,9 @@
 nvamp::token_nll             losses from logits; the backward recomputes the softmax
 nvamp::linear_token_nll      losses from hidden states; the backward recomputes the logits too: four
                              matrix products, and any weights
-nvamp::linear_nll_sum_max    sum and maximum of the losses from hidden states, in three products: the
-                             gradient of the sum is made while each chunk of logits is there, and the
-                             backward scales it and adds the rank-one gradient of the largest loss
+nvamp::linear_nll_sum        the losses and their sum from hidden states, in three products: the gradient
+                             of the sum is made while each chunk of logits is there; the backward scales
+                             it and adds the gradients of the few losses that weigh more
 
 The first two have twins for a vocabulary in parts, one on each rank. Between what they do, the parts are put
 together: `nvamp.engine.parts`.
@@ -25,6 +25,7 @@ from nvamp.engine.backends import load
 from nvamp.engine.checks import check_label_range
 from nvamp.engine.hugepages import in_huge_pages
 from nvamp.engine.inplace import is_of_leaf, may_use_up, no_overlap, saving_is_hooked
+from nvamp.engine.linear import Units
 from nvamp.engine.operator import fields_of, operator
 from nvamp.engine.options import Head, Needs, Options, accumulate_dtype
 
@@ -228,27 +229,22 @@ def _present(grads: Tensors, needs: Needs) -> list[Tensor | None]:
 linear_token_nll.register_autograd(_linear_token_nll_autograd, setup_context=_linear_token_nll_setup)
 
 
-# nvamp::linear_nll_sum_max -----------------------------------------------------------------------------
-
-
-class Units(NamedTuple):
-    """What the one pass leaves to its backward: gradients of Σ nll, and the row of the largest loss."""
-
-    max_index: Tensor  # int64 []
-    max_grad: Tensor  # [V], with respect to its logits
-    max_hidden: Tensor  # [D]
-    grad_hidden: Tensor  # [N, D], or empty where nobody needs it; so are the next
-    grad_weight: Tensor  # [V, D]
-    grad_bias: Tensor  # [V]
+# nvamp::linear_nll_sum ---------------------------------------------------------------------------------
 
 
 @operator(
-    "nvamp::linear_nll_sum_max",
-    f"({_HEAD}, {_NEEDS}, bool use_up, ScalarType? accum_dtype, {_OPTIONS}) "
-    f"-> (Tensor sum, Tensor max, Tensor nll, {fields_of(Units)})",
+    "nvamp::linear_nll_sum",
+    f"({_HEAD}, {_NEEDS}, SymInt few, bool use_up, ScalarType? accum_dtype, {_OPTIONS}) "
+    f"-> (Tensor sum, Tensor nll, {fields_of(Units)})",
 )
-def linear_nll_sum_max(
-    head: Head, needs: Needs, use_up: bool, accum_dtype: torch.dtype | None, backend: str, opt: Options
+def linear_nll_sum(
+    head: Head,
+    needs: Needs,
+    few: int,
+    use_up: bool,
+    accum_dtype: torch.dtype | None,
+    backend: str,
+    opt: Options,
 ) -> Tensors:
     """`use_up`: the caller does not look at the gradients, so the backward may finish them in place.
 
@@ -256,113 +252,90 @@ def linear_nll_sum_max(
     """
     check_label_range(head.labels, len(head.weight), opt.ignore_index)
     with _as_is(head.hidden):
-        nll, index, *units = linear.unit_gradients(load(backend), head, needs, accum_dtype, opt)
-    index = index.clone()  # no view: a fake tensor knows nothing of what else its memory holds
-    # Where no row has a label, the first row is an ignored one: its loss is 0.
-    largest = nll.gather(0, index[None])[0] if len(nll) else nll.new_zeros(())
-    return nll.sum(), largest, nll, index, *units
+        nll, units = linear.unit_gradients(load(backend), head, needs, few, accum_dtype, opt)
+    return nll.sum(), nll, *units
 
 
-@linear_nll_sum_max.register_fake
-def _(head: Head, needs: Needs, use_up: bool, accum_dtype: torch.dtype | None, *_: Any) -> Tensors:
+@linear_nll_sum.register_fake
+def _(head: Head, needs: Needs, few: int, use_up: bool, accum_dtype: torch.dtype | None, *_: Any) -> Tensors:
     nll = _fake_tokens(head.hidden, head.labels, False)[0]
-    scalar = nll.new_empty(())
-    index = torch.empty_like(scalar, dtype=torch.int64)
-    of_max = head.weight.new_empty(len(head.weight)), head.hidden.new_empty(head.hidden.shape[1])
+    index = head.labels.new_empty(int(few == 1), dtype=torch.int64)
+    max_grad = head.weight.new_empty(len(head.weight) if few == 1 else 0)
+    max_hidden = head.hidden.new_empty(head.hidden.shape[1] if few == 1 else 0)
     hidden, weight, bias = _fake_gradients(head, needs, linear.held_dtype(head.weight, accum_dtype))
-    return scalar, torch.empty_like(scalar), nll, index, *of_max, hidden, weight, bias.to(nll.dtype)
+    return nll.new_empty(()), nll, index, max_grad, max_hidden, hidden, weight, bias.to(nll.dtype)
 
 
 @operator(
-    "nvamp::linear_nll_sum_max_backward",
-    f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor grad_sum, Tensor? grad_max, {fields_of(Units)}, "
-    f"{_NEEDS}, str backend) -> ({_GRADIENTS})",
+    "nvamp::linear_nll_sum_backward",
+    f"(Tensor grad_sum, Tensor? grad_nll, {fields_of(Units)}, {_HEAD}, {_NEEDS}, SymInt few, "
+    f"ScalarType? accum_dtype, {_OPTIONS}) -> (Tensor by_hidden, Tensor by_weight, Tensor by_bias)",
 )
-def linear_nll_sum_max_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+def linear_nll_sum_backward(
     grad_sum: Tensor,
-    grad_max: Tensor | None,
+    grad_nll: Tensor | None,
     units: Units,
+    head: Head,
     needs: Needs,
+    few: int,
+    accum_dtype: torch.dtype | None,
     backend: str,
+    opt: Options,
 ) -> Tensors:
-    """The first three are there for autograd, to refuse their second derivatives and not to miss them."""
-    return _scale_unit_gradients(False, grad_sum, grad_max, units, needs, backend)
+    return _weighted_gradients(False, grad_sum, grad_nll, units, head, needs, few, accum_dtype, backend, opt)
 
 
-@linear_nll_sum_max_backward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    grad_sum: Tensor,
-    grad_max: Tensor | None,
-    units: Units,
-    *_: Any,
-) -> Tensors:
+@linear_nll_sum_backward.register_fake
+def _(grad_sum: Tensor, grad_nll: Tensor | None, units: Units, head: Head, *_: Any) -> Tensors:
     grads = units.grad_hidden, units.grad_weight, units.grad_bias
-    return tuple(torch.empty_like(grad, dtype=hidden.dtype) for grad in grads)
+    return tuple(torch.empty_like(grad, dtype=head.weight.dtype) for grad in grads)
 
 
-linear_nll_sum_max_backward.register_autograd(_refuse)
+linear_nll_sum_backward.register_autograd(_refuse)
 
 
-def _scale_unit_gradients(
-    in_place: bool, grad_sum: Tensor, grad_max: Tensor | None, units: Units, needs: Needs, backend: str
+def _weighted_gradients(
+    in_place: bool,
+    grad_sum: Tensor,
+    grad_nll: Tensor | None,
+    units: Units,
+    head: Head,
+    needs: Needs,
+    few: int,
+    accum_dtype: torch.dtype | None,
+    backend: str,
+    opt: Options,
 ) -> Tensors:
-    """grad_sum·(unit gradients) + grad_max·(gradients of the largest loss), in the dtype of the inputs."""
-    dtype = units.max_hidden.dtype
-
-    def room_for(unit: Tensor) -> Tensor:
-        return unit if in_place and unit.dtype == dtype else torch.empty_like(unit, dtype=dtype)
-
-    hidden = room_for(units.grad_hidden)
-    if needs.hidden:
-        scale = grad_sum
-        if grad_max is not None:  # its row of the largest loss is the gradient of that loss already
-            rows = torch.arange(len(units.grad_hidden), device=units.max_index.device)
-            scale = (grad_sum + grad_max * (rows == units.max_index))[:, None]
-        torch.mul(units.grad_hidden, scale, out=hidden)
-    if in_place and hidden is not units.grad_hidden:
-        units.grad_hidden.untyped_storage().resize_(0)  # nobody looks at it again: room for the next
-    weight = room_for(units.grad_weight)
-    if needs.weight:
-        with _as_is(units.grad_weight):
-            load(backend).scale_and_add(
-                units.grad_weight, grad_sum, grad_max, units.max_grad, units.max_hidden, out=weight
-            )
-    bias = units.grad_bias * grad_sum
-    if needs.bias and grad_max is not None:
-        bias += grad_max * units.max_grad
-    return hidden, weight, bias.to(dtype)
+    with _as_is(head.hidden):
+        return linear.weighted_gradients(
+            load(backend), grad_sum, grad_nll, units, head, needs, few, accum_dtype, opt, in_place
+        )
 
 
-def _linear_nll_sum_max_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    head, ctx.needs, use_up, _, ctx.backend, _ = inputs
+def _linear_nll_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    head, ctx.needs, ctx.few, use_up, ctx.accum_dtype, ctx.backend, ctx.opt = inputs
     ctx.use_up = use_up and not saving_is_hooked()  # a hook may keep what it saves
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*output[3:], head.hidden, head.weight, head.bias)
+    ctx.mark_non_differentiable(*output[2 if ctx.few else 1 :])
+    ctx.save_for_backward(*head, *output[2:])
 
 
-def _linear_nll_sum_max_autograd(
-    ctx: Any, grad_sum: Tensor | None, grad_max: Tensor | None, *_: Any
+def _linear_nll_sum_autograd(
+    ctx: Any, grad_sum: Tensor | None, grad_nll: Tensor | None, *_: Any
 ) -> list[Tensor | None]:
-    *saved, hidden, weight, bias = ctx.saved_tensors  # once: checkpointing allows no second look
-    units = Units(*saved)
+    hidden, weight, bias, labels, *units = ctx.saved_tensors  # once: checkpointing allows no second look
     if grad_sum is None:
-        assert grad_max is not None
-        grad_sum = torch.zeros_like(grad_max)
-    args = (grad_sum, grad_max, units, ctx.needs, ctx.backend)
-    if ctx.use_up and may_use_up(units.max_index, grad_sum):
-        grads = _scale_unit_gradients(True, *args)
+        assert grad_nll is not None
+        grad_sum = grad_nll.new_zeros(())
+    args = (grad_sum, grad_nll, Units(*units), Head(hidden, weight, bias, labels))
+    rest = (ctx.needs, ctx.few, ctx.accum_dtype, ctx.backend, ctx.opt)
+    if ctx.use_up and may_use_up(units[0], grad_sum, grad_nll):
+        grads = _weighted_gradients(True, *args, *rest)
     else:
-        grads = linear_nll_sum_max_backward(hidden, weight, bias, *args)
+        grads = linear_nll_sum_backward(*args, *rest)
     return _present(grads, ctx.needs)
 
 
-linear_nll_sum_max.register_autograd(_linear_nll_sum_max_autograd, setup_context=_linear_nll_sum_max_setup)
+linear_nll_sum.register_autograd(_linear_nll_sum_autograd, setup_context=_linear_nll_sum_setup)
 
 
 # A vocabulary in parts --------------------------------------------------------------------------------
