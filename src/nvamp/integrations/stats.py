@@ -20,8 +20,8 @@ def log_stats(trainer: Any, criterion: Loss | LinearLoss | TokenLoss) -> None:
 
     They go where its other values go: to `log_history`, to TensorBoard and to whatever else `report_to`
     names. The keys are the same for every objective, and begin with the name of this library. Each value
-    covers all micro-batches since the last log, on all ranks, and a mean over micro-batches weighs each by its
-    number of tokens:
+    covers all micro-batches since the last log, on all ranks; a mean over micro-batches weighs each of them
+    by its number of tokens:
 
         nvamp_cross_entropy   mean loss ℓ of a token, in nats, whatever its weight
         nvamp_dispersion      mean over micro-batches of their mean |ℓ − μ|/σ

@@ -18,7 +18,7 @@ __all__ = ["TitanLoss"]
 
 
 class TitanLoss(BaseLoss):  # type: ignore[misc]  # torchtitan is untyped here
-    """A torchtitan loss of any objective: those of all micro-batches and ranks add up to the loss of the step.
+    """Any objective for torchtitan: the losses of micro-batches and ranks add up to the loss of the step.
 
     Statistics are those of a rank's micro-batch, or of a chunk if `ChunkedLossWrapper` calls the loss. To
     take them over several ranks that hold different tokens, set `criterion.process_group`:
