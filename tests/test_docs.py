@@ -44,7 +44,7 @@ GIVEN = {
     "docs/custom-losses.md": "hidden lm_head labels token_weight",
     "docs/distributed.md": "logits labels mesh logits_of_this_rank hidden weight_of_this_rank",
     "docs/trainers.md": "model Trainer args config data tokenizer",
-    "docs/transformers.md": "model Trainer TrainingArguments args data tokens labels torch",
+    "docs/transformers.md": "model Trainer TrainingArguments args data tokens labels token_weight torch",
 }
 
 
