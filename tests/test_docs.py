@@ -45,7 +45,7 @@ GIVEN = {
     "docs/custom-losses.md": "logits hidden lm_head labels",
     "docs/distributed.md": "logits labels mesh logits_of_this_rank hidden weight_of_this_rank",
     "docs/trainers.md": "model Trainer args config data tokenizer",
-    "docs/transformers.md": "model Trainer TrainingArguments args data tokens labels torch",
+    "docs/transformers.md": "model Trainer TrainingArguments args data tokens labels token_weight torch",
 }
 
 
