@@ -255,6 +255,7 @@ def test_kernel_compiles_without_spills(architecture: str) -> None:
         "from benchmarks.kernels import compiling, machine_code\n"
         "from nvamp import fused\n"
         "from nvamp.objectives import GRADIENTS\n"
+        "c = fused.Coefficients(1.0, 0.02, 0.001, 1e-6)\n"
         "m = torch.empty((), dtype=torch.int64, device='meta')\n"
         "for dtype in (torch.float32, torch.float64):\n"
         "    nll = torch.empty(100, dtype=dtype, device='meta')\n"
@@ -263,7 +264,7 @@ def test_kernel_compiles_without_spills(architecture: str) -> None:
         "    cases += [('full', labels.bool(), m, None), ('full', labels.int(), None, 7.0)]\n"
         f"    with compiling({architecture!r}) as compiled:\n"
         "        for gradient, y, *items in cases:\n"
-        "            fused.judge.function(nll, y, *items, -100, 1.0, 0.02, 0.001, 1e-6, gradient, True)\n"
+        "            fused.judge.function(nll, y, *items, -100, c, gradient, gradient in ('scalar', 'detached'))\n"
         "    codes = [machine_code(binary) for binary, _ in compiled]\n"
         "    print(len(codes), max(c.local_bytes for c in codes), any(c.has_float64 for c in codes))\n"
     )
