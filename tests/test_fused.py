@@ -226,8 +226,9 @@ def test_losses_of_one_gpu_are_judged_by_the_kernel(
 def test_opcheck_of_the_kernel(gradient: Gradient, dtype: torch.dtype) -> None:
     ell, labels = torch.tensor([1.0, 4.0, 2.0], dtype=dtype), torch.tensor([0, 1, -100])
     for items in ((None, None), (torch.tensor(9), None), (None, 9.0)):
-        arguments = (ell, labels, *items, -100, 1.0, 0.02, 0.001, 1e-6, gradient)
-        torch.library.opcheck(torch.ops.nvamp.objective.default, arguments)
+        for apart in (False, gradient in ("scalar", "detached")):
+            arguments = (ell, labels, *items, -100, 1.0, 0.02, 0.001, 1e-6, gradient, apart)
+            torch.library.opcheck(torch.ops.nvamp.objective.default, arguments)
 
 
 @pytest.mark.parametrize("kind", [int, float, torch.tensor])
@@ -262,7 +263,7 @@ def test_kernel_compiles_without_spills(architecture: str) -> None:
         "    cases += [('full', labels.bool(), m, None), ('full', labels.int(), None, 7.0)]\n"
         f"    with compiling({architecture!r}) as compiled:\n"
         "        for gradient, y, *items in cases:\n"
-        "            fused.judge.function(nll, y, *items, -100, 1.0, 0.02, 0.001, 1e-6, gradient)\n"
+        "            fused.judge.function(nll, y, *items, -100, 1.0, 0.02, 0.001, 1e-6, gradient, True)\n"
         "    codes = [machine_code(binary) for binary, _ in compiled]\n"
         "    print(len(codes), max(c.local_bytes for c in codes), any(c.has_float64 for c in codes))\n"
     )

@@ -283,7 +283,7 @@ def _value_with_gradient(value: Tensor, terms: list[tuple[Tensor, Tensor]]) -> T
     """A tensor with this value and the gradient of Σ x·w over the terms (x, w), at constant w."""
     if has_transforms() or torch.compiler.is_compiling():
         for x, weight in terms:  # the same, for those who look inside
-            of = (x * weight).sum()
+            of = torch.where(weight == 0, 0, x * weight).sum()  # a loss without weight may be infinite
             value = value + (of - of.detach())
         return value
     result: Tensor = _ValueWithGradient.apply(value, *(t for term in terms for t in term))  # type: ignore[no-untyped-call]

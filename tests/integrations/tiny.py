@@ -33,19 +33,21 @@ DESCENT = {
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Random tokens, and as labels the same, with some of them ignored if `unequal`."""
+    """Random tokens, and as labels the same, with some of them ignored if `unequal`; weights if `weighted`."""
 
-    def __init__(self, unequal: bool) -> None:
+    def __init__(self, unequal: bool, weighted: bool = False) -> None:
         g = torch.Generator().manual_seed(0)
         self.inputs = torch.randint(V, (ROWS, SEQ), generator=g)
         kept = torch.randint(2, SEQ + 1, (ROWS,), generator=g) if unequal else torch.full((ROWS,), SEQ)
         self.labels = torch.where(torch.arange(SEQ) < kept[:, None], self.inputs, IGNORED)
+        self.columns = {"token_weight": 2 * torch.rand(ROWS, SEQ, generator=g)} if weighted else {}
 
     def __len__(self) -> int:
         return ROWS
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.inputs[index], "labels": self.labels[index]}
+        columns = {name: x[index] for name, x in self.columns.items()}
+        return {"input_ids": self.inputs[index], "labels": self.labels[index], **columns}
 
 
 def tiny() -> Any:

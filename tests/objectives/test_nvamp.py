@@ -115,6 +115,17 @@ def test_cross_entropy_and_max_add_up_over_micro_batches(
     torch.testing.assert_close(total, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_statistics_are_there_without_alpha(alpha: float, gradient: Gradient) -> None:
+    """The loss then needs neither mean nor deviation."""
+    ell = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    found = NVAMP(alpha, eps=0.5, gradient=gradient).evaluate(batch_of(ell)).statistics
+    assert found is not None
+    mean, std, z = oracle.statistics(ell, 0.5)
+    torch.testing.assert_close(found()[4:7], (mean, std, z.abs().mean()))
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("count", [0, 3])
 def test_no_valid_token(gradient: Gradient, count: int) -> None:

@@ -101,6 +101,16 @@ def _smoothed(at_label: Tensor, mean: Tensor, opt: Options) -> Tensor:
     return (1 - opt.label_smoothing) * at_label + opt.label_smoothing * mean
 
 
+def _weighted(below: Tensor, p: Tensor) -> Tensor:
+    """Σ p·(z − largest z) [rows] of a block; z − largest z, `below`, is used up for it."""
+    return _without_inf(below).mul_(p).sum(-1)
+
+
+def _without_inf(below: Tensor) -> Tensor:
+    """z − largest z with a number for −inf, in place: exp of it is 0 long before −10⁴, and times −inf NaN."""
+    return below.clamp_(min=-1e4)
+
+
 def _to_gradient(
     p: Tensor,
     norm: Tensor,
@@ -121,10 +131,10 @@ def _to_gradient(
     w = (grad_nll * opt.logit_scale)[:, None]
     factor = w * (1 + 2 * opt.z_loss * norm.sum(-1, keepdim=True)) if opt.z_loss else w
     if of_entropy is not None and below is not None:
-        # dentropy/dz = −p·(log p + entropy), and log p = below − log_sum; p is 0 long before below is −10⁴
+        # dentropy/dz = −p·(log p + entropy), and log p = below − log_sum
         h = (of_entropy.grad * -opt.logit_scale)[:, None]
         factor = factor + h * (of_entropy.entropy - norm[:, 1])[:, None]
-        factor = torch.addcmul(factor, h, below.clamp_(min=-1e4), out=below)
+        factor = torch.addcmul(factor, h, _without_inf(below), out=below)
     p.mul_(factor)
     at_label = (opt.label_smoothing - 1) * w
     if classes is not None and targets.invalid is not None:
@@ -174,6 +184,7 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
     buffer = _block_buffer(logits)
     nll, norm = buffer.new_empty(n), buffer.new_empty(n, 2)
     entropy, prediction = buffer.new_empty(n), targets.label.new_empty(n)
+    room = torch.empty_like(buffer) if metrics else buffer
     for x, at in _blocks(logits):
         p, rows = buffer[: len(x)], targets.rows(at)
         if rows.none:
@@ -181,10 +192,14 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
             continue
         z, _ = _activate(x, opt, p, want_slope=False)
         if metrics:
-            prediction[at] = z.argmax(-1)
+            top, prediction[at] = z.max(-1)
+            below = torch.sub(z, top[:, None], out=room[: len(x)])
         nll[at], norm[at] = _losses(z, rows, opt, p)
         if metrics:
-            entropy[at] = torch.special.entr(p).sum(-1)
+            # Σ p is 1 but for rounding. Digits of the entropy and of its gradient depend on it.
+            total = p.sum(-1)
+            norm[at, 1] += total - 1
+            entropy[at] = norm[at, 1] - _weighted(below, p) / total
     if metrics and targets.ignored is not None:
         entropy.masked_fill_(targets.ignored, 0)
         prediction.masked_fill_(targets.ignored, 0)
@@ -213,7 +228,7 @@ def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, opt: Options)
         norm[at] = torch.stack((top, e.sum(-1)), -1)
         if metrics:
             total = norm[at, 1]
-            entropy[at] = total.log() - below.clamp_(min=-1e4).mul_(e).sum(-1) / total
+            entropy[at] = total.log() - _weighted(below, e) / total
     if targets.invalid is not None:
         at_label.masked_fill_(targets.invalid, 0)
     if targets.ignored is not None:

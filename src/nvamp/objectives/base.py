@@ -44,13 +44,9 @@ class Batch(NamedTuple):
         """The result L = Σ values / M, if ∂L/∂ℓ is `weights` / M; [tokens] each."""
         n, total = self.sums(values)
         m, _ = self.items(n)
-        return Result(
-            total / m,
-            per_token=weights / m,
-            entropy_weights=None
-            if entropy_weights is None
-            else torch.where(self.valid, entropy_weights / m, 0),
-        )
+        if entropy_weights is not None:
+            entropy_weights = torch.where(self.valid, entropy_weights, 0) / m
+        return Result(total / m, per_token=weights / m, entropy_weights=entropy_weights)
 
 
 class Statistics(NamedTuple):
@@ -93,7 +89,7 @@ class Result(NamedTuple):
 class Objective:
     """Derive from it, as a frozen dataclass with the options as its fields, and define `evaluate`.
 
-    What else an objective says of itself, it says by a property, or by an attribute of its class.
+    The properties may be overridden too, also by attributes of the class: `inputs = ("advantage",)`.
     """
 
     def __post_init__(self) -> None:

@@ -70,8 +70,10 @@ class NVAMP(Objective):
 
     def evaluate(self, batch: Batch) -> Result:
         s = statistics(batch, self.eps, self.moments)
-        # Without alpha there are no moments yet, on one rank; nobody may want them.
-        found = (lambda: s) if self.alpha else lambda: statistics(batch, self.eps)
+
+        def found() -> Statistics:  # without alpha, which nobody may want, they have no moments yet
+            return s if self.moments else statistics(batch, self.eps)
+
         # L = α·d·C + β·C + γ·X·(N/M)
         loss = (self.alpha * s.dispersion + self.beta) * s.cross_entropy
         penalty = None
