@@ -165,6 +165,25 @@ def test_stats(path: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> Non
 
 
 @with_path
+def test_uint8_labels_are_indices(path: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """In uint8 an ignore_index of -100 would be the class 156."""
+    wide = torch.randn(200, D, dtype=torch.float64)
+    y = labels.clamp(min=0)
+    y[0, 3] = 156
+    torch.testing.assert_close(*(loss_of(path, hidden, wide, kind) for kind in (y.to(torch.uint8), y)))
+
+
+@with_path
+def test_flattened_labels_are_not_shifted_across_rows(
+    path: str, hidden: Tensor, weight: Tensor, labels: Tensor
+) -> None:
+    flat = hidden.flatten(0, 1), weight, labels.flatten()
+    with pytest.raises(ValueError, match=r"labels must have shape \[batch, seq\] to be shifted, got \[21\]"):
+        loss_of(path, *flat)
+    assert loss_of(path, *flat, shift=False).isfinite()
+
+
+@with_path
 def test_stats_describe_the_losses_whatever_the_loss_needs(
     path: str, hidden: Tensor, weight: Tensor, labels: Tensor
 ) -> None:

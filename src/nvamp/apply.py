@@ -21,7 +21,14 @@ from nvamp.engine.options import accumulate_dtype
 from nvamp.engine.parts import has_dtensors
 from nvamp.objectives.base import Batch, Objective, Result, Statistics
 from nvamp.objectives.statistics import statistics
-from nvamp.options import DECLARED, LinearOptions, LogitsOptions, TokenOptions
+from nvamp.options import (
+    DECLARED,
+    LinearNLLOptions,
+    LinearOptions,
+    LinearSumOptions,
+    LogitsOptions,
+    NLLOptions,
+)
 from nvamp.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -76,6 +83,7 @@ class Call(NamedTuple):
 
 Loss = Tensor | tuple[Tensor, NVAMPStats]
 T = TypeVar("T")
+Chosen = TypeVar("Chosen")
 
 
 # The three faces ---------------------------------------------------------------------------------------
@@ -99,10 +107,7 @@ def of_logits(
             targets,
             ignore_index=ignore_index,
             return_metrics=objective.needs_entropy,
-            inplace_backward=o["inplace_backward"],
-            vocab_group=vocab_group,
-            backend=o["backend"],
-            **_token_options(o),
+            **_of(NLLOptions, o, vocab_group=vocab_group),
         )
         return _Losses.of(found, targets, ignore_index, inputs)
 
@@ -140,9 +145,7 @@ def of_hidden(
                 bias,
                 few=few,
                 ignore_index=ignore_index,
-                accum_dtype=o["accum_dtype"],
-                backend=o["backend"],
-                **_token_options(o),
+                **_of(LinearSumOptions, o),
             )
             return _Losses.of(nll, targets, ignore_index, inputs, total)
         found = linear_token_nll(  # type: ignore[call-overload]
@@ -152,11 +155,7 @@ def of_hidden(
             bias,
             ignore_index=ignore_index,
             return_metrics=objective.needs_entropy,
-            accum_dtype=o["accum_dtype"],
-            vocab_group=vocab_group,
-            reduce_grad_hidden=o["reduce_grad_hidden"],
-            backend=o["backend"],
-            **_token_options(o),
+            **_of(LinearNLLOptions, o, vocab_group=vocab_group),
         )
         return _Losses.of(found, targets, ignore_index, inputs)
 
@@ -353,8 +352,10 @@ def _items(num_items_in_batch: Items) -> Items:
     return num_items_in_batch
 
 
-def _token_options(o: LogitsOptions | LinearOptions) -> TokenOptions:
-    return cast(TokenOptions, {name: o[name] for name in DECLARED[TokenOptions]})  # type: ignore[literal-required]
+def _of(options: type[Chosen], o: LogitsOptions | LinearOptions, **changed: object) -> Chosen:
+    """Those of the options that a class has."""
+    chosen = {name: o[name] for name in DECLARED[options]} | changed  # type: ignore[literal-required]
+    return cast(Chosen, chosen)
 
 
 def _shifted(x: Tensor, shift: bool, fill: int = 0) -> Tensor:
@@ -372,14 +373,12 @@ def _targets(
     inputs: TokenInputs,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The label [...] of each row of x [..., features], called `name`, and the inputs [tokens] beside it."""
-    check_labels(labels, x, name)
+    labels = check_labels(labels, x, name)
     if shift and labels.dim() == 1:
         raise ValueError(
             f"labels must have shape [batch, seq] to be shifted, got {list(labels.shape)}: flattened labels "
             "would be shifted from one row to the next; give shift=False for labels that are shifted already"
         )
-    if labels.dtype == torch.uint8:
-        labels = labels.long()  # as uint8, -100 would be 156
     targets = _shifted(labels, shift, ignore_index)
     if not (inputs or objective.inputs):
         return targets, {}

@@ -88,12 +88,10 @@ def number(x: float, like: Tensor) -> Any:
 
 def options_of(opt: Options, like: Tensor) -> dict[str, Any]:
     """The arguments that every kernel on logits takes; numbers in the dtype of `like`, that of the losses."""
+    ignore_index, *numbers = opt
     return {
-        "ignore_index": opt.ignore_index,
-        "label_smoothing": number(opt.label_smoothing, like),
-        "z_loss": number(opt.z_loss, like),
-        "softcap": number(opt.softcap or 0.0, like),
-        "logit_scale": number(opt.logit_scale, like),
+        "ignore_index": ignore_index,
+        **{name: number(x or 0.0, like) for name, x in zip(opt._fields[1:], numbers, strict=True)},
         "WIDE": WIDE[like.dtype],
         "CAPPED": opt.softcap is not None,
         "SCALED": opt.logit_scale != 1,

@@ -49,7 +49,7 @@ def weigh(spec: LossSpec, ell: NDArray[np.float32], entropy: NDArray[np.float32]
     for name, coefficient, objective in _terms(spec.objective):
         entropies = torch.from_numpy(entropy).double() if objective.needs_entropy else None
         result = objective.evaluate(Batch(nll, valid, entropy=entropies))
-        terms.append(Term(name, coefficient, float(result.loss), result.weights(valid).numpy()))
+        terms.append(Term(name, coefficient, float(result.loss), result.weights().expand_as(nll).numpy()))
     return Weights(spec, terms)
 
 
