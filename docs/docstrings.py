@@ -69,7 +69,8 @@ def spell_out(function: griffe.Function) -> None:
     declared = function.modules_collection[annotation.slice.canonical_path]
     del function.parameters["options"]
     for option in options_of(declared):
-        function.parameters.add(parameter(option))
+        if option.name not in function.parameters:  # two bases may share one
+            function.parameters.add(parameter(option))
 
 
 def options_of(cls: griffe.Class) -> Iterator[griffe.Attribute]:
