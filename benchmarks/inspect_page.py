@@ -19,6 +19,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 from nvamp.study.inspect.page import write_page
 from nvamp.study.inspect.score import inspect_text
+from nvamp.study.losses import MODES, parse_losses
 from nvamp.study.models import load_model, load_tokenizer
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -88,7 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory, chromium() as browser:
         path = Path(directory) / "page.html"
         begin = perf_counter()
-        found = inspect_text(model, tokenizer, text)
+        found = inspect_text(model, tokenizer, text, parse_losses(MODES))
         scored = perf_counter()
         write_page(found, "model", "text", path)
         made = perf_counter()

@@ -11,6 +11,7 @@ import pytest
 
 import nvamp
 from nvamp.cli import main
+from nvamp.study.losses import KNOWN, MODES
 from tests.processes import python
 from tests.study.conftest import documents, model_dir, one_thread, started, text_dir, tokenizer, words
 
@@ -84,6 +85,13 @@ def test_a_dataset_and_a_model_of_ones_own(
     assert "±" not in capsys.readouterr().out.split("\n", 6)[-1]
 
 
+def losses_on(page: Path) -> list[str]:
+    """The names of the losses whose weights a page of `nvamp inspect` has."""
+    data = re.search(r'<script type="application/json" id="data">(.*)</script>', page.read_text())
+    assert data
+    return [loss["name"] for loss in json.loads(data[1])["losses"]]
+
+
 def test_a_model_of_a_study_can_be_inspected(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text_dir: Path
 ) -> None:
@@ -103,6 +111,11 @@ def test_a_model_of_a_study_can_be_inspected(
         r"\d+ tokens: mean \d\.\d{3} nats, sigma 0\.\d{3}, max \d\.\d\d, dispersion 0\.\d{3} ", said
     )
     assert f"Page ({size:.1f} MB): {tmp_path / 'page.html'}" in "".join(captured.out.splitlines())
+    assert losses_on(tmp_path / "page.html") == [*MODES]
+    assert losses_on(out / "inspect" / "nvamp-seed0.html") == [*MODES]
+    more = ["--loss", "focal:gamma=2", "--loss", "ce:label_smoothing=0.1", "--out", tmp_path / "page.html"]
+    assert run(monkeypatch, *inspect, *more) == 0
+    assert losses_on(tmp_path / "page.html") == ["focal", "ce:label_smoothing=0.1"]
 
 
 def test_ctrl_c_while_a_text_is_read(
@@ -125,7 +138,7 @@ def test_ctrl_c_while_a_text_is_read(
     [
         (
             ["compare", "--loss", "bogus"],
-            "--loss bogus: unknown loss 'bogus', known are ce, nvamp, focal, dft",
+            "--loss bogus: unknown objective 'bogus', known are ce, nvamp, ",
         ),
         (["compare", "--loss", "ce", "--loss", "ce"], "--loss ce: named twice"),
         (["compare", "--text", "missing.txt"], "--text missing.txt: no such file or directory"),
@@ -141,9 +154,13 @@ def test_ctrl_c_while_a_text_is_read(
         (["inspect", "--text", "x"], "--model"),
         (["inspect", "--model", "x", "--text", "missing"], "--text missing: No such file or directory"),
         (["inspect", "--model", "./x", "--text", __file__], "--model ./x: no such directory"),
+        (
+            ["inspect", "--model", "./x", "--text", __file__, "--loss", "bogus"],
+            "--loss bogus: unknown objective",
+        ),
     ],
 )
-def test_a_mistake_is_told_in_one_line(
+def test_a_mistake_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -175,6 +192,16 @@ def test_help_does_not_wait_for_heavy_imports() -> None:
     assert shown.returncode == 0
     assert "--noise" in shown.stdout
     assert "heavy: set()" in shown.stdout
+
+
+@pytest.mark.parametrize("command", ["compare", "inspect"])
+def test_help_lists_the_objectives(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    shown = " ".join(re.sub("[│|]", " ", capsys.readouterr().out).split())
+    assert f"One of {', '.join(KNOWN)}," in shown
+    assert "token_weighted" not in shown
 
 
 @pytest.mark.parametrize("command", [[], ["compare"], ["inspect"]])

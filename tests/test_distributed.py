@@ -150,7 +150,7 @@ def a_bad_argument_leaves_nobody_waiting(rank: int, world: int) -> None:
         if rank == world - 1:
             with pytest.raises(ValueError, match="labels must have shape"):
                 model(x, labels[:1])
-            with pytest.raises(TypeError, match="labels must be int64 or int32"):
+            with pytest.raises(TypeError, match="labels must be int64, int32 or uint8"):
                 model(x, labels.double())
             with pytest.raises(ValueError, match="num_items_in_batch must be at least 0"):
                 model(x, labels, num_items_in_batch=-1)

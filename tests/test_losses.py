@@ -164,6 +164,37 @@ def test_stats(path: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> Non
     assert loss.requires_grad
 
 
+@with_path
+def test_uint8_labels_are_indices(path: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """In uint8 an ignore_index of -100 would be the class 156."""
+    wide = torch.randn(200, D, dtype=torch.float64)
+    y = labels.clamp(min=0)
+    y[0, 3] = 156
+    torch.testing.assert_close(*(loss_of(path, hidden, wide, kind) for kind in (y.to(torch.uint8), y)))
+
+
+@with_path
+def test_flattened_labels_are_not_shifted_across_rows(
+    path: str, hidden: Tensor, weight: Tensor, labels: Tensor
+) -> None:
+    flat = hidden.flatten(0, 1), weight, labels.flatten()
+    with pytest.raises(ValueError, match=r"labels must have shape \[batch, seq\] to be shifted, got \[21\]"):
+        loss_of(path, *flat)
+    assert loss_of(path, *flat, shift=False).isfinite()
+
+
+@with_path
+def test_stats_describe_the_losses_whatever_the_loss_needs(
+    path: str, hidden: Tensor, weight: Tensor, labels: Tensor
+) -> None:
+    """Without alpha, mean, deviation and dispersion are needed for nothing else."""
+    _, expected = loss_of(path, hidden, weight, labels, return_stats=True, eps=0.5)
+    for gradient in GRADIENTS:
+        options: Any = {"alpha": 0.0, "gradient": gradient, "eps": 0.5}
+        _, stats = loss_of(path, hidden, weight, labels, return_stats=True, **options)
+        assert tuple(stats)[:7] == tuple(expected)[:7]
+
+
 @with_gradient
 @pytest.mark.parametrize("valid_tokens", [1, 100, 101, 350])
 def test_share_of_the_hardest_hundredth(gradient: Gradient, valid_tokens: int) -> None:

@@ -13,15 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nvamp import engine, fused
-from nvamp.engine import TokenMetrics, can_one_pass, linear_token_nll, token_nll
+from nvamp import fused
+from nvamp.engine import TokenMetrics, can_one_pass, linear_nll_sum, linear_token_nll, token_nll
 from nvamp.engine.checks import check_floating, check_labels, check_linear, check_logits, has_transforms
 from nvamp.engine.devices import can_look
 from nvamp.engine.options import accumulate_dtype
 from nvamp.engine.parts import has_dtensors
 from nvamp.objectives.base import Batch, Objective, Result, Statistics
 from nvamp.objectives.statistics import statistics
-from nvamp.options import DECLARED, LinearOptions, LogitsOptions, TokenOptions
+from nvamp.options import (
+    DECLARED,
+    LinearNLLOptions,
+    LinearOptions,
+    LinearSumOptions,
+    LogitsOptions,
+    NLLOptions,
+)
 from nvamp.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -76,6 +83,7 @@ class Call(NamedTuple):
 
 Loss = Tensor | tuple[Tensor, NVAMPStats]
 T = TypeVar("T")
+Chosen = TypeVar("Chosen")
 
 
 # The three faces ---------------------------------------------------------------------------------------
@@ -99,10 +107,7 @@ def of_logits(
             targets,
             ignore_index=ignore_index,
             return_metrics=objective.needs_entropy,
-            inplace_backward=o["inplace_backward"],
-            vocab_group=vocab_group,
-            backend=o["backend"],
-            **_token_options(o),
+            **_of(NLLOptions, o, vocab_group=vocab_group),
         )
         return _Losses.of(found, targets, ignore_index, inputs)
 
@@ -132,21 +137,15 @@ def of_hidden(
         few = None
         if vocab_group is None:  # else its parts would have to meet at every chunk
             few = _few_in_one_pass(objective, targets, o["process_group"])
-        if (
-            hasattr(engine, "linear_nll_sum")
-            and few is not None
-            and can_one_pass(hidden, weight, bias, o["backend"])
-        ):
-            total, nll = engine.linear_nll_sum(
+        if few is not None and can_one_pass(hidden, weight, bias, o["backend"]):
+            total, nll = linear_nll_sum(
                 hidden,
                 weight,
                 targets,
                 bias,
                 few=few,
                 ignore_index=ignore_index,
-                accum_dtype=o["accum_dtype"],
-                backend=o["backend"],
-                **_token_options(o),
+                **_of(LinearSumOptions, o),
             )
             return _Losses.of(nll, targets, ignore_index, inputs, total)
         found = linear_token_nll(  # type: ignore[call-overload]
@@ -156,11 +155,7 @@ def of_hidden(
             bias,
             ignore_index=ignore_index,
             return_metrics=objective.needs_entropy,
-            accum_dtype=o["accum_dtype"],
-            vocab_group=vocab_group,
-            reduce_grad_hidden=o["reduce_grad_hidden"],
-            backend=o["backend"],
-            **_token_options(o),
+            **_of(LinearNLLOptions, o, vocab_group=vocab_group),
         )
         return _Losses.of(found, targets, ignore_index, inputs)
 
@@ -196,7 +191,8 @@ def weights_of_tokens(
         return _given(objective, nll, valid, entropy, call.inputs), _items(call.num_items_in_batch)
 
     losses, items = _together(objective, ranks, nll, False, given)
-    return _judge(objective, losses, items, ranks, None).weights(losses.valid).view(nll.shape)
+    weights = _judge(objective, losses, items, ranks, None).weights()
+    return torch.where(losses.valid, weights, 0).view(nll.shape)
 
 
 # From losses to the loss -------------------------------------------------------------------------------
@@ -263,7 +259,8 @@ def _judge(objective: Objective, losses: _Losses, items: Items, ranks: Ranks, ba
     """Loss and weights, without gradient: by one kernel if it serves, else as the objective says."""
     ell = losses.nll.detach()
     if fused.serves(objective, ell, backend, ranks):
-        return fused.evaluate(objective, ell, losses.labels, items, losses.ignore_index)
+        apart = losses.total is not None
+        return fused.evaluate(objective, ell, losses.labels, items, losses.ignore_index, apart)
     return objective.evaluate(losses.batch(items, ranks))
 
 
@@ -271,7 +268,8 @@ def _terms(losses: _Losses, result: Result, ranks: Ranks) -> list[tuple[Tensor, 
     """Pairs (x, w): the gradient of the loss is that of Σ x·w at constant w."""
     terms: list[tuple[Tensor, Tensor | None]]
     if losses.total is None:
-        terms = [(losses.nll, result.weights(losses.valid))]
+        # What a weight is elsewhere does not matter: the losses of those tokens have no gradient.
+        terms = [(losses.nll, result.weights().expand_as(losses.nll))]
     else:
         terms = [(losses.total, result.shared), (losses.nll, result.per_token)]
     if losses.entropy is not None:
@@ -284,7 +282,7 @@ def _value_with_gradient(value: Tensor, terms: list[tuple[Tensor, Tensor]]) -> T
     """A tensor with this value and the gradient of Σ x·w over the terms (x, w), at constant w."""
     if has_transforms() or torch.compiler.is_compiling():
         for x, weight in terms:  # the same, for those who look inside
-            of = (x * weight).sum()
+            of = torch.where(weight == 0, 0, x * weight).sum()  # a loss without weight may be infinite
             value = value + (of - of.detach())
         return value
     result: Tensor = _ValueWithGradient.apply(value, *(t for term in terms for t in term))  # type: ignore[no-untyped-call]
@@ -354,8 +352,10 @@ def _items(num_items_in_batch: Items) -> Items:
     return num_items_in_batch
 
 
-def _token_options(o: LogitsOptions | LinearOptions) -> TokenOptions:
-    return cast(TokenOptions, {name: o[name] for name in DECLARED[TokenOptions]})  # type: ignore[literal-required]
+def _of(options: type[Chosen], o: LogitsOptions | LinearOptions, **changed: object) -> Chosen:
+    """Those of the options that a class has."""
+    chosen = {name: o[name] for name in DECLARED[options]} | changed  # type: ignore[literal-required]
+    return cast(Chosen, chosen)
 
 
 def _shifted(x: Tensor, shift: bool, fill: int = 0) -> Tensor:
@@ -373,15 +373,15 @@ def _targets(
     inputs: TokenInputs,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The label [...] of each row of x [..., features], called `name`, and the inputs [tokens] beside it."""
-    check_labels(labels, x, name)
+    labels = check_labels(labels, x, name)
     if shift and labels.dim() == 1:
         raise ValueError(
             f"labels must have shape [batch, seq] to be shifted, got {list(labels.shape)}: flattened labels "
             "would be shifted from one row to the next; give shift=False for labels that are shifted already"
         )
-    if labels.dtype == torch.uint8:
-        labels = labels.long()  # as uint8, -100 would be 156
     targets = _shifted(labels, shift, ignore_index)
+    if not (inputs or objective.inputs):
+        return targets, {}
     dtype = accumulate_dtype(x.dtype)
     return targets, _inputs(objective, inputs, labels, targets != ignore_index, dtype, shift)
 
@@ -464,12 +464,8 @@ def _statistics_of(batch: Batch, result: Result) -> Statistics:
 
 
 def _stats(batch: Batch, result: Result) -> NVAMPStats:
-    ell, valid, s, weights = (
-        batch.nll,
-        batch.valid,
-        _statistics_of(batch, result),
-        result.weights(batch.valid),
-    )
+    ell, valid, s = batch.nll, batch.valid, _statistics_of(batch, result)
+    weights = torch.where(valid, result.weights(), 0)
     some = valid.any()
 
     def over_valid(extreme: Callable[[Tensor], Tensor], elsewhere: float) -> Tensor:

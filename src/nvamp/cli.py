@@ -8,6 +8,7 @@ from typing import Annotated
 
 from nvamp import __version__
 from nvamp.study import StudyError
+from nvamp.study.losses import KNOWN, MODES
 from nvamp.study.peers import Peers, join
 
 _INSTALL = "the command line needs {}, which is not installed: pip install 'nvamp-loss[study]'"
@@ -20,6 +21,8 @@ except ModuleNotFoundError as error:
     raise SystemExit(2) from None
 except KeyboardInterrupt:
     raise SystemExit(130) from None
+
+_LOSSES = f"One of {', '.join(KNOWN)}, with options after a colon: nvamp:gamma=0.04,tail=0.05."
 
 app = typer.Typer(
     name="nvamp",
@@ -92,8 +95,7 @@ def compare(
     loss: Annotated[
         list[str],
         typer.Option(
-            help="A loss to train with; can be repeated, the first one is the baseline. "
-            "ce, nvamp, nvamp:gamma=0.05,gradient=token, focal:gamma=2, dft.",
+            help="A loss to train with; can be repeated, the first one is the baseline. " + _LOSSES,
             show_default="ce, nvamp, nvamp:gradient=token",
         ),
     ] = ["ce", "nvamp", "nvamp:gradient=token"],  # noqa: B006  # typer copies it
@@ -162,15 +164,22 @@ def compare(
 def inspect(
     model: Annotated[str, typer.Option(help="A causal language model: a directory or hub id.")],
     text: Annotated[Path, typer.Option(help="A UTF-8 file.")],
+    loss: Annotated[
+        list[str],
+        typer.Option(
+            help="A loss whose weights the page shows; can be repeated. " + _LOSSES,
+            show_default="nvamp in each gradient mode",
+        ),
+    ] = list(MODES),  # noqa: B006  # typer copies it
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("inspect.html"),
 ) -> None:
-    """Show a text on one page, each token coloured by its loss or by the weight that NVAMP gives it."""
+    """Show a text on one page, each token coloured by its loss or by the weight a loss function gives it."""
     from nvamp.study.inspect.page import inspect_file
     from nvamp.study.terminal import counting
 
     console = Console()
     with counting(console, "windows of the text") as progress:
-        found = inspect_file(model, text, out, progress)
+        found = inspect_file(model, text, out, loss, progress)
     s = found.statistics
     console.print(
         f"{s.num_tokens:,.0f} tokens: mean {s.mean:.3f} nats, sigma {s.std:.3f}, max {s.max:.2f}, "

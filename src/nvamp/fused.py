@@ -3,14 +3,14 @@
 nvamp::objective    the loss, what it was made of, and the weights of the tokens
 """
 
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from nvamp.engine.backends import backend_for
 from nvamp.engine.checks import has_transforms
-from nvamp.engine.operator import operator
+from nvamp.engine.operator import fields_of, operator
 from nvamp.objectives.base import Objective, Result, Statistics
 from nvamp.objectives.nvamp import NVAMP
 from nvamp.ranks import ALONE, Ranks
@@ -18,6 +18,15 @@ from nvamp.ranks import ALONE, Ranks
 THREADS = 1024  # of the one program
 BLOCK_BYTES = 16 * THREADS  # of losses, that it takes at a time
 SCALARS = 11  # what the kernel says of a batch; the first are `Statistics`, then the two weights
+
+
+class Coefficients(NamedTuple):
+    """The numbers of the objective, as the operator takes them."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    eps: float
 
 
 def serves(objective: Objective, nll: Tensor, backend: str | None, ranks: Ranks) -> TypeGuard[NVAMP]:
@@ -37,10 +46,12 @@ def evaluate(
     labels: Tensor,
     num_items_in_batch: Tensor | float | None,
     ignore_index: int,
+    apart: bool = True,
 ) -> Result:
     """`NVAMP.evaluate` of losses [tokens], of which those count whose label is not `ignore_index`.
 
-    Labels [tokens] are int64, int32 or bool. The losses of tokens that do not count may be anything.
+    Labels [tokens] are int64, int32 or bool. The losses of tokens that do not count may be anything. Unless
+    the weights are to be `apart`, `per_token` holds what all tokens share as well.
     """
     items, number = None, None
     if isinstance(num_items_in_batch, Tensor):
@@ -49,23 +60,22 @@ def evaluate(
         items = nll.new_ones(()) * num_items_in_batch  # a number as it is would be a constant of the graph
     elif num_items_in_batch is not None:
         number = float(num_items_in_batch)
-    coefficients = map(float, (objective.alpha, objective.beta, objective.gamma, objective.eps))
-    loss, weights, scalars, index = judge(
-        nll, labels, items, number, ignore_index, *coefficients, objective.mode
-    )
+    apart = apart and objective.few_weights(1) is not None
+    c = Coefficients(*(float(getattr(objective, name)) for name in Coefficients._fields))
+    loss, weights, scalars, index = judge(nll, labels, items, number, ignore_index, c, objective.mode, apart)
 
     def statistics() -> Statistics:
         return Statistics._make((*scalars.unbind()[:9], index))
 
-    few = objective.few_weights(nll.numel())
-    shared = None if few is None else scalars[9]
-    return Result(loss, shared, None if few == 0 else weights, statistics=statistics)
+    if not apart:
+        return Result(loss, None, weights, statistics=statistics)
+    return Result(loss, scalars[9], None if objective.few_weights(1) == 0 else weights, statistics=statistics)
 
 
 @operator(
     "nvamp::objective",
-    "(Tensor nll, Tensor labels, Tensor? items, float? num_items, int ignore_index, float alpha, "
-    "float beta, float gamma, float eps, str gradient) "
+    "(Tensor nll, Tensor labels, Tensor? items, float? num_items, int ignore_index, "
+    f"{fields_of(Coefficients)}, str gradient, bool apart) "
     "-> (Tensor loss, Tensor weights, Tensor scalars, Tensor max_index)",
 )
 def judge(
@@ -74,11 +84,9 @@ def judge(
     items: Tensor | None,
     num_items: float | None,
     ignore_index: int,
-    alpha: float,
-    beta: float,
-    gamma: float,
-    eps: float,
+    coefficients: Coefficients,
     gradient: str,
+    apart: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from nvamp import fused_kernels  # only here: they need the package triton
     from nvamp.engine import triton
@@ -107,9 +115,10 @@ def judge(
         weights,
         nll.numel(),
         ignore_index,
-        *(triton.number(x, nll) for x in (alpha, beta, gamma, eps)),
+        *(triton.number(x, nll) for x in coefficients),
         ITEMS_IN_MEMORY=isinstance(given, Tensor),
         GRADIENT=gradient,
+        APART=apart,
         WIDE=triton.WIDE[nll.dtype],
     )
     return results

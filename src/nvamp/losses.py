@@ -1,8 +1,7 @@
 """The losses as modules: any objective, of logits, of hidden states, or of losses computed elsewhere."""
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar, cast, overload
 
@@ -20,34 +19,13 @@ from nvamp.options import (
     LogitsOptions,
     TokenLossOptions,
     check_ignore_index,
+    spelled_out,
 )
 
 if TYPE_CHECKING:
     from nvamp.distributed import Group
 
 T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., object])
-
-
-def _spelled_out(options: type) -> Callable[[F], F]:
-    """Shows `**options` as the options that they are, to `help` and whatever else reads a signature."""
-
-    def spell_out(function: F) -> F:
-        own = inspect.signature(function)
-        *named, _ = own.parameters.values()
-        more = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=DECLARED[options][name].default,
-                annotation=annotation.__origin__,
-            )
-            for name, annotation in options.__annotations__.items()
-        ]
-        function.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
-        return function
-
-    return spell_out
 
 
 class _Criterion(nn.Module):
@@ -160,7 +138,7 @@ class Loss(_TokenCriterion):
     _declared = LogitsOptions
     inplace_backward: bool
 
-    @_spelled_out(LogitsOptions)
+    @spelled_out(LogitsOptions)
     def __init__(
         self, objective: Objective, ignore_index: int = IGNORE_INDEX, **options: Unpack[LogitsOptions]
     ) -> None:
@@ -240,7 +218,7 @@ class LinearLoss(_TokenCriterion):
     accum_dtype: torch.dtype | None
     reduce_grad_hidden: bool
 
-    @_spelled_out(LinearOptions)
+    @spelled_out(LinearOptions)
     def __init__(
         self, objective: Objective, ignore_index: int = IGNORE_INDEX, **options: Unpack[LinearOptions]
     ) -> None:
@@ -324,7 +302,7 @@ class TokenLoss(_Criterion):
 
     _declared = TokenLossOptions
 
-    @_spelled_out(TokenLossOptions)
+    @spelled_out(TokenLossOptions)
     def __init__(self, objective: Objective, **options: Unpack[TokenLossOptions]) -> None:
         super().__init__(objective, options)
 
@@ -426,7 +404,7 @@ class NVAMPLoss(_NVAMP, Loss):
         >>> loss = NVAMPLoss()(logits, labels)  # [batch, seq, vocab], [batch, seq] -> scalar
     """
 
-    @_spelled_out(LogitsOptions)
+    @spelled_out(LogitsOptions)
     def __init__(
         self,
         alpha: float = 1.0,
@@ -451,7 +429,7 @@ class LinearNVAMPLoss(_NVAMP, LinearLoss):
         >>> loss = LinearNVAMPLoss()(hidden, lm_head.weight, labels)
     """
 
-    @_spelled_out(LinearOptions)
+    @spelled_out(LinearOptions)
     def __init__(
         self,
         alpha: float = 1.0,
@@ -476,7 +454,7 @@ class TokenNVAMPLoss(_NVAMP, TokenLoss):
         >>> loss = TokenNVAMPLoss()(-logprobs, labels != -100)
     """
 
-    @_spelled_out(TokenLossOptions)
+    @spelled_out(TokenLossOptions)
     def __init__(
         self,
         alpha: float = 1.0,

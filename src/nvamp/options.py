@@ -3,6 +3,7 @@
 An objective declares its own options the same way, as the fields of its dataclass: see `number`.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import field
@@ -19,6 +20,7 @@ TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 IGNORE_INDEX = -100
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., object])
 Check = Callable[[str, object], object]  # (name, value) -> the value to keep; or an error that names both
 
 
@@ -131,26 +133,49 @@ class TokenOptions(TypedDict, total=False):
     logit_scale: Annotated[float, Option(1.0, not_zero)]
 
 
-class LossOptions(TokenOptions, total=False):
-    """Keyword arguments of every loss that computes the losses of the tokens itself."""
+class EngineOptions(TokenOptions, total=False):
+    """Keyword arguments of everything that computes the losses of tokens."""
 
-    shift: Annotated[bool, Option(True, flag)]
-    process_group: Annotated["Group | None", Option(None, optional(_group))]
-    vocab_group: Annotated["Group | None", Option(None, optional(_group))]
     backend: Annotated[str | None, Option(None, optional(_backend))]
 
 
-class LogitsOptions(LossOptions, total=False):
-    """Keyword arguments of `nvamp.Loss`, which describes them."""
+class PartOptions(EngineOptions, total=False):
+    """The same if the vocabulary may lie in parts on several ranks."""
+
+    vocab_group: Annotated["Group | None", Option(None, optional(_group))]
+
+
+class NLLOptions(PartOptions, total=False):
+    """Keyword arguments of `nvamp.functional.token_nll`, which describes them."""
 
     inplace_backward: Annotated[bool, Option(False, flag)]
 
 
-class LinearOptions(LossOptions, total=False):
-    """Keyword arguments of `nvamp.LinearLoss`, which describes them."""
+class LinearSumOptions(EngineOptions, total=False):
+    """Keyword arguments of the linear path in one pass."""
 
     accum_dtype: Annotated[torch.dtype | None, Option(None, optional(_dtype))]
+
+
+class LinearNLLOptions(LinearSumOptions, PartOptions, total=False):
+    """Keyword arguments of `nvamp.functional.linear_token_nll`, which describes them."""
+
     reduce_grad_hidden: Annotated[bool, Option(True, flag)]
+
+
+class BatchOptions(TypedDict, total=False):
+    """Keyword arguments that say how the tokens of a batch lie."""
+
+    shift: Annotated[bool, Option(True, flag)]
+    process_group: Annotated["Group | None", Option(None, optional(_group))]
+
+
+class LogitsOptions(NLLOptions, BatchOptions, total=False):
+    """Keyword arguments of `nvamp.Loss`, which describes them."""
+
+
+class LinearOptions(LinearNLLOptions, BatchOptions, total=False):
+    """Keyword arguments of `nvamp.LinearLoss`, which describes them."""
 
 
 class TokenLossOptions(TypedDict, total=False):
@@ -165,7 +190,16 @@ def _declared(options: type) -> dict[str, Option]:
 
 
 DECLARED: dict[type, dict[str, Option]] = {
-    options: _declared(options) for options in (TokenOptions, LogitsOptions, LinearOptions, TokenLossOptions)
+    options: _declared(options)
+    for options in (
+        TokenOptions,
+        NLLOptions,
+        LinearSumOptions,
+        LinearNLLOptions,
+        LogitsOptions,
+        LinearOptions,
+        TokenLossOptions,
+    )
 }
 
 
@@ -184,6 +218,27 @@ def check_options(of: type, options: Mapping[str, object], caller: str) -> dict[
         name: option.check(name, options[name]) if name in options else option.default
         for name, option in known.items()
     }
+
+
+def spelled_out(options: type) -> Callable[[F], F]:
+    """Shows `**options` as the options that they are, to `help` and whatever else reads a signature."""
+
+    def spell_out(function: F) -> F:
+        own = inspect.signature(function)
+        *named, _ = own.parameters.values()
+        more = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=DECLARED[options][name].default,
+                annotation=getattr(annotation.__origin__, "__forward_arg__", annotation.__origin__),
+            )
+            for name, annotation in options.__annotations__.items()
+        ]
+        function.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
+        return function
+
+    return spell_out
 
 
 def option(default: T, check: Check) -> T:

@@ -1,12 +1,17 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nvamp import NVAMPLoss
+import nvamp
+from nvamp.objectives import CrossEntropy
+from nvamp.objectives.nvamp import NVAMP
 from nvamp.study import StudyError
-from nvamp.study.losses import parse_loss, parse_losses
+from nvamp.study.losses import KNOWN, MODES, parse_loss, parse_losses
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -52,11 +57,46 @@ def test_focal_gradient_is_finite_where_the_model_is_certain() -> None:
     assert logits.grad.isfinite().all()
 
 
-def test_nvamp_options_reach_the_criterion() -> None:
-    criterion = parse_loss("nvamp:gamma=0.05,gradient=token,alpha=0.5").criterion
-    assert isinstance(criterion, NVAMPLoss)
-    assert (criterion.alpha, criterion.beta, criterion.gamma) == (0.5, 0.02, 0.05)
-    assert criterion.gradient == "token"
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_objective_that_text_is_enough_for_can_be_trained_with(name: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 9, 13, requires_grad=True)
+    loss = parse_loss(name)
+    loss.criterion(logits, torch.randint(13, (2, 9)), num_items_in_batch=16).backward()
+    assert loss.name == name
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert logits.grad[:, :-1].any()
+
+
+def test_options_reach_the_criterion() -> None:
+    criterion = parse_loss(
+        "nvamp:gamma=0.05,gradient=token,alpha=0.5,label_smoothing=0.1,softcap=30"
+    ).criterion
+    assert isinstance(criterion, nvamp.Loss)
+    assert criterion.objective == NVAMP(alpha=0.5, gamma=0.05, gradient="token")
+    assert (criterion.label_smoothing, criterion.softcap, criterion.z_loss) == (0.1, 30, 0)
+
+
+def test_label_smoothing_is_that_of_pytorch() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 9, 13), torch.randint(13, (2, 9))
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1
+    )
+    torch.testing.assert_close(parse_loss("ce:label_smoothing=0.1").criterion(logits, labels), expected)
+    assert isinstance(parse_loss("ce:label_smoothing=0.1").spec.objective, CrossEntropy)
+
+
+def test_the_modes_of_nvamp() -> None:
+    assert MODES == ("nvamp", "nvamp:gradient=token", "nvamp:gradient=detached", "nvamp:gradient=full")
+
+
+def test_the_names_in_committed_results_are_canonical() -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "evidence" / "results"
+    names = {run["loss"] for path in results.glob("*.json") for run in json.loads(path.read_text())["runs"]}
+    assert len(names) > 10
+    assert {name: parse_loss(name).name for name in names} == {name: name for name in names}
 
 
 def test_a_loss_has_one_name_however_it_is_spelled() -> None:
@@ -68,12 +108,17 @@ def test_a_loss_has_one_name_however_it_is_spelled() -> None:
     assert {parse_loss(spelling).name for spelling in spellings} == {"nvamp:gamma=0.05,gradient=token"}
     for spec in ("nvamp:", "nvamp:alpha=1", "nvamp:beta=0.02,gamma=1e-3,eps=1e-06,gradient=scalar"):
         assert parse_loss(spec).name == "nvamp"
+    spelled = ("ce:z_loss=1e-4,label_smoothing=0.1", "ce:label_smoothing=.1,softcap=none,z_loss=0.0001")
+    assert {parse_loss(spec).name for spec in spelled} == {"ce:label_smoothing=0.1,z_loss=0.0001"}
     assert parse_loss("focal:gamma=2").name == "focal"
     assert parse_loss("focal:gamma=3").name == "focal:gamma=3"
     assert parse_loss("focal:gamma=0.12345678").name == "focal:gamma=0.12345678"
 
 
-@given(st.floats(0, 1e6), st.floats(0, 1e6))
+numbers = st.just(0.0) | st.floats(1e-30, 1e6)
+
+
+@given(numbers, numbers)
 @example(0.1, 0.1000001)
 @example(0.0, -0.0)
 def test_different_options_have_different_files(a: float, b: float) -> None:
@@ -85,25 +130,33 @@ def test_different_options_have_different_files(a: float, b: float) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("bogus", "--loss bogus: unknown loss 'bogus', known are ce, nvamp, focal, dft"),
-        ("", "--loss : unknown loss '', known are ce, nvamp, focal, dft"),
-        ("nvamp:delta=1", "unknown option 'delta', nvamp takes alpha, beta, gamma, eps, gradient"),
-        ("ce:gamma=1", "unknown option 'gamma', ce takes no options"),
+        ("bogus", "unknown objective 'bogus', known are ce, nvamp, "),
+        ("", "unknown objective '', known are ce, nvamp, "),
+        (
+            "nvamp:delta=1",
+            "unknown option 'delta', nvamp takes alpha, beta, gamma, eps, tail, gradient, label_smoothing",
+        ),
+        ("ce:gamma=1", "unknown option 'gamma', ce takes label_smoothing, z_loss, softcap, logit_scale"),
+        ("ce:label_smoothing=2", "label_smoothing must be in [0, 1], got 2.0"),
         ("focal:gamma=much", "gamma must be a number, got 'much'"),
-        ("focal:gamma=", "expected key=value, got 'gamma='"),
-        ("focal:gamma", "expected key=value, got 'gamma'"),
-        ("focal:gamma=-1", "gamma must not be negative, got -1"),
-        ("focal:gamma=nan", "gamma must be finite, got nan"),
-        ("focal:gamma=inf", "gamma must be finite, got inf"),
-        ("nvamp:alpha=inf", "alpha must be finite, got inf"),
-        ("nvamp:eps=inf", "eps must be finite, got inf"),
+        ("focal:gamma=", "expected option=value, got 'gamma='"),
+        ("focal:gamma", "expected option=value, got 'gamma'"),
+        ("focal:gamma=-1", "gamma must be finite and at least 0, got -1.0"),
+        ("focal:gamma=nan", "gamma must be finite and at least 0, got nan"),
+        ("nvamp:alpha=inf", "alpha must be finite and at least 0, got inf"),
+        ("nvamp:eps=inf", "eps must be finite and at least "),
         ("nvamp:gradient=upward", "gradient must be one of scalar, token, detached, full"),
+        ("token_weighted", "needs token_weight of every token, which text alone does not have"),
+        (
+            "clipped_policy:kl=0.1",
+            "needs advantage, ref_logprob of every token, which text alone does not have",
+        ),
     ],
 )
-def test_a_bad_spec_is_told_in_one_line(spec: str, message: str) -> None:
+def test_a_bad_spec_is_reported_in_one_line(spec: str, message: str) -> None:
     with pytest.raises(StudyError) as error:
         parse_loss(spec)
-    assert message in str(error.value)
+    assert str(error.value).startswith(f"--loss {spec}: {message}")
     assert "\n" not in str(error.value)
 
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from nvamp.integrations.transformers import compute_loss_func
 from nvamp.study.corpus import Corpus
-from nvamp.study.losses import Loss, parse_loss
+from nvamp.study.losses import parse_loss
 from nvamp.study.models import build_model
 from nvamp.study.training import (
     LabelledBlocks,
@@ -62,6 +63,15 @@ def test_held_out_losses_by_definition(corpus: Corpus, model_dir: Any) -> None:
     np.testing.assert_array_equal(correct, (logits.argmax(-1) == labels[..., 0]).flatten())
 
 
+def test_held_out_losses_are_plain_whatever_the_training(corpus: Corpus, model_dir: Any) -> None:
+    ours, values = run("ce:label_smoothing=0.5", recipe(model_dir), corpus)
+    plain, _ = run("ce", recipe(model_dir), corpus)
+    np.testing.assert_array_equal(ours.nll, held_out_nll(ours.model, corpus.held_out)[0])
+    assert ours.curve[0] == plain.curve[0]  # before the first step
+    assert ours.curve[-1] != plain.curve[-1]
+    assert values[0] != pytest.approx(ours.curve[0][1], abs=1e-3)
+
+
 def test_the_same_run_twice_is_the_same(corpus: Corpus, model_dir: Any) -> None:
     (first, values), (again, values_again) = (
         run("nvamp:gradient=token", recipe(model_dir, noise=0.3), corpus) for _ in range(2)
@@ -89,7 +99,7 @@ def test_only_the_loss_differs_between_losses(corpus: Corpus, model_dir: Any) ->
             return loss.criterion(logits, labels, num_items_in_batch=num_items_in_batch)
 
         how = recipe(model_dir, steps=2 * epoch, noise=0.5)
-        train(Loss(spec, criterion), 3, how, corpus, lambda *_: None)
+        train(replace(loss, criterion=criterion), 3, how, corpus, lambda *_: None)
         return seen
 
     first, second = labels_under("ce"), labels_under("nvamp:gradient=token")
@@ -127,7 +137,8 @@ def test_a_diverged_run_stops_and_says_so(corpus: Corpus, model_dir: Any) -> Non
     def criterion(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         return logits.sum() * torch.nan
 
-    result = train(Loss("nan", criterion), 0, recipe(model_dir), corpus, lambda *_: None)
+    loss = replace(parse_loss("ce"), criterion=criterion)
+    result = train(loss, 0, recipe(model_dir), corpus, lambda *_: None)
     assert result.diverged
     assert result.steps == 1
     assert not run("ce", recipe(model_dir), corpus)[0].diverged

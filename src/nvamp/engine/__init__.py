@@ -4,7 +4,7 @@ Two primitives, `token_nll` from logits and `linear_token_nll` from hidden state
 latter for objectives that give all tokens the same weight, and a few of them an extra one.
 """
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
@@ -20,7 +20,17 @@ from nvamp.engine.checks import (
     check_logits,
     check_transforms,
 )
-from nvamp.engine.options import Head, Needs, Options, TokenOptions, checked
+from nvamp.engine.options import Head, Needs, Options
+from nvamp.options import (
+    DECLARED,
+    LinearNLLOptions,
+    LinearSumOptions,
+    NLLOptions,
+    TokenOptions,
+    check_ignore_index,
+    check_options,
+    spelled_out,
+)
 from nvamp.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -28,10 +38,15 @@ if TYPE_CHECKING:
 
 
 class TokenMetrics(NamedTuple):
-    """What else a pass over the logits can tell of each token; without gradient, shaped like the labels."""
+    """What else a pass over the logits finds out about each token, shaped like the labels.
 
-    correct: Tensor  # bool: the label has the largest logit, the first where tied; False where ignored
-    entropy: Tensor  # nats, of the predicted distribution; 0 where ignored
+    All of it is about the prediction, softmax(z) of the z of `TokenOptions`. Only the entropy has a gradient.
+    """
+
+    correct: Tensor  # bool: the prediction is the label; False where ignored
+    prediction: Tensor  # int64: the class of the largest z, the first of equals; 0 where ignored
+    entropy: Tensor  # nats, differentiable with any weight per token; 0 where ignored
+    lse: Tensor  # logsumexp(z); 0 where ignored
 
 
 @overload
@@ -41,10 +56,7 @@ def token_nll(
     *,
     ignore_index: int = ...,
     return_metrics: Literal[False] = ...,
-    inplace_backward: bool = ...,
-    vocab_group: "Group | None" = ...,
-    backend: str | None = ...,
-    **options: Unpack[TokenOptions],
+    **options: Unpack[NLLOptions],
 ) -> Tensor: ...
 @overload
 def token_nll(
@@ -53,21 +65,16 @@ def token_nll(
     *,
     ignore_index: int = ...,
     return_metrics: Literal[True],
-    inplace_backward: bool = ...,
-    vocab_group: "Group | None" = ...,
-    backend: str | None = ...,
-    **options: Unpack[TokenOptions],
+    **options: Unpack[NLLOptions],
 ) -> tuple[Tensor, TokenMetrics]: ...
+@spelled_out(NLLOptions)
 def token_nll(
     logits: Tensor,
     labels: Tensor,
     *,
     ignore_index: int = -100,
     return_metrics: bool = False,
-    inplace_backward: bool = False,
-    vocab_group: "Group | None" = None,
-    backend: str | None = None,
-    **options: Unpack[TokenOptions],
+    **options: Unpack[NLLOptions],
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
     """Negative log-likelihood of every label, `logsumexp(logits) − logits[label]`, in nats.
 
@@ -77,7 +84,7 @@ def token_nll(
     Args:
         logits: [..., V], float16, bfloat16, float32 or float64, of any strides. Ignored rows may hold
             anything.
-        labels: [...] int64 or int32, in [0, V) or `ignore_index`, for the logits at the same place: there is
+        labels: [...] int64, int32 or uint8, in [0, V) or `ignore_index`, for the logits at the same place: there is
             no shift here.
         ignore_index: the label of tokens that do not count: loss and gradient are 0.
         return_metrics: also return `TokenMetrics`, from the same pass.
@@ -101,23 +108,26 @@ def token_nll(
         ValueError: a shape, device or option that does not fit; on a CPU also a label out of range, which on
             other devices, where a look would wait for the device, gives a loss and a gradient of NaN.
     """
+    o = cast(NLLOptions, check_options(NLLOptions, options, "token_nll"))
+    vocab_group = o["vocab_group"]
     if parts.has_dtensors(logits, labels):
         from nvamp.dtensors import local_logits  # only here: PyTorch can be built without it
 
         logits, labels, vocab_group = local_logits(logits, labels, vocab_group)
     check_logits(logits, part=vocab_group is not None)
-    check_labels(labels, logits, "logits")
-    opt = checked(Options(ignore_index, **options))
-    name = backend_for(logits, backend)
+    labels = check_labels(labels, logits, "logits")
+    opt = _opt(ignore_index, o)
+    name = backend_for(logits, o["backend"])
     check_transforms(name, logits)
     if vocab_group is not None:
-        _refuse_metrics(return_metrics)
-        return parts.token_nll(logits, labels, inplace_backward, name, opt, _ranks_of(vocab_group))
-    if name == "reference":
-        nll, *metrics = reference.token_nll(logits, labels, return_metrics, opt)
+        ranks = _ranks_of(vocab_group)
+        results = parts.token_nll(logits, labels, return_metrics, o["inplace_backward"], name, opt, ranks)
+    elif name == "reference":
+        results = reference.token_nll(logits, labels, return_metrics, opt)
     else:
-        nll, _, *metrics = ops.token_nll(logits, labels, return_metrics, inplace_backward, name, opt)
-    return _result(nll, metrics, return_metrics)
+        results = ops.token_nll(logits, labels, return_metrics, o["inplace_backward"], name, opt)
+        results = _with_lse(*results) if return_metrics else results[:1]
+    return _result(labels, ignore_index, *results)
 
 
 @overload
@@ -129,11 +139,7 @@ def linear_token_nll(
     *,
     ignore_index: int = ...,
     return_metrics: Literal[False] = ...,
-    accum_dtype: torch.dtype | None = ...,
-    vocab_group: "Group | None" = ...,
-    reduce_grad_hidden: bool = ...,
-    backend: str | None = ...,
-    **options: Unpack[TokenOptions],
+    **options: Unpack[LinearNLLOptions],
 ) -> Tensor: ...
 @overload
 def linear_token_nll(
@@ -144,12 +150,9 @@ def linear_token_nll(
     *,
     ignore_index: int = ...,
     return_metrics: Literal[True],
-    accum_dtype: torch.dtype | None = ...,
-    vocab_group: "Group | None" = ...,
-    reduce_grad_hidden: bool = ...,
-    backend: str | None = ...,
-    **options: Unpack[TokenOptions],
+    **options: Unpack[LinearNLLOptions],
 ) -> tuple[Tensor, TokenMetrics]: ...
+@spelled_out(LinearNLLOptions)
 def linear_token_nll(
     hidden: Tensor,
     weight: Tensor,
@@ -158,11 +161,7 @@ def linear_token_nll(
     *,
     ignore_index: int = -100,
     return_metrics: bool = False,
-    accum_dtype: torch.dtype | None = None,
-    vocab_group: "Group | None" = None,
-    reduce_grad_hidden: bool = True,
-    backend: str | None = None,
-    **options: Unpack[TokenOptions],
+    **options: Unpack[LinearNLLOptions],
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
     """`token_nll(hidden @ weight.T + bias, labels)`, with one chunk of the logits in memory at a time.
 
@@ -172,7 +171,7 @@ def linear_token_nll(
     Args:
         hidden: [..., D], the last hidden states.
         weight: [V, D], that of the output layer, in the dtype of `hidden`.
-        labels: [...] int64 or int32, in [0, V) or `ignore_index`, for the hidden state at the same place.
+        labels: [...] int64, int32 or uint8, in [0, V) or `ignore_index`, for the hidden state at the same place.
         bias: [V] or None.
         accum_dtype: in which the gradients by the weight of the chunks are added up: float32, or that of the
             weight, which saves memory and rounds at every chunk. By default float32 on an accelerator, and on
@@ -186,29 +185,31 @@ def linear_token_nll(
 
     The other arguments, the result and the errors are those of `token_nll`.
     """
+    o = cast(LinearNLLOptions, check_options(LinearNLLOptions, options, "linear_token_nll"))
+    vocab_group, accum_dtype = o["vocab_group"], o["accum_dtype"]
     if parts.has_dtensors(hidden, weight, labels, bias):
         from nvamp.dtensors import local_head
 
         hidden, weight, labels, bias, vocab_group = local_head(hidden, weight, labels, bias, vocab_group)
     head = _head(hidden, weight, labels, bias, part=vocab_group is not None)
     check_accum_dtype(accum_dtype, head.weight)
-    opt = checked(Options(ignore_index, **options))
-    name = backend_for(hidden, backend)
+    opt = _opt(ignore_index, o)
+    name = backend_for(hidden, o["backend"])
     check_transforms(name, *head[:3])
     if vocab_group is not None:
-        _refuse_metrics(return_metrics)
         ranks = _ranks_of(vocab_group)
-        if reduce_grad_hidden:
+        if o["reduce_grad_hidden"]:
             from nvamp.distributed import map_gradient
 
             head = head._replace(hidden=map_gradient(head.hidden, ranks.total))
-        return parts.linear_token_nll(head, accum_dtype, name, opt, ranks).view(labels.shape)
-    if name == "reference":
+        results = parts.linear_token_nll(head, return_metrics, accum_dtype, name, opt, ranks)
+    elif name == "reference":
         logits = reference.logits_of(head, ignore_index)
-        nll, *metrics = reference.token_nll(logits, head.labels, return_metrics, opt)
+        results = reference.token_nll(logits, head.labels, return_metrics, opt)
     else:
-        nll, _, *metrics = ops.linear_token_nll(head, return_metrics, accum_dtype, name, opt)
-    return _result(nll.view(labels.shape), metrics, return_metrics)
+        results = ops.linear_token_nll(head, return_metrics, accum_dtype, name, opt)
+        results = _with_lse(*results) if return_metrics else results[:1]
+    return _result(labels, ignore_index, *results)
 
 
 def _ranks_of(vocab_group: "Group") -> Ranks:
@@ -216,11 +217,6 @@ def _ranks_of(vocab_group: "Group") -> Ranks:
 
     check_group("vocab_group", vocab_group)
     return ranks_of(vocab_group)
-
-
-def _refuse_metrics(return_metrics: bool) -> None:
-    if return_metrics:
-        raise ValueError("return_metrics=True needs the whole vocabulary on every rank")
 
 
 def can_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> bool:
@@ -242,9 +238,7 @@ def linear_nll_sum(
     *,
     few: int,
     ignore_index: int = -100,
-    accum_dtype: torch.dtype | None = None,
-    backend: str | None = None,
-    **options: Unpack[TokenOptions],
+    **options: Unpack[LinearSumOptions],
 ) -> tuple[Tensor, Tensor]:
     """The sum of the losses, and the losses [...]; the gradient of the sum is taken in the forward.
 
@@ -260,23 +254,39 @@ def linear_nll_sum(
 
     The other arguments and the errors are those of `linear_token_nll`; there is no `"reference"` of it.
     """
-    head = _head(hidden, weight, labels, bias)
+    o = cast(LinearSumOptions, check_options(LinearSumOptions, options, "linear_nll_sum"))
+    head, accum_dtype = _head(hidden, weight, labels, bias), o["accum_dtype"]
     check_accum_dtype(accum_dtype, head.weight)
     if few < 0:
         raise ValueError(f"few must be at least 0, got {few}")
-    opt = checked(Options(ignore_index, **options))
+    opt = _opt(ignore_index, o)
     needs = Needs(*(t is not None and t.requires_grad for t in head[:3]))
-    name = backend_for(hidden, backend)
+    name = backend_for(hidden, o["backend"])
     check_transforms(name, *head[:3])
     total, nll, *_ = ops.linear_nll_sum(head, needs, few, True, accum_dtype, name, opt)
     return total, nll.view(labels.shape)
 
 
-def _result(nll: Tensor, metrics: list[Tensor], return_metrics: bool) -> Tensor | tuple[Tensor, TokenMetrics]:
-    if not return_metrics:
-        return nll
-    entropy, correct = (t.view(nll.shape) for t in metrics)
-    return nll, TokenMetrics(correct, entropy)
+def _opt(ignore_index: int, o: TokenOptions) -> Options:
+    """The options of the loss of a token, as operators take them; they have been checked."""
+    token_options: Any = {name: o[name] for name in DECLARED[TokenOptions]}  # type: ignore[literal-required]
+    return Options(check_ignore_index("ignore_index", ignore_index), **token_options)
+
+
+def _with_lse(nll: Tensor, norm: Tensor, entropy: Tensor, prediction: Tensor) -> tuple[Tensor, ...]:
+    return nll, norm.sum(-1), entropy, prediction
+
+
+def _result(
+    labels: Tensor, ignore_index: int, nll: Tensor, *metrics: Tensor
+) -> Tensor | tuple[Tensor, TokenMetrics]:
+    """Shaped like the labels: the losses and, if there are lse, entropy and prediction, these as metrics."""
+    if not metrics:
+        return nll.view(labels.shape)
+    nll, lse, entropy, prediction = (x.view(labels.shape) for x in (nll, *metrics))
+    valid = labels != ignore_index
+    correct = (prediction == labels) & valid
+    return nll, TokenMetrics(correct, prediction, entropy, torch.where(valid, lse, 0))
 
 
 def _head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, part: bool = False) -> Head:
@@ -285,7 +295,7 @@ def _head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, p
     hidden, weight = hidden.to(_autocast_dtype(hidden)), weight.to(_autocast_dtype(weight))
     bias = None if bias is None else bias.to(_autocast_dtype(bias))
     check_head(hidden, weight, bias, part)
-    check_labels(labels, hidden, "hidden")
+    labels = check_labels(labels, hidden, "hidden")
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1))
 
 

@@ -29,12 +29,15 @@ def check_logits(logits: Tensor, part: bool = False) -> None:
         raise ValueError(f"logits must have shape [..., vocabulary], got {list(logits.shape)}")
 
 
-def check_labels(labels: Tensor, x: Tensor, name: str) -> None:
-    """Raises unless labels are integers for x [..., features], called `name`, and live where it does."""
+def check_labels(labels: Tensor, x: Tensor, name: str) -> Tensor:
+    """The labels, unless they are no class indices for x [..., features], called `name`, or live elsewhere.
+
+    As uint8, which PyTorch takes too, an `ignore_index` of −100 would be 156: these become int64.
+    """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be int64 or int32 class indices, got {labels.dtype}")
+    if labels.dtype not in (torch.int64, torch.int32, torch.uint8):
+        raise TypeError(f"labels must be int64, int32 or uint8 class indices, got {labels.dtype}")
     if labels.shape != x.shape[:-1]:
         raise ValueError(
             f"labels must have shape {list(x.shape[:-1])}, that of {name} {list(x.shape)} without the last "
@@ -42,6 +45,7 @@ def check_labels(labels: Tensor, x: Tensor, name: str) -> None:
         )
     if labels.device != x.device:
         raise ValueError(f"labels must be on the device of {name}, {x.device}, got {labels.device}")
+    return labels.long() if labels.dtype == torch.uint8 else labels
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

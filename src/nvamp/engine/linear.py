@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nvamp.engine import devices
-from nvamp.engine.backend import Backend, Chunk, Largest
+from nvamp.engine.backend import Backend, Chunk, Largest, OfEntropy
 from nvamp.engine.hugepages import in_huge_pages
 from nvamp.engine.options import Head, Needs, Options, accumulate_dtype
 
@@ -237,18 +237,18 @@ def _can_add_to_wider(total: Tensor) -> bool:
 def token_nll(
     backend: Backend, head: Head, metrics: bool, accum_dtype: torch.dtype | None, opt: Options
 ) -> tuple[Tensor, ...]:
-    """(nll, norm) or, with `metrics`, (nll, norm, entropy, correct), [N, ...] each."""
+    """(nll, norm) or, with `metrics`, (nll, norm, entropy, prediction), [N, ...] each."""
     return _of_each_chunk(
         lambda logits, labels: backend.token_nll(logits, labels, metrics, opt), head, accum_dtype, opt
     )
 
 
 def part_statistics(
-    backend: Backend, head: Head, accum_dtype: torch.dtype | None, opt: Options
+    backend: Backend, head: Head, metrics: bool, accum_dtype: torch.dtype | None, opt: Options
 ) -> tuple[Tensor, ...]:
     """Those of the backend, where the weight is that of a part of the vocabulary; [N, ...] each."""
     return _of_each_chunk(
-        lambda logits, labels: backend.part_statistics(logits, labels, opt), head, accum_dtype, opt
+        lambda logits, labels: backend.part_statistics(logits, labels, metrics, opt), head, accum_dtype, opt
     )
 
 
@@ -271,6 +271,7 @@ def token_nll_backward(
     grad_nll: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    of_entropy: OfEntropy | None,
     head: Head,
     needs: Needs,
     accum_dtype: torch.dtype | None,
@@ -278,17 +279,24 @@ def token_nll_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of Σ grad_nll·nll by hidden, weight and bias, in their dtypes.
 
-    With `classes` the weight is that of a part of a vocabulary of that size, and `norm` of all of it.
+    `classes` and `of_entropy` are those of `Backend.token_nll_backward`.
     """
     rows = _Rows.of(head, opt, compact=devices.can_wait(head.hidden))
-    norm, grad_nll = rows.gather(norm), rows.gather(grad_nll)
+    norm, grad_nll, *entropies = (rows.gather(x) for x in (norm, grad_nll, *(of_entropy or ())))
     sum_dtype = _sum_dtype(head, len(rows.labels), accum_dtype)
     grads = _Gradients.empty(rows, needs, head.hidden.dtype, sum_dtype)
 
     def take_chunks() -> None:  # a function, so that the chunk is gone before the gradient is rounded
         for x, h, at in rows.chunks(rows.slices(accum_dtype)):
             backend.token_nll_backward(
-                grad_nll[at], x, rows.labels[at], norm[at], opt, out=x, classes=classes
+                grad_nll[at],
+                x,
+                rows.labels[at],
+                norm[at],
+                opt,
+                out=x,
+                classes=classes,
+                of_entropy=OfEntropy(*(e[at] for e in entropies)) if entropies else None,
             )
             grads.add(x, h, at)
 

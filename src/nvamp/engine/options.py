@@ -5,10 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nvamp.options import DECLARED, TokenOptions, check_ignore_index
-
-__all__ = ["Head", "Needs", "Options", "TokenOptions", "accumulate_dtype", "checked"]
-
 
 class Options(NamedTuple):
     """`ignore_index` and the `TokenOptions`, in the order in which the operators take them."""
@@ -35,13 +31,6 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
-
-
-def checked(options: Options) -> Options:
-    """`options`, or an error that names the one that is not one."""
-    checks = {name: option.check for name, option in DECLARED[TokenOptions].items()}
-    checks["ignore_index"] = check_ignore_index
-    return Options(*(checks[name](name, value) for name, value in options._asdict().items()))  # type: ignore[arg-type]
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -71,7 +71,7 @@ class NVAMP(Objective):
     def evaluate(self, batch: Batch) -> Result:
         s = statistics(batch, self.eps, self.moments)
 
-        def found() -> Statistics:
+        def found() -> Statistics:  # without alpha, which nobody may want, they have no moments yet
             return s if self.moments else statistics(batch, self.eps)
 
         # L = α·d·C + β·C + γ·X·(N/M)

@@ -93,18 +93,20 @@ def parse_loss(text: str) -> LossSpec:
 
 
 def token_options_of(options: Mapping[str, object]) -> TokenOptions:
-    """The options of the loss of a token among these, checked; without those that have their default."""
-    known = DECLARED[TokenOptions]
+    """The options of the loss of a token among these, checked; without those that have their default.
+
+    They are in the order in which they are declared, so that their text is the same however they were given.
+    """
     checked = {
-        name: known[name].check(name, value)
-        for name, value in options.items()
-        if name in known and value != known[name].default
+        name: option.check(name, options[name])
+        for name, option in DECLARED[TokenOptions].items()
+        if name in options and options[name] != option.default
     }
     return cast(TokenOptions, checked)
 
 
 def _value(text: str, option: str, value: str, field: "Field[object] | None") -> object:
-    default = 0.0 if field is None else field.default
+    default = DECLARED[TokenOptions][option].default if field is None else field.default
     if isinstance(default, str):
         return value
     if isinstance(default, bool):

@@ -19,7 +19,7 @@ from nvamp.study.corpus import Corpus
 from nvamp.study.files import remove, replacing
 from nvamp.study.inspect.page import write_page
 from nvamp.study.inspect.score import inspect_text
-from nvamp.study.losses import Loss
+from nvamp.study.losses import MODES, Loss, parse_losses
 from nvamp.study.models import model_fingerprint
 from nvamp.study.training import Recipe, Run
 
@@ -116,7 +116,8 @@ class Store:
     def save(self, loss: Loss, seed: int, record: Json, run: Run, corpus: Corpus) -> None:
         """Keep a finished run. The record is written last: once it is there, the run is complete.
 
-        A run from the first seed that did not diverge includes a page of held-out text under its model.
+        A run from the first seed that did not diverge includes a page of held-out text under its model, with
+        the weights of its loss and of NVAMP in each gradient mode.
         """
         with replacing(self.out / "models" / f"{loss.slug}-seed{seed}") as directory:
             run.model.save_pretrained(directory)
@@ -124,9 +125,9 @@ class Store:
         with replacing(self._nll(loss, seed)) as path, path.open("wb") as file:
             np.save(file, run.nll)
         if seed == 0 and not run.diverged:
-            found = None
+            found, losses = None, [loss, *(mode for mode in parse_losses(MODES) if mode.name != loss.name)]
             with suppress(StudyError):  # a text of one token, say, has no page, and the run is fine
-                found = inspect_text(run.model, corpus.tokenizer, corpus.excerpt)
+                found = inspect_text(run.model, corpus.tokenizer, corpus.excerpt, losses)
             if found:
                 write_page(found, f"{loss.name}, seed 0", "Held-out text", self.page(loss))
         write_json(self._record(loss, seed), record)

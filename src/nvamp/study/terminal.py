@@ -105,7 +105,7 @@ def show_results(console: Console, results: Json) -> None:
     table = Table(title=f"Held-out text, {over}", title_justify="left")
     table.add_column("")
     for loss in results["losses"]:
-        table.add_column(escape(loss["name"]), justify="right")
+        table.add_column(escape(loss["name"]), justify="right", overflow="fold")
     for metric in METRICS:
         unit = f" ({metric.unit})" if metric.unit else ""
         cells = [

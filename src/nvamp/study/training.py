@@ -12,13 +12,14 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from nvamp.functional import token_nll
 from nvamp.integrations.transformers import LossFunction, compute_loss_func, logits_of
 from nvamp.study.corpus import Corpus, spread
-from nvamp.study.losses import Loss, shifted
+from nvamp.study.losses import Loss
 from nvamp.study.models import build_model, quiet
 
 CURVE_POINTS = 10  # evaluations during a run, in addition to one before it
@@ -279,7 +280,7 @@ def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch:
 
 @torch.no_grad()
 def held_out_nll(model: Any, blocks: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The losses of the tokens of `blocks` [blocks, sequence], except the first token of each block.
+    """The plain losses of the tokens of `blocks` [blocks, sequence], except the first token of each block.
 
     Returns:
         The losses in nats, [tokens] float32; and whether the likeliest token was right, [tokens] bool.
@@ -290,7 +291,8 @@ def held_out_nll(model: Any, blocks: Tensor) -> tuple[NDArray[np.float32], NDArr
     hits: list[Tensor] = []
     for batch in torch.split(blocks, 16):
         batch = batch.to(device)
-        nll, metrics = token_nll(model(input_ids=batch).logits, shifted(batch), return_metrics=True)
+        labels = pad(batch[:, 1:], (0, 1), value=-100)  # of the next position each; the last one has none
+        nll, metrics = token_nll(model(input_ids=batch).logits, labels, return_metrics=True)
         losses.append(nll[:, :-1].reshape(-1).float().cpu())
         hits.append(metrics.correct[:, :-1].reshape(-1).cpu())
     return torch.cat(losses).numpy(), torch.cat(hits).numpy()

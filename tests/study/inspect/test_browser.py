@@ -12,10 +12,12 @@ from playwright.sync_api import Browser, Page
 
 from benchmarks.inspect_page import chromium
 from nvamp.functional import token_weights
-from nvamp.objectives import GRADIENTS, NVAMP, Batch
+from nvamp.objectives import NVAMP, Batch, parse
 from nvamp.objectives.statistics import statistics as statistics_of
 from nvamp.study.inspect.page import write_page
 from nvamp.study.inspect.score import Inspection, Scores, Tokens, inspect_text, tokenize
+from nvamp.study.inspect.weights import weigh
+from nvamp.study.losses import MODES, parse_losses
 from tests.study.conftest import small_llama, words
 
 HOSTILE = (
@@ -23,6 +25,11 @@ HOSTILE = (
     "<!--<script> &lt; &amp; ${1} `{{ 1 }}` \\u003c 'a' \"b\"\r\n"
     "\ttab, 😀 é 日本 שלום \u202egnp\u202c \x00\x07\x7f \u2028 \u200d \ufeff e\u0301\n\n\nend"
 )
+
+
+# NVAMP in its modes, which has sliders, and losses that have none.
+OTHERS = ("ce", "tail:share=0.1", "dft", "entropy:kind=mile")
+LOSSES = parse_losses((*MODES, *OTHERS))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +73,7 @@ def model(tokenizer: Any) -> Any:
 @pytest.fixture(scope="module")
 def made(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
     text = "\n".join(words(seed, 12) for seed in range(60)) + "\n😀 x\n"
-    found = inspect_text(model, tokenizer, text)
+    found = inspect_text(model, tokenizer, text, LOSSES)
     path = tmp_path_factory.mktemp("page") / "page.html"
     write_page(found, "model", "text", path)
     return Made(found, path)
@@ -93,10 +100,15 @@ def number(shown: str) -> float:
     return float(shown.replace("−", "-"))
 
 
-def weights_on(page: Page, gradient: str) -> torch.Tensor:
-    """Of all tokens, under the coefficients the page has now."""
-    script = "g => Array.from(nvamp.nll, (_, i) => nvamp.weight(i, g, nvamp.state.coefficients))"
-    return torch.tensor(page.evaluate(script, gradient), dtype=torch.float64)
+def weights_on(page: Page, loss: str) -> torch.Tensor:
+    """The weights of all tokens, relative to cross-entropy, with the coefficients that the page has now."""
+    script = "name => Array.from(nvamp.nll, (_, i) => nvamp.weight(i, nvamp.losses.get(name)))"
+    return torch.tensor(page.evaluate(script, loss), dtype=torch.float64)
+
+
+def assert_weights(page: Page, loss: str, expected: torch.Tensor) -> None:
+    """The page has the weights to the precision of float32."""
+    torch.testing.assert_close(weights_on(page, loss), expected * len(expected), rtol=1e-6, atol=1e-6)
 
 
 def colours(page: Page) -> list[str]:
@@ -113,15 +125,16 @@ def lightness(colour: str) -> float:
 
 def test_the_switch_recolours_the_text(shown: Opened) -> None:
     views: dict[str, list[str]] = {}
-    for view in ("nll", "z", *(f"weight, {gradient}" for gradient in GRADIENTS)):
+    for view in ("nll", "z", *(f"weight, {loss.name}" for loss in LOSSES)):
         choose(shown.page, view)
         views[view] = colours(shown.page)
-    assert len(set(map(tuple, views.values()))) == 6
+    assert len(set(map(tuple, views.values()))) == len(views) - 1  # "detached" and "ce" are alike
     # All tokens weigh the same in these, but the largest loss in "scalar".
     scored = slice(1, None)
-    assert len(set(views["weight, detached"][scored])) == 1
-    assert len(set(views["weight, scalar"][scored])) == 2
-    assert len(set(views["weight, token"])) > 20
+    assert len(set(views["weight, nvamp:gradient=detached"][scored])) == 1
+    assert len(set(views["weight, nvamp"][scored])) == 2
+    assert len(set(views["weight, tail:share=0.1"][scored])) == 2
+    assert len(set(views["weight, nvamp:gradient=token"])) > 20
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -140,51 +153,113 @@ def test_more_is_further_from_the_page(browser: Browser, made: Made, scheme: str
     page.close()
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_weights_are_those_of_the_library(shown: Opened, made: Made, gradient: Any) -> None:
-    page = shown.page
-    choose(page, f"weight, {gradient}")
+@pytest.mark.parametrize("loss", MODES)
+def test_weights_are_those_of_the_library(shown: Opened, made: Made, loss: str) -> None:
+    page, gradient = shown.page, NVAMP.gradient if "=" not in loss else loss.partition("=")[2]
+    choose(page, f"weight, {loss}")
+    assert page.locator("#loss").inner_text() == loss
     nll = torch.tensor(page.evaluate("Array.from(nvamp.nll)"), dtype=torch.float64)
     assert nll.float().tolist() == made.found.scores.nll.tolist()
-    coefficients: dict[str, float] = {}
+    coefficients: dict[str, Any] = {"gradient": gradient}
     largest = int(nll.argmax())
     for moves in ({}, {"alpha": 1.5}, {"beta": 0.25, "gamma": 0.04}, {"alpha": 0.0, "beta": 0.0}):
         for name, value in moves.items():
             page.get_by_role("slider", name=name).fill(str(value))
         coefficients |= moves
-        expected = token_weights(NVAMP(**coefficients, gradient=gradient), nll)
-        torch.testing.assert_close(weights_on(page, gradient), expected, rtol=1e-9, atol=1e-18)
+        expected = token_weights(NVAMP(**coefficients), nll)
+        assert_weights(page, loss, expected)
         for i in (largest, 3, 17):
             page.evaluate("i => nvamp.goTo(i)", i + 1)
-            w, times_n = re.search(rf"^{gradient}\t(\S+)\t(\S+)$", card(page), re.MULTILINE).groups()  # type: ignore[union-attr]
-            assert number(w) == pytest.approx(float(expected[i]), rel=1e-3, abs=1e-12)
+            w, times_n = re.search(rf"^{loss}\t(\S+)\t(\S+)$", card(page), re.MULTILINE).groups()  # type: ignore[union-attr]
+            assert number(w) == pytest.approx(float(expected[i]), rel=1e-3, abs=1e-9)
             assert number(times_n) == pytest.approx(float(expected[i]) * len(nll), abs=6e-4)
-        heaviest = page.locator("#heaviest tbody tr").first
-        assert int(heaviest.get_attribute("data-i") or 0) - 1 == int(
-            max(range(len(nll)), key=lambda i: (float(expected[i]), float(nll[i])))
-        )
-        assert number(heaviest.locator("td").last.inner_text()) == pytest.approx(
+        assert number(page.locator("#heaviest tbody tr td").nth(3).inner_text()) == pytest.approx(
             float(expected.max()) * len(nll), abs=6e-4
         )
 
 
+def test_the_table_begins_with_the_most_weight(shown: Opened, made: Made) -> None:
+    page, nll = shown.page, made.found.scores.nll
+    for loss in ("nvamp:gradient=token", "nvamp", "dft"):
+        choose(page, f"weight, {loss}")
+        weights = weights_on(page, loss).tolist()
+        order = sorted(range(len(nll)), key=lambda i: (weights[i], nll[i]), reverse=True)
+        rows = page.locator("#heaviest tbody tr").evaluate_all(
+            "rows => rows.map(row => Number(row.dataset.i))"
+        )
+        assert rows == [i + 1 for i in order[:20]]
+
+
+@pytest.mark.parametrize("loss", OTHERS)
+def test_a_loss_without_coefficients_has_no_sliders(shown: Opened, made: Made, loss: str) -> None:
+    page, scores = shown.page, made.found.scores
+    choose(page, f"weight, {loss}")
+    nll, index = torch.from_numpy(scores.nll).double(), [one.name for one in LOSSES].index(loss)
+    entropy = torch.from_numpy(scores.entropy[:, index]).double()
+    valid = torch.ones_like(nll, dtype=torch.bool)
+    value = parse(loss).evaluate(Batch(nll, valid, entropy=entropy)).loss
+    assert_weights(page, loss, token_weights(parse(loss), nll, entropy=entropy))
+    assert page.locator("#value").inner_text() == f"L = {value:.4f} nats"
+    assert page.get_by_role("slider").count() == 0
+    assert not page.get_by_role("button", name="Reset").is_visible()
+    choose(page, "weight, nvamp")
+    assert page.get_by_role("slider").count() == 3
+
+
+def test_every_loss_has_coefficients_of_its_own(
+    browser: Browser, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    smoothed = "nvamp:gamma=0.04,tail=0.05,label_smoothing=0.1"
+    found = inspect_text(model, tokenizer, words(1, 300), parse_losses(("nvamp:beta=10", smoothed)))
+    write_page(found, "model", "text", tmp_path / "page.html")
+    page = opened(browser, tmp_path / "page.html").page
+    ell = torch.from_numpy(found.scores.ell[:, 1].copy()).double()
+    choose(page, f"weight, {smoothed}")
+    assert page.get_by_role("spinbutton", name="gamma").input_value() == "0.04"
+    assert_weights(page, smoothed, token_weights(NVAMP(gamma=0.04, tail=0.05), ell))
+    page.get_by_role("slider", name="gamma").fill("0.02")
+    assert_weights(page, smoothed, token_weights(NVAMP(gamma=0.02, tail=0.05), ell))
+    choose(page, "weight, nvamp:beta=10")
+    assert page.get_by_role("spinbutton", name="gamma").input_value() == "0.001"
+    assert page.get_by_role("slider", name="beta").input_value() == "10"  # beyond the usual range
+    choose(page, "nll")
+    assert page.locator("#loss").inner_text() == "nvamp:beta=10"  # the last one
+    choose(page, f"weight, {smoothed}")
+    assert page.get_by_role("spinbutton", name="gamma").input_value() == "0.02"
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("losses", "view"),
+    [(("ce", "nvamp", "tail", "dft"), "tail"), (("ce", "nvamp"), "nll"), (("dft", "nvamp"), "dft")],
+)
+def test_the_page_opens_with_weights_that_differ(
+    browser: Browser, model: Any, tokenizer: Any, tmp_path: Path, losses: tuple[str, ...], view: str
+) -> None:
+    found = inspect_text(model, tokenizer, words(1, 300), parse_losses(losses))
+    write_page(found, "model", "text", tmp_path / "page.html")
+    page = opened(browser, tmp_path / "page.html").page
+    assert page.evaluate("document.querySelector('input:checked').value") == view
+    assert page.locator("#loss").inner_text() == (losses[0] if view == "nll" else view)
+    page.close()
+
+
 def test_a_number_may_go_beyond_its_slider(shown: Opened, made: Made) -> None:
-    page = shown.page
+    page, loss = shown.page, "nvamp:gradient=token"
     page.get_by_role("spinbutton", name="gamma").fill("7.5")
     nll = torch.from_numpy(made.found.scores.nll).double()
     expected = token_weights(NVAMP(gamma=7.5, gradient="token"), nll)
-    torch.testing.assert_close(weights_on(page, "token"), expected, rtol=1e-9, atol=0)
+    assert_weights(page, loss, expected)
     value = NVAMP(gamma=7.5).evaluate(Batch(nll, torch.ones_like(nll, dtype=torch.bool))).loss
     assert page.locator("#value").inner_text() == f"L = {value:.4f} nats"
     page.get_by_role("spinbutton", name="gamma").fill("")  # half typed
-    torch.testing.assert_close(weights_on(page, "token"), expected, rtol=1e-9, atol=0)
-    page.get_by_role("button", name="Defaults").click()
-    torch.testing.assert_close(
-        weights_on(page, "token"), token_weights(NVAMP(gradient="token"), nll), rtol=1e-9, atol=0
-    )
+    assert_weights(page, loss, expected)
+    page.get_by_role("button", name="Reset").click()
+    assert_weights(page, loss, token_weights(NVAMP(gradient="token"), nll))
+    assert page.get_by_role("spinbutton", name="gamma").input_value() == "0.001"
 
 
-def test_hovering_tells_what_the_model_says(shown: Opened, made: Made, model: Any, tokenizer: Any) -> None:
+def test_hovering_shows_what_the_model_says(shown: Opened, made: Made, model: Any, tokenizer: Any) -> None:
     page = shown.page
     ids = made.found.tokens.ids.tolist()
     s = made.found.statistics
@@ -237,9 +312,9 @@ def active(page: Page) -> int:
 def test_the_keyboard_does_it_all(shown: Opened, made: Made) -> None:
     page, last = shown.page, len(made.found.tokens.ids) - 1
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.value") == "token"
+    assert page.evaluate("document.activeElement.value") == "nvamp:gradient=token"
     page.keyboard.press("ArrowRight")
-    assert page.evaluate("nvamp.state.view") == "detached"
+    assert page.evaluate("nvamp.state.view") == "nvamp:gradient=detached"
     page.keyboard.press("Tab")
     assert active(page) == 0
     for _ in range(3):
@@ -316,7 +391,7 @@ def as_shown(text: str) -> str:
 
 def test_text_is_shown_and_never_run(browser: Browser, model: Any, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
-    found = inspect_text(model, tokenizer, HOSTILE)
+    found = inspect_text(model, tokenizer, HOSTILE, LOSSES)
     pieces = {index: f"</script><b>{piece}" for index, piece in found.pieces.items()}
     write_page(
         found._replace(pieces=pieces), "<img src=x onerror=alert(1)>", "</title><script>1</script>", path
@@ -347,19 +422,26 @@ def test_text_is_shown_and_never_run(browser: Browser, model: Any, tokenizer: An
     page.close()
 
 
+def plain_statistics(nll: Any) -> Any:
+    """The statistics of losses [tokens] float32, in float64."""
+    ell = torch.from_numpy(nll).double()
+    return statistics_of(Batch(ell, torch.ones_like(ell, dtype=torch.bool)))
+
+
 def test_a_text_of_two_tokens(browser: Browser, model: Any, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
-    found = inspect_text(model, tokenizer, "loss mean")
+    found = inspect_text(model, tokenizer, "loss mean", LOSSES)
     assert len(found.tokens.ids) == 2
     # A model that is sure: no loss at all.
     for nll in (found.scores.nll, np.zeros(1, np.float32)):
-        ell = torch.from_numpy(nll).double()
-        statistics = statistics_of(Batch(ell, torch.ones_like(ell, dtype=torch.bool)))
-        write_page(
-            found._replace(scores=found.scores._replace(nll=nll), statistics=statistics), "m", "t", path
-        )
+        changed = {
+            "scores": found.scores._replace(nll=nll),
+            "statistics": plain_statistics(nll),
+            "weights": [weigh(loss.spec, nll, nll) for loss in LOSSES],
+        }
+        write_page(found._replace(**changed), "m", "t", path)
         page, said, _ = opened(browser, path)
-        for view in ("nll", "z", *(f"weight, {gradient}" for gradient in GRADIENTS)):
+        for view in ("nll", "z", *(f"weight, {loss.name}" for loss in LOSSES)):
             choose(page, view)
         page.evaluate("nvamp.goTo(1)")
         assert active(page) == 1
@@ -377,11 +459,12 @@ def long_page(tokenizer: Any, path: Path, tokens: int) -> Inspection:
     ids, ends = found.ids[:tokens], found.ends[:tokens]
     nll = rng.gamma(2, 2, len(ids) - 1).astype(np.float32)
     alternatives = rng.integers(0, len(tokenizer), (len(nll), 5))
-    scores = Scores(nll, alternatives, np.sort(rng.gamma(2, 2, (len(nll), 5))).astype(np.float32))
-    ell = torch.from_numpy(nll).double()
-    statistics = statistics_of(Batch(ell, torch.ones_like(ell, dtype=torch.bool)))
+    alternative_nll = np.sort(rng.gamma(2, 2, (len(nll), 5))).astype(np.float32)
+    scores = Scores(nll, alternatives, alternative_nll, nll[:, None], nll[:, None])
+    weights = [weigh(loss.spec, nll, nll) for loss in parse_losses(MODES)]
     pieces = {index: tokenizer.decode([index]) for index in range(len(tokenizer))}
-    inspection = Inspection(Tokens(text[: ends[-1]], ids, ends), scores, pieces, 64, statistics)
+    tokens = Tokens(text[: ends[-1]], ids, ends)
+    inspection = Inspection(tokens, scores, pieces, 64, plain_statistics(nll), weights)
     write_page(inspection, "model", "text", path)
     return inspection
 
@@ -415,9 +498,8 @@ def test_a_long_text_is_drawn_in_part(browser: Browser, tokenizer: Any, tmp_path
     assert "".join(spans.all_inner_texts()) in found.tokens.text[begin:end].replace("\n", "")
     assert nodes() < 4000
     nll = torch.from_numpy(found.scores.nll).double()
-    for gradient in GRADIENTS:
-        expected = token_weights(NVAMP(gradient=gradient), nll)
-        torch.testing.assert_close(weights_on(page, gradient), expected, rtol=1e-9, atol=1e-15)
+    for loss in MODES:
+        assert_weights(page, loss, token_weights(parse(loss), nll))
     assert said == []
     assert requests == [path.as_uri()]
     page.close()

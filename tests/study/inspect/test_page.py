@@ -12,8 +12,9 @@ import torch
 
 from nvamp.study import StudyError
 from nvamp.study.inspect import score
-from nvamp.study.inspect.page import inspect_file, page_data, typed_array
+from nvamp.study.inspect.page import formula, inspect_file, page_data, sparse_array, typed_array
 from nvamp.study.inspect.score import inspect_text
+from nvamp.study.losses import KNOWN, MODES, parse_losses
 from nvamp.study.models import load_model, load_tokenizer
 from tests.study.conftest import words
 from tests.study.inspect.test_score import ODD
@@ -37,15 +38,40 @@ def test_typed_arrays(numbers: Any, kind: str) -> None:
     np.testing.assert_array_equal(back, numbers.ravel())
 
 
+@pytest.mark.parametrize("others", [0, 1, 33, 34, 99])
+def test_numbers_of_which_most_are_the_same(others: int) -> None:
+    numbers = np.full(99, 0.7, np.float32)
+    numbers[:others] = np.arange(others)
+    found = sparse_array(numbers)
+    if others > 33:
+        assert found == {"all": typed_array(numbers)}
+        return
+    at = np.frombuffer(base64.b64decode(found["at"]["base64"]), "u1")
+    back = np.full(99, found["usual"], np.float32)
+    back[at] = np.frombuffer(base64.b64decode(found["others"]["base64"]), "<f4")
+    np.testing.assert_array_equal(back, numbers)
+    assert at.tolist() == list(range(others))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_page_has_the_formula_of_the_objective(name: str) -> None:
+    shown = formula(parse_losses([name])[0].spec.objective)
+    assert "L = " in shown
+    for heading in ("Args:", "Raises:", "References:", "Example:"):
+        assert heading not in shown
+
+
 def test_lengths_count_as_javascript_counts(model_dir: Path) -> None:
-    found = inspect_text(load_model(str(model_dir)), load_tokenizer(str(model_dir)), ODD)
+    found = inspect_text(load_model(str(model_dir)), load_tokenizer(str(model_dir)), ODD, parse_losses(MODES))
     lengths = np.frombuffer(base64.b64decode(page_data(found)["lengths"]["base64"]), "<u1")
     assert lengths.sum() == len(ODD.encode("utf-16-le")) // 2 == len(ODD) + 1
 
 
 def test_the_text_of_a_file_is_kept_to_the_byte(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(ODD.encode())
-    found = inspect_file(str(model_dir), tmp_path / "text", tmp_path / "new" / "page.html", lambda *_: None)
+    found = inspect_file(
+        str(model_dir), tmp_path / "text", tmp_path / "new" / "page.html", MODES, lambda *_: None
+    )
     assert found.tokens.text == ODD
     assert (tmp_path / "new" / "page.html").exists()
 
@@ -59,7 +85,7 @@ def text(tmp_path: Path) -> Path:
 
 def error_of(model: Path, text: Path, out: Path) -> str:
     with pytest.raises(StudyError) as error:
-        inspect_file(str(model), text, out, lambda *_: None)
+        inspect_file(str(model), text, out, MODES, lambda *_: None)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -80,6 +106,17 @@ def test_texts_that_are_none(model_dir: Path, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "text").write_text("abc def")
     assert ": expected at most 1 tokens, got " in error_of(model_dir, tmp_path / "text", out)
     assert not out.exists()
+
+
+def test_losses_that_are_none(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    for losses, message in (
+        (["bogus"], "--loss bogus: unknown objective 'bogus'"),
+        (["ce", "ce"], "--loss ce: named twice"),
+        (["token_weighted"], "--loss token_weighted: needs token_weight of every token"),
+    ):
+        with pytest.raises(StudyError, match=message):
+            inspect_file(str(model_dir), text, tmp_path / "page.html", losses, lambda *_: None)
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_models_that_are_none(tmp_path: Path, text: Path, model_dir: Path) -> None:
@@ -106,7 +143,7 @@ def test_models_that_are_none(tmp_path: Path, text: Path, model_dir: Path) -> No
 
 
 def test_an_output_that_cannot_be(text: Path, tmp_path: Path) -> None:
-    """It is told before the model is looked for, and the text is as it was."""
+    """It is reported before the model is looked for, and the text is as it was."""
     model, content = tmp_path / "no" / "model", text.read_bytes()
     assert error_of(model, text, tmp_path) == f"--out {tmp_path}: Is a directory"
     assert (
@@ -121,7 +158,7 @@ def test_an_output_that_cannot_be(text: Path, tmp_path: Path) -> None:
 def test_names_cannot_turn_the_page_around(model_dir: Path, tmp_path: Path) -> None:
     name = "a\u202etxt.<b>"
     (tmp_path / name).write_text(words(1, 30))
-    inspect_file(str(model_dir), tmp_path / name, tmp_path / "page.html", lambda *_: None)
+    inspect_file(str(model_dir), tmp_path / name, tmp_path / "page.html", MODES, lambda *_: None)
     page = (tmp_path / "page.html").read_text()
     assert "\u202e" not in page
     assert "<h1>a⟨U+202E⟩txt.&lt;b&gt; " in page

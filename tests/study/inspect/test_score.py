@@ -9,7 +9,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from nvamp.functional import token_weights
+from nvamp.objectives import NVAMP, Batch, EntropyWeighted
 from nvamp.study.inspect.score import ALTERNATIVES, inspect_text, spell, tokenize, windows
+from nvamp.study.inspect.weights import weigh
+from nvamp.study.losses import KNOWN, parse_losses
 from nvamp.study.models import load_model, load_tokenizer
 from tests.study.conftest import words
 
@@ -43,6 +47,9 @@ def starting(tokenizer: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=end, eos_token=end)
 
 
+LOSSES = ("ce", "nvamp:gamma=0.3,gradient=token,label_smoothing=0.1", "entropy:kind=mile")
+
+
 @pytest.mark.parametrize("start", [False, True])
 def test_scores_are_those_of_the_model(model_dir: Path, start: bool) -> None:
     model, tokenizer = load_model(str(model_dir)), load_tokenizer(str(model_dir))
@@ -50,7 +57,7 @@ def test_scores_are_those_of_the_model(model_dir: Path, start: bool) -> None:
         tokenizer = starting(tokenizer)
     before = [tokenizer.eos_token_id] if start else []
     seen: list[tuple[int, int]] = []
-    found = inspect_text(model, tokenizer, words(5, 60), lambda *now: seen.append(now))
+    found = inspect_text(model, tokenizer, words(5, 60), parse_losses(LOSSES), lambda *now: seen.append(now))
     ids = found.tokens.ids.tolist()
     assert found.window == 16
     assert len(ids) > 40  # several windows
@@ -64,10 +71,59 @@ def test_scores_are_those_of_the_model(model_dir: Path, start: bool) -> None:
             assert found.scores.nll[i] == pytest.approx(-log_p[ids[t]].item(), rel=1e-5)
             assert found.scores.alternatives[i].tolist() == likeliest.indices.tolist()
             np.testing.assert_allclose(found.scores.alternative_nll[i], -likeliest.values, rtol=1e-5)
+            smoothed = -0.9 * log_p[ids[t]] - 0.1 * log_p.mean()
+            entropy = -(log_p.exp() * log_p).sum()
+            np.testing.assert_allclose(
+                found.scores.ell[i], [-log_p[ids[t]], smoothed, -log_p[ids[t]]], rtol=1e-5
+            )
+            np.testing.assert_allclose(found.scores.entropy[i, 2], entropy, rtol=1e-5)
     nll = found.scores.nll.astype(np.float64)
     assert float(found.statistics.mean) == pytest.approx(nll.mean())
     assert float(found.statistics.std) == pytest.approx(np.sqrt(nll.var() + 1e-6))
     assert int(found.statistics.max_index) == nll.argmax()
+    plain, smoothed, weighted = found.weights
+    ell, entropy = (torch.from_numpy(x).double() for x in (found.scores.ell, found.scores.entropy))
+    of_smoothed = token_weights(NVAMP(gamma=0.3, gradient="token"), ell[:, 1])
+    terms = {term.name: term for term in smoothed.terms}
+    assert {name: term.coefficient for name, term in terms.items()} == {
+        "alpha": 1,
+        "beta": 0.02,
+        "gamma": 0.3,
+    }
+    mixed = sum(term.coefficient * term.weights for term in smoothed.terms)
+    np.testing.assert_allclose(mixed, of_smoothed, rtol=1e-12)
+    (term,) = weighted.terms
+    assert (term.name, term.coefficient) == (None, 1)
+    expected = token_weights(EntropyWeighted("mile"), ell[:, 2], entropy=entropy[:, 2])
+    np.testing.assert_array_equal(term.weights, expected)
+    np.testing.assert_allclose(plain.terms[0].weights, 1 / len(nll))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *KNOWN,
+        "nvamp:gradient=token,tail=0.1",
+        "nvamp:gradient=full",
+        "nvamp:alpha=0",
+        "nvamp:gradient=detached",
+    ],
+)
+def test_the_terms_add_up_to_the_loss(text: str) -> None:
+    (loss,) = parse_losses([text])
+    generator = np.random.default_rng(0)
+    ell, entropy = generator.gamma(2, 2, (2, 200)).astype(np.float32)
+    found = weigh(loss.spec, ell, entropy)
+    nll, given = torch.from_numpy(ell).double(), torch.from_numpy(entropy).double()
+    result = loss.spec.objective.evaluate(Batch(nll, torch.ones(200, dtype=torch.bool), entropy=given))
+    assert sum(term.coefficient * term.value for term in found.terms) == pytest.approx(
+        float(result.loss), rel=1e-12
+    )
+    mixed = sum(term.coefficient * term.weights for term in found.terms)
+    expected = token_weights(
+        loss.spec.objective, nll, entropy=given if loss.spec.objective.needs_entropy else None
+    )
+    np.testing.assert_allclose(mixed, expected, rtol=1e-12, atol=1e-18)
 
 
 def test_tokens_cover_the_text_to_the_character(tokenizer: Any) -> None:

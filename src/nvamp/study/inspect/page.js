@@ -5,6 +5,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const text = data.text;
 const nll = numbers(data.nll); // of scored tokens
+const z = numbers(data.z);
 const tokens = numbers(data.tokens); // index in data.pieces
 const alternatives = numbers(data.alternatives);
 const alternativeSteps = numbers(data.alternativeSteps);
@@ -18,9 +19,15 @@ const largest = first + batch.max_index;
 const ROW = 23; // pixels, as in the style sheet
 const NEAR = 25; // rows kept above and below the visible ones
 const HEAVIEST = 20; // rows of the table
-const SLIDERS = { alpha: ["α", 2, 0.01], beta: ["β", 1, 0.01], gamma: ["γ", 0.05, 0.0005] };
+const SLIDERS = { alpha: ["α", 2, 0.01], beta: ["β", 1, 0.01], gamma: ["γ", 0.05, 0.0005] }; // letter, range, step
 
-const state = { view: "token", weight: "token", coefficients: { ...data.defaults }, active: -1, hovered: -1 };
+// The loss is the sum of its terms, each times its coefficient, and so are its weights; a slider moves `now`.
+const losses = new Map(data.losses.map(({ name, terms }) => [name, {
+  name,
+  terms: terms.map((term) => ({ ...term, now: term.coefficient, weights: sparse(term.weights) })),
+}]));
+
+const state = { view: "nll", loss: losses.values().next().value, active: -1, hovered: -1 };
 const rows = { token: [], char: [], from: 0, to: 0, columns: 0 }; // where each row begins, and which are drawn
 let values, domain; // of the current view
 
@@ -31,23 +38,32 @@ function numbers({ type, base64 }) {
   return new globalThis[type](bytes.buffer);
 }
 
-// The weight ∂L/∂ℓ of scored token i: `weights` of src/nvamp/objective.py with M = N.
-function weight(i, gradient, { alpha, beta, gamma }) {
-  const { num_tokens: n, mean, std, dispersion: d, cross_entropy: c, mean_sign, max_index } = batch;
-  if (gradient === "detached") return (alpha * d) / n;
-  const z = (nll[i] - mean) / std;
-  let w = (alpha * (gradient === "token" ? Math.abs(z) : d) + beta) / n;
-  if (gradient === "full") w += (alpha * c * (Math.sign(nll[i] - mean) - mean_sign - d * z)) / (n * std);
-  return i === max_index ? w + gamma : w;
+// Numbers, one of each scored token, most of which may be the same.
+function sparse({ all, usual, at, others }) {
+  if (all) return numbers(all);
+  const found = new Float32Array(nll.length).fill(usual);
+  const values = numbers(others);
+  numbers(at).forEach((i, j) => (found[i] = values[j]));
+  return found;
 }
+
+const total = (loss, of) => loss.terms.reduce((sum, term) => sum + term.now * of(term), 0);
+
+// The weight of scored token i, relative to that in cross-entropy: w·N.
+const weight = (i, loss) => total(loss, (term) => term.weights[i]);
 
 function valuesOf(view) {
   if (view === "nll") return nll;
-  if (view === "z") return Float64Array.from(nll, zOf);
-  return Float64Array.from(nll, (_, i) => weight(i, view, state.coefficients));
+  if (view === "z") return z;
+  return Float64Array.from(nll, (_, i) => weight(i, losses.get(view)));
 }
 
-const zOf = (ell) => (ell - batch.mean) / batch.std;
+// Whether a loss weighs more than a few tokens unlike the others.
+function varies(loss) {
+  const sorted = valuesOf(loss.name).sort();
+  return sorted[Math.floor(0.01 * (sorted.length - 1))] < sorted[Math.floor(0.99 * (sorted.length - 1))];
+}
+
 const startOf = (i) => (i ? ends[i - 1] : 0);
 
 // Words and numbers
@@ -90,9 +106,9 @@ function topOf(i) {
 function describe(i) {
   if (i < first) return `${inline(pieceOf(i))}: the text begins here, no prediction`;
   const ell = nll[i - first];
-  const w = weight(i - first, state.weight, state.coefficients);
+  const w = weight(i - first, state.loss) / nll.length;
   return (
-    `${inline(pieceOf(i))}: probability ${probability(Math.exp(-ell))}, nll ${fixed(ell, 3)}, z ${signed(zOf(ell), 2)}, ` +
+    `${inline(pieceOf(i))}: probability ${probability(Math.exp(-ell))}, nll ${fixed(ell, 3)}, z ${signed(z[i - first], 2)}, ` +
     `weight ${exponential(w)}; likeliest ${topOf(i).map((t) => `${inline(data.pieces[t.token])} ${probability(t.p)}`).join(", ")}`
   );
 }
@@ -128,8 +144,8 @@ function colour(t) {
   };
 }
 
-// The range of the scale. Weights have outliers (the largest loss carries all of gamma), so the scale ends at the 99.5%
-// quantile; but not below twice the median, so that equal weights get a middling colour.
+// The range of the scale. Weights have outliers (in NVAMP the largest loss may carry all of gamma), so the scale ends at
+// the 99.5% quantile; but not below twice the median, so that equal weights get a middling colour.
 function domainOf(view) {
   if (view === "z") return { low: -3, high: 3 };
   const sorted = Float64Array.from(values, Math.abs).sort();
@@ -141,7 +157,7 @@ function domainOf(view) {
 function drawScale() {
   const { low, high } = domain;
   const unit = { nll: "nats", z: "" }[state.view] ?? "× 1/N";
-  const show = (x) => (x < 0 ? "≤ " : x > 0 ? "≥ " : "") + (unit === "× 1/N" ? fixed(x * nll.length, 2) : fixed(x, 1));
+  const show = (x) => (x < 0 ? "≤ " : x > 0 ? "≥ " : "") + fixed(x, unit === "× 1/N" ? 2 : 1);
   const stops = Array.from({ length: 17 }, (_, i) => colour((low + ((high - low) * i) / 16) / high).background);
   const bar = el("span", { className: "bar" });
   bar.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
@@ -299,13 +315,13 @@ function cardOf(i) {
   const parts = [title, el("small", {}, note)];
   if (i < first) return [...parts, el("p", {}, "The text begins here: nothing predicts this token.")];
   const ell = nll[i - first];
-  const facts = { probability: probability(Math.exp(-ell)), nll: `${fixed(ell, 3)} nats`, z: signed(zOf(ell), 2) };
+  const facts = { probability: probability(Math.exp(-ell)), nll: `${fixed(ell, 3)} nats`, z: signed(z[i - first], 2) };
   parts.push(el("dl", { className: "number" }, ...Object.entries(facts).flatMap(([name, value]) => [
     el("dt", {}, name), el("dd", {}, value)])));
-  parts.push(el("h3", {}, "weight w, and w·N"), tableOf(data.gradients.map((gradient) => {
-    const w = weight(i - first, gradient, state.coefficients);
-    return { cells: [gradient, exponential(w), fixed(w * nll.length, 3)], mark: gradient === state.view };
-  }), ""));
+  parts.push(el("h3", {}, "weight w, and w·N"), tableOf(Array.from(losses.values(), (loss) => {
+    const w = weight(i - first, loss);
+    return { cells: [loss.name, exponential(w / nll.length), fixed(w, 3)], mark: loss.name === state.view };
+  }), "loss"));
   parts.push(el("h3", {}, "likeliest here"), tableOf(topOf(i).map(({ token, p }) => {
     return { cells: [inline(data.pieces[token]), probability(p)], mark: token === tokens[i] };
   }), "token"));
@@ -434,14 +450,13 @@ function heaviest(x) {
 }
 
 function drawTable() {
-  byId("heaviest-title").textContent = { nll: "Largest nll", z: "Largest z" }[state.view] ?? `Most weight (${state.view})`;
-  byId("weight-title").textContent = `w·N (${state.weight})`;
+  byId("heaviest-title").textContent = { nll: "Largest nll", z: "Largest z" }[state.view] ?? "Most weight";
   byId("heaviest").tBodies[0].replaceChildren(...heaviest(values).map((k) => {
     const i = k + first;
     const { own, shared } = covered(i);
     const button = el("button", { type: "button", title: `Go to token ${many(i + 1)}` }, inline(own || shared));
     const row = el("tr", { onclick: () => goTo(i) }, el("td", {}, button),
-      ...[fixed(nll[k], 3), signed(zOf(nll[k]), 2), fixed(weight(k, state.weight, state.coefficients) * nll.length, 3)].map((cell) => el("td", {}, cell)));
+      ...[fixed(nll[k], 3), signed(z[k], 2), fixed(weight(k, state.loss), 3)].map((cell) => el("td", {}, cell)));
     row.dataset.i = i;
     return row;
   }));
@@ -450,57 +465,54 @@ function drawTable() {
 // Putting it together
 
 function update() {
-  if (data.gradients.includes(state.view)) state.weight = state.view;
   values = valuesOf(state.view);
   domain = domainOf(state.view);
-  const { alpha, beta, gamma } = state.coefficients;
-  const value = (alpha * batch.dispersion + beta) * batch.cross_entropy + gamma * batch.max;
-  byId("value").textContent = `L = ${fixed(value, 4)} nats`;
+  byId("value").textContent = `L = ${fixed(total(state.loss, (term) => term.value), 4)} nats`;
   drawScale();
   drawTable();
   paint();
   showCard();
 }
 
-function setCoefficient(name, value) {
-  if (!Number.isFinite(value)) return;
-  state.coefficients[name] = value;
+function show(view) {
+  state.view = view;
+  state.loss = losses.get(view) ?? state.loss;
+  drawSliders();
   update();
 }
 
-function buildControls() {
+function buildSwitch() {
   const segments = byId("views").querySelector(".segments");
-  for (const key of ["nll", "z", ...data.gradients]) {
+  for (const key of ["nll", "z", ...losses.keys()]) {
     const input = el("input", { type: "radio", name: "view", value: key, checked: key === state.view });
-    if (data.gradients.includes(key)) input.ariaLabel = `weight, ${key}`;
-    if (key === data.gradients[0]) segments.append(el("span", { className: "soft" }, "weight:"));
-    input.onchange = () => { state.view = key; update(); };
+    if (losses.has(key)) input.ariaLabel = `weight, ${key}`;
+    if (key === state.loss.name) segments.append(el("span", { className: "soft" }, "weight:"));
+    input.onchange = () => show(key);
     segments.append(el("label", {}, input, key));
   }
-  for (const [name, [letter, max, step]] of Object.entries(SLIDERS)) {
-    const value = state.coefficients[name];
+}
+
+// The coefficients of the loss, if it has some.
+function drawSliders() {
+  byId("loss").textContent = state.loss.name;
+  const terms = state.loss.terms.filter((term) => term.name);
+  byId("reset").hidden = !terms.length;
+  byId("sliders").replaceChildren(...terms.flatMap((term) => {
+    const { name, coefficient, now: value } = term;
+    const [letter, range, step] = SLIDERS[name];
+    const max = Math.max(range, 2 * coefficient);
     const slider = el("input", { type: "range", id: name, min: 0, max, step, value });
     const number = el("input", { type: "number", step: "any", value, ariaLabel: `${name}, as a number` });
-    slider.oninput = () => {
-      number.value = slider.value;
-      setCoefficient(name, Number(slider.value));
+    const set = (text, other) => {
+      if (text === "" || !Number.isFinite(Number(text))) return; // being typed
+      other.value = text;
+      term.now = Number(text);
+      update();
     };
-    number.oninput = () => {
-      if (number.value === "") return; // being typed
-      slider.value = number.value;
-      setCoefficient(name, Number(number.value));
-    };
-    byId("coefficients").querySelector(".sliders").append(
-      el("label", { htmlFor: name }, `${letter} ${name}`), slider, number);
-  }
-  byId("reset").onclick = () => {
-    for (const [name, value] of Object.entries(data.defaults)) {
-      byId(name).value = value;
-      byId(name).nextElementSibling.value = value;
-      state.coefficients[name] = value;
-    }
-    update();
-  };
+    slider.oninput = () => set(slider.value, number);
+    number.oninput = () => set(number.value, slider);
+    return [el("label", { htmlFor: name }, `${letter} ${name}`), slider, number];
+  }));
 }
 
 function listen() {
@@ -527,13 +539,18 @@ function listen() {
   dark.onchange = () => { drawScale(); paint(); };
 }
 
-buildControls();
+state.view = [...losses.values()].find(varies)?.name ?? "nll";
+buildSwitch();
 drawHistogram();
 values = valuesOf(state.view);
 domain = domainOf(state.view);
 fit();
-update();
+show(state.view);
 listen();
+byId("reset").onclick = () => {
+  for (const term of state.loss.terms) term.now = term.coefficient;
+  show(state.view);
+};
 
 // For tests, and for the console.
-globalThis.nvamp = { nll, weight, goTo, state, rows };
+globalThis.nvamp = { nll, z, losses, weight, goTo, state, rows };

@@ -3,6 +3,9 @@
 import base64
 import hashlib
 import os
+import re
+from collections.abc import Sequence
+from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +14,37 @@ import torch
 from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 
-from nvamp.objectives import GRADIENTS, NVAMP
+from nvamp.objectives import Objective
 from nvamp.study import StudyError
 from nvamp.study.files import replacing
 from nvamp.study.inspect.score import Inspection, Progress, inspect_text
+from nvamp.study.inspect.weights import Term
+from nvamp.study.losses import parse_losses
 from nvamp.study.models import load_model, load_tokenizer
 
 # The page holds the −ln p of alternatives in steps of this many nats, up to 65,535 of them: p is exact to one
 # part in 8,000, down to 1e-7.
 STEP = 1 / 4096
+FEW = 1 / 3  # numbers that differ from the usual one are listed if they are at most this share of all
 
 
-def inspect_file(name: str, path: Path, out: Path, progress: Progress) -> Inspection:
+def inspect_file(name: str, path: Path, out: Path, losses: Sequence[str], progress: Progress) -> Inspection:
     """Write the page of the text in `path` under the model `name` (a directory or hub id) to `out`.
 
+    Args:
+        losses: texts of the losses whose weights the page shows, at least one.
+
     Raises:
-        StudyError: the text or the model cannot be read, or the page cannot be written.
+        StudyError: a loss, the text or the model cannot be read, or the page cannot be written.
     """
+    weighed = parse_losses(losses)
     text = read_text(path)
     _check_output(out, path)
     model, tokenizer = load_model(name), load_tokenizer(name)
     if torch.cuda.is_available():
         model.cuda()
     try:
-        found = inspect_text(model, tokenizer, text, progress)
+        found = inspect_text(model, tokenizer, text, weighed, progress)
     except StudyError as error:
         raise StudyError(f"--text {path}: {error}") from error
     try:
@@ -87,6 +97,10 @@ def write_page(found: Inspection, model: str, name: str, path: Path) -> None:
         name=visible(name),
         found=found,
         statistics={key: float(x) for key, x in found.statistics._asdict().items()},
+        formulas={
+            type(objective).__name__: formula(objective)
+            for objective in (weights.spec.objective for weights in found.weights)
+        },
         data=page_data(found),
         script=script,
         # The page allows no other script than this one: its texts cannot run, whatever they hold.
@@ -101,11 +115,18 @@ def visible(name: str) -> str:
     return "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in name)
 
 
+def formula(objective: Objective) -> str:
+    """What the docstring of an objective says before its arguments, where the formula is."""
+    return re.split(r"\n\n(?:Args|Raises|References|Example):", getdoc(type(objective)) or "")[0]
+
+
 def page_data(found: Inspection) -> dict[str, Any]:
     """The data that the page's script reads, ready for JSON."""
     tokens, scores = found.tokens, found.scores
     used = np.array(list(found.pieces), np.int64)  # in ascending order
     steps = np.clip(np.rint(scores.alternative_nll / STEP), 0, 2**16 - 1)
+    statistics = {key: float(x) for key, x in found.statistics._asdict().items()}
+    z = (scores.nll.astype(np.float64) - statistics["mean"]) / statistics["std"]
     return {
         "text": tokens.text,
         "lengths": typed_array(np.diff(_utf16(tokens.text)[tokens.ends], prepend=0)),
@@ -115,10 +136,19 @@ def page_data(found: Inspection) -> dict[str, Any]:
         "alternatives": typed_array(np.searchsorted(used, scores.alternatives)),
         "alternativeSteps": typed_array(steps.astype(np.uint16)),
         "step": STEP,
-        "statistics": {key: float(x) for key, x in found.statistics._asdict().items()},
-        "gradients": GRADIENTS,
-        "defaults": {name: getattr(NVAMP(), name) for name in ("alpha", "beta", "gamma")},
+        "z": typed_array(z.astype(np.float32)),
+        "statistics": statistics,
+        "losses": [
+            {"name": str(weights.spec), "terms": [_term_data(term) for term in weights.terms]}
+            for weights in found.weights
+        ],
     }
+
+
+def _term_data(term: Term) -> dict[str, Any]:
+    """A term for the page. Its weights are relative to cross-entropy, which gives each of N tokens 1/N."""
+    relative = sparse_array((term.weights * len(term.weights)).astype(np.float32))
+    return {**term._asdict(), "weights": relative}
 
 
 def _utf16(text: str) -> NDArray[np.int64]:
@@ -132,6 +162,15 @@ def typed_array(numbers: NDArray[Any]) -> dict[str, str]:
     if numbers.dtype == np.float32:
         kind, dtype = "Float32Array", "<f4"
     else:
-        size = next(size for size in (1, 2, 4) if numbers.max() < 256**size)
+        size = next(size for size in (1, 2, 4) if numbers.max(initial=0) < 256**size)
         kind, dtype = f"Uint{8 * size}Array", f"<u{size}"
     return {"type": kind, "base64": base64.b64encode(numbers.astype(dtype).tobytes()).decode()}
+
+
+def sparse_array(numbers: NDArray[np.float32]) -> dict[str, Any]:
+    """Numbers of which many may be the same: that one, and where others stand, if they are few; or all."""
+    usual = np.sort(numbers)[len(numbers) // 2]
+    others = np.flatnonzero(numbers != usual)
+    if len(others) > FEW * len(numbers):
+        return {"all": typed_array(numbers)}
+    return {"usual": float(usual), "at": typed_array(others), "others": typed_array(numbers[others])}

@@ -1,6 +1,6 @@
-"""Scores of a text under a model: the loss of each token, and the likeliest tokens in its place."""
+"""Scores of a text under a model: the losses and the weight of each token, and the likeliest in its place."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -10,10 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from nvamp.functional import token_nll
 from nvamp.integrations.transformers import logits_of
 from nvamp.objectives import Batch, Statistics
+from nvamp.objectives.spec import LossSpec
 from nvamp.objectives.statistics import statistics as statistics_of
 from nvamp.study import StudyError
+from nvamp.study.inspect.weights import Weights, weigh
+from nvamp.study.losses import Loss
 from nvamp.study.models import positions
 
 WINDOW = 1024  # most positions in a window, if the model takes more or does not say
@@ -46,14 +50,18 @@ class Scores(NamedTuple):
     """A model's predictions of the tokens of a text: of all of them, or all but the first.
 
     Attributes:
-        nll: [scored] float32, the losses of the tokens in nats.
+        nll: [scored] float32, the plain losses of the tokens in nats.
         alternatives: [scored, ALTERNATIVES] int64, the likeliest tokens in their place, likeliest first.
         alternative_nll: [scored, ALTERNATIVES] float32, the losses of these in nats.
+        ell: [scored, losses] float32, the losses of the tokens with the token options of each loss, in nats.
+        entropy: [scored, losses] float32, the entropies of the predictions in nats; 0 if the loss needs none.
     """
 
     nll: NDArray[np.float32]
     alternatives: NDArray[np.int64]
     alternative_nll: NDArray[np.float32]
+    ell: NDArray[np.float32]
+    entropy: NDArray[np.float32]
 
 
 class Inspection(NamedTuple):
@@ -63,6 +71,7 @@ class Inspection(NamedTuple):
         pieces: the text of each token type that is among the tokens or the alternatives.
         window: the positions that the model sees at once.
         statistics: the statistics of all scored tokens as one batch, float64.
+        weights: what each loss makes of that batch.
     """
 
     tokens: Tokens
@@ -70,12 +79,17 @@ class Inspection(NamedTuple):
     pieces: dict[int, str]
     window: int
     statistics: Statistics
+    weights: list[Weights]
 
 
 def inspect_text(
-    model: Any, tokenizer: Any, text: str, progress: Progress = lambda done, of: None
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    losses: Sequence[Loss],
+    progress: Progress = lambda done, of: None,
 ) -> Inspection:
-    """Score every token of `text` on the device of `model`.
+    """Score every token of `text` on the device of `model`, and weigh it under each of the losses.
 
     Raises:
         StudyError: the text has too few or too many tokens, the tokenizer belongs to another model, or a loss
@@ -92,13 +106,17 @@ def inspect_text(
     if (largest := int(tokens.ids.max())) >= vocabulary:
         raise StudyError(f"the tokenizer gives token {largest}, but the model has {vocabulary} tokens")
     window = min(positions(model.config) or WINDOW, WINDOW)
-    scores = score(model, start, tokens.ids, window, progress)
-    if not np.isfinite(scores.nll).all():
+    specs = [loss.spec for loss in losses]
+    scores = score(model, start, tokens.ids, window, specs, progress)
+    if not (np.isfinite(scores.nll).all() and np.isfinite(scores.ell).all()):
         raise StudyError("the model gives losses that are not finite")
     used = np.unique(np.concatenate((tokens.ids, scores.alternatives.ravel())))
     nll = torch.from_numpy(scores.nll).double()
     statistics = statistics_of(Batch(nll, torch.ones_like(nll, dtype=torch.bool)))
-    return Inspection(tokens, scores, spell(tokenizer, used.tolist()), window, statistics)
+    weights = [
+        weigh(spec, scores.ell[:, index], scores.entropy[:, index]) for index, spec in enumerate(specs)
+    ]
+    return Inspection(tokens, scores, spell(tokenizer, used.tolist()), window, statistics, weights)
 
 
 def tokenize(tokenizer: Any, text: str) -> Tokens:
@@ -174,7 +192,14 @@ def windows(tokens: int, size: int, first: int) -> Iterator[Window]:
 
 
 @torch.no_grad()
-def score(model: Any, start: list[int], ids: NDArray[np.int64], size: int, progress: Progress) -> Scores:
+def score(
+    model: Any,
+    start: list[int],
+    ids: NDArray[np.int64],
+    size: int,
+    losses: Sequence[LossSpec],
+    progress: Progress,
+) -> Scores:
     """Score the tokens `ids`.
 
     Args:
@@ -188,7 +213,7 @@ def score(model: Any, start: list[int], ids: NDArray[np.int64], size: int, progr
     spans = list(windows(len(text), size - len(start), 1 - len(start)))
     length = len(start) + spans[0].end
     batch = max(1, LOGITS // (length * model.config.get_text_config().vocab_size))
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     for done in range(0, len(spans), batch):
         some = spans[done : done + batch]
         inputs = torch.stack([torch.cat((before, text[span.begin : span.end])) for span in some])
@@ -199,14 +224,21 @@ def score(model: Any, start: list[int], ids: NDArray[np.int64], size: int, progr
             for row, span in zip(logits, some, strict=True)
         ]
         labels = torch.cat([text[span.scored : span.end] for span in some]).to(device)
-        parts.append(_scores_of(torch.cat(predicted).float(), labels))
+        parts.append(_scores_of(torch.cat(predicted).float(), labels, losses))
         progress(min(done + batch, len(spans)), len(spans))
-    nll, alternatives, alternative_nll = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
-    return Scores(nll, alternatives, alternative_nll)
+    return Scores(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
 
-def _scores_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _scores_of(logits: Tensor, labels: Tensor, losses: Sequence[LossSpec]) -> tuple[Tensor, ...]:
     """The fields of `Scores`, on the CPU, from logits [tokens, vocabulary] float32 and labels [tokens]."""
     log_p = logits.log_softmax(-1)
     top = log_p.topk(min(ALTERNATIVES, logits.shape[-1]))
-    return -log_p.gather(-1, labels[:, None])[:, 0].cpu(), top.indices.cpu(), -top.values.cpu()
+    nll = -log_p.gather(-1, labels[:, None])[:, 0]
+    ell = [nll] * len(losses)
+    entropy = [torch.zeros_like(nll)] * len(losses)
+    for index, (objective, options) in enumerate(losses):
+        if options or objective.needs_entropy:
+            ell[index], metrics = token_nll(logits, labels, return_metrics=True, **options)
+            entropy[index] = metrics.entropy
+    fields = nll, top.indices, -top.values, torch.stack(ell, -1), torch.stack(entropy, -1)
+    return tuple(field.cpu() for field in fields)
