@@ -2,7 +2,7 @@
 
     python -m tests.integrations.architectures > docs/architectures.md
 
-runs all of them and writes that page; the tests fail where it differs from what they find.
+runs all of them and writes that page; the tests fail if it differs from what they find.
 """
 
 import inspect
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from nvamp import LinearNVAMPLoss, NVAMPLoss
-from nvamp.functional import linear_nvamp_loss
-from nvamp.integrations.transformers import patch, patching, unpatch
+from nvamp import LinearLoss, Loss
+from nvamp.integrations.transformers import patch, unpatch
+from nvamp.objectives import NVAMP, CrossEntropy, TokenWeighted
 
 VOCABULARY, TOKENS = 99, (2, 9)
 
@@ -210,7 +210,7 @@ def tiny(config_class: Any, own: dict[str, Any]) -> Any:
 
 
 class NoLogits(TorchDispatchMode):
-    """Fails where an operator returns something as large as the logits; it does not look into the engine's."""
+    """Fails if an operator returns something as large as the logits; it does not look into the engine's."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -238,31 +238,41 @@ def run(architecture: Architecture) -> Result:
 
     own = model(**batch, **items)
     entropy = ForCausalLMLoss(own.logits, labels, VOCABULARY, **items)
-    nvamp = NVAMPLoss()(own.logits, labels) + (own.loss - entropy)
+    nvamp = Loss(NVAMP())(own.logits, labels) + (own.loss - entropy)
     truth = {"cross-entropy": own.loss, "NVAMP": nvamp}
     truth_gradients = {name: gradients(loss) for name, loss in truth.items()}
 
     errors = {}
     for name, criterion, given in (
-        ("cross-entropy", LinearNVAMPLoss(alpha=0.0, beta=1.0, gamma=0.0), items),
-        ("NVAMP", LinearNVAMPLoss(), {}),
+        ("cross-entropy", LinearLoss(CrossEntropy()), items),
+        ("NVAMP", LinearLoss(NVAMP()), {}),
     ):
         patch(model, criterion)
-        with NoLogits(), mock.patch.object(patching, "linear_nvamp_loss", wraps=linear_nvamp_loss) as linear:
+        with NoLogits(), mock.patch.object(criterion, "_of_hidden", wraps=criterion._of_hidden) as linear:
             outputs = model(**batch, **given)
             found = gradients(outputs.loss)
         assert outputs.logits is None
         errors[name] = _error([outputs.loss, *found], [truth[name], *truth_gradients[name]])
+    check_columns(model, batch)
     unpatch(model)
-    (*_, bias), options = linear.call_args
+    (*_, bias, _), options = linear.call_args
     return Result(
-        softcap=options["softcap"],
-        logit_scale=options["logit_scale"],
+        softcap=options.get("softcap"),
+        logit_scale=options.get("logit_scale", 1.0),
         bias=bias is not None,
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         auxiliary=abs((own.loss - entropy).item()) > 1e-5,
         errors=errors,
     )
+
+
+def check_columns(model: Any, batch: dict[str, Tensor]) -> None:
+    """Fails if a column of the batch, weights of its tokens, does not reach the loss."""
+    patch(model, LinearLoss(TokenWeighted()))
+    weights = [torch.full(batch["labels"].shape, weight, dtype=torch.float64) for weight in (0.0, 1.0, 2.0)]
+    none, once, twice = (model(**batch, token_weight=weight).loss for weight in weights)
+    torch.testing.assert_close(twice - none, 2 * (once - none))
+    assert once != none
 
 
 def _error(found: list[Tensor], truth: list[Tensor]) -> float:
@@ -290,7 +300,7 @@ def refusal_row(architecture: Architecture) -> str:
     model = build(architecture)
     tokens = torch.randint(3, VOCABULARY, TOKENS)
     try:
-        patch(model, LinearNVAMPLoss())
+        patch(model, LinearLoss(NVAMP()))
         model(input_ids=tokens, labels=tokens)
     except TypeError as error:
         reason = str(error).removeprefix(f"{architecture.name} ")
@@ -306,19 +316,20 @@ PAGE = """\
 # Models that `patch` takes
 
 Written by `python -m tests.integrations.architectures > docs/architectures.md`, with transformers {version}; the
-tests of `tests/integrations/test_architectures.py` fail where a line is not what they find. Each model is built tiny
+tests of `tests/integrations/test_architectures.py` fail if a line is not what they find. Each model is built tiny
 from its configuration, in float64, in training and without dropout. Patched and unpatched, the loss and the gradient
 of every parameter are compared:
 
-- plain cross-entropy (`alpha=0, beta=1, gamma=0`) with the model's own loss, to 1e-5 (it is computed in float32), with
-  `num_items_in_batch` where the model takes it;
-- NVAMP with its defaults with `NVAMPLoss` of the model's logits, plus the router's auxiliary loss where there is one,
-  to the bound in the last column. It is 1e-5 where the model itself computes logits or auxiliary loss in float32.
+- `CrossEntropy()` with the model's own loss, to 1e-5 (it is computed in float32), with `num_items_in_batch` if the
+  model takes it;
+- `NVAMP()` with the same loss of the model's logits, plus the router's auxiliary loss if there is one, to the bound in
+  the last column. It is 1e-5 if the model itself computes logits or auxiliary loss in float32;
+- `TokenWeighted()` with itself under other weights: its loss is linear in the `token_weight` of the batch.
 
 An error is the norm of a difference, relative to the norm of the tensor or to a thousandth of the largest norm of all,
 whichever is larger. While a patched model runs, forward and backward, an operator that returns a tensor as large as the
 logits fails the test. An empty cell means none, or no. "Scale" is a factor on the logits; "tied" means that the weight
-is that of the embedding, and "auxiliary" that the router adds a loss of its own.
+is the embedding's, and "auxiliary" that the router adds a loss of its own.
 
 | model | soft-cap | scale | bias | tied | auxiliary | agrees to |
 |---|---|---|---|---|---|---|
@@ -332,8 +343,8 @@ Vision-language models, given text alone:
 
 ## Models that it refuses
 
-They raise an error, at the latest in the first step. `view` and `getitem` are how a model begins that computes the
-cross-entropy itself: it ignores `model.loss_function`, and if it is causal, it trains with
+They raise an error, at the latest in the first step. A model that computes the cross-entropy itself begins with `view`
+or `getitem`: it ignores `model.loss_function`, and if it is causal, it trains with
 [`compute_loss_func`](transformers.md#compute_loss_func-the-trainers-loss). The other causal ones also take
 [`loss_function`](transformers.md#loss_function-the-models-own-loss).
 

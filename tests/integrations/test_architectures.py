@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 
-from nvamp import LinearNVAMPLoss
+from nvamp import LinearLoss
 from nvamp.integrations.transformers import patch
+from nvamp.objectives import NVAMP
 from tests.integrations.architectures import (
     LANGUAGE,
     PAGE,
@@ -55,10 +56,10 @@ def test_the_error_names_loss_function_where_the_model_calls_it(architecture: Ar
     model.loss_function = own = mock.Mock(return_value=torch.zeros((), dtype=torch.float64))
     model(input_ids=tokens, labels=tokens)
     del model._loss_function
-    patch(model, LinearNVAMPLoss())
-    with pytest.raises(NotImplementedError, match=r"compute_loss_func\(NVAMPLoss\(\)\)") as error:
+    patch(model, LinearLoss(NVAMP()))
+    with pytest.raises(NotImplementedError, match=r"compute_loss_func\(Loss\(\.\.\.\)\)") as error:
         model(input_ids=tokens, labels=tokens)
-    assert (" or loss_function(NVAMPLoss())" in str(error.value)) == own.called
+    assert (" or loss_function(Loss(...))" in str(error.value)) == own.called
 
 
 def test_the_page_is_of_these() -> None:

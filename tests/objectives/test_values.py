@@ -67,12 +67,14 @@ def test_definition(name: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("name", KINDS)
 @examples(30)
 @given(data=st.data())
-def test_few_weights(name: str, data: st.DataObject) -> None:
-    """So many tokens, the hardest, have a weight beside `shared`: nothing else may a single pass assume."""
+def test_results(name: str, data: st.DataObject) -> None:
+    """Weights are finite, as 0·∞ would be NaN, and only the hardest few have one beside `shared`."""
     o, t = data.draw(objectives(KINDS[name])), data.draw(tokens(junk=False))
     few = o.few_weights(len(t.nll))
     ell = t.nll.masked_fill(~t.valid, 0)
     result = o.evaluate(Batch(ell, t.valid, None, inputs=t.given(o), entropy=t.entropy))
+    assert result.loss.isfinite()
+    assert result.weights().isfinite().all()
     if few is None:
         assert result.per_token is not None
         return
@@ -175,6 +177,14 @@ def test_tilted_in_float32(t: float) -> None:
         torch.testing.assert_close(TokenLoss(Tilted(t))(ell).double(), mean, rtol=3e-7, atol=0)
         weights = token_weights(Tilted(t), ell)
         torch.testing.assert_close(weights.sum(), torch.tensor(1.0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("t", [-10.0, 10.0])
+def test_tilted_has_no_weight_for_what_does_not_count(t: float) -> None:
+    """Not even if the loss of 0 that it has is far from those that count."""
+    for valid in ([True, False], [False, False]):
+        batch = Batch(torch.tensor([20.0, 0.0]).mul(torch.tensor(valid)), torch.tensor(valid))
+        assert Tilted(t).evaluate(batch).weights().tolist() == [float(valid[0]), 0.0]
 
 
 def test_tokens_without_weight() -> None:

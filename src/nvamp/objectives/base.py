@@ -45,7 +45,7 @@ class Batch(NamedTuple):
         n, total = self.sums(values)
         m, _ = self.items(n)
         if entropy_weights is not None:
-            entropy_weights = torch.where(self.valid, entropy_weights, 0) / m
+            entropy_weights = entropy_weights / m
         return Result(total / m, per_token=weights / m, entropy_weights=entropy_weights)
 
 

@@ -42,11 +42,12 @@ class Tilted(Objective):
         sign = 1 if self.t > 0 else -1
         signed = (sign * batch.nll).masked_fill(~batch.valid, -torch.inf)
         extreme = sign * batch.ranks.maximum(pad(signed, (0, 1), value=-torch.inf).amax())
-        x = self.t * (batch.nll - extreme)  # at most 0, and 0 for some token
+        # At most 0, and 0 for some token.
+        x = torch.where(batch.valid, self.t * (batch.nll - extreme), -torch.inf)
         n, exps, exps_minus_1 = batch.sums(x.exp(), x.expm1())
         _, share = batch.items(n)
         # The logarithm of mean exp(x). Near 1 it is log1p that is exact, far from 1 it is log.
         below_1 = exps_minus_1 / n
         log_mean = torch.where(below_1 > -0.5, below_1.log1p(), (exps / n).log())
         loss = torch.where(n > 0, share * (extreme + log_mean / self.t), 0)
-        return Result(loss, per_token=share * x.exp() / exps)
+        return Result(loss, per_token=share * x.exp() / exps.clamp(min=1))
