@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from nvamp import LinearLoss, Loss
-from nvamp.objectives import OBJECTIVES, Batch, Objective, Result, parse
-from nvamp.options import between, option
+from nvamp.objectives import OBJECTIVES, Batch, Objective, Result, between, option, parse
 
 
 @dataclass(frozen=True)

@@ -308,7 +308,7 @@ def _few_in_one_pass(objective: Objective, labels: Tensor, process_group: "Group
         return few
     if process_group is not None:  # a rank may have more than its share of the hardest
         return tokens if can_look(labels) else None
-    return few if 4 * few <= tokens else None  # four more products for each of them
+    return few if 2 * few <= tokens else None  # they take two products more: 3 + 2·few/tokens, or 4
 
 
 # Arguments ---------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def _program(
         typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version),
     ] = False,
 ) -> None:
-    """NVAMP: a variance-aware, max-penalized loss for language models."""
+    """Loss functions for language models: whether another one helps, and what it does to a text."""
 
 
 @app.command()

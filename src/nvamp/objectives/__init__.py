@@ -16,6 +16,7 @@ from nvamp.objectives.tail import Tail
 from nvamp.objectives.tilted import Tilted
 from nvamp.objectives.token_weighted import TokenWeighted
 from nvamp.objectives.truncated import Truncated
+from nvamp.options import between, option
 
 __all__ = [
     "DFT",
@@ -36,5 +37,7 @@ __all__ = [
     "Tilted",
     "TokenWeighted",
     "Truncated",
+    "between",
+    "option",
     "parse",
 ]

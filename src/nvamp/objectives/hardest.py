@@ -36,7 +36,7 @@ def hardest(batch: Batch, count: Tensor) -> Hardest:
 
     NaN is the largest of all. On one rank the losses are sorted. On several they are counted by their
     leading bits, DIGIT bits a round: two all-reduces of 65536 counts for float32 (four for float64), and one
-    of two numbers a rank. That does not grow with the batch.
+    of three numbers a rank. That does not grow with the batch.
     """
     if batch.ranks is ALONE:
         return _by_sorting(batch, count)
