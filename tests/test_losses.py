@@ -464,6 +464,7 @@ def test_bad_options_are_refused_when_they_are_given(options: dict[str, Any], me
     [
         ({"ignore_index": -100.0}, "ignore_index must be an int, got -100.0"),
         ({"gamma": "0.1"}, "gamma must be a number, got '0.1'"),
+        ({"tail": True}, "tail must be a number, got True"),
         ({"shift": 1}, "shift must be True or False, got 1"),
         (
             {"inplace_backward": True},

@@ -374,7 +374,7 @@ def _targets(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The label [...] of each row of x [..., features], called `name`, and the inputs [tokens] beside it."""
     labels = check_labels(labels, x, name)
-    if shift and labels.dim() == 1:
+    if shift and labels.dim() == 1 and not has_transforms():  # under vmap a row is all there is
         raise ValueError(
             f"labels must have shape [batch, seq] to be shifted, got {list(labels.shape)}: flattened labels "
             "would be shifted from one row to the next; give shift=False for labels that are shifted already"

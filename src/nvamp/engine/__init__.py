@@ -84,8 +84,8 @@ def token_nll(
     Args:
         logits: [..., V], float16, bfloat16, float32 or float64, of any strides. Ignored rows may hold
             anything.
-        labels: [...] int64, int32 or uint8, in [0, V) or `ignore_index`, for the logits at the same place: there is
-            no shift here.
+        labels: [...] int64, int32 or uint8, in [0, V) or `ignore_index`, for the logits at the same place:
+            there is no shift here.
         ignore_index: the label of tokens that do not count: loss and gradient are 0.
         return_metrics: also return `TokenMetrics`, from the same pass.
         inplace_backward: let the backward write the gradient over the logits, which saves its memory: after
@@ -171,7 +171,8 @@ def linear_token_nll(
     Args:
         hidden: [..., D], the last hidden states.
         weight: [V, D], that of the output layer, in the dtype of `hidden`.
-        labels: [...] int64, int32 or uint8, in [0, V) or `ignore_index`, for the hidden state at the same place.
+        labels: [...] int64, int32 or uint8, in [0, V) or `ignore_index`, for the hidden state at the same
+            place.
         bias: [V] or None.
         accum_dtype: in which the gradients by the weight of the chunks are added up: float32, or that of the
             weight, which saves memory and rounds at every chunk. By default float32 on an accelerator, and on
