@@ -122,13 +122,18 @@ def test_transforms_of_the_reference(loss: Any, gradient: Gradient) -> None:
 @with_backend
 def test_vmap(loss: Any, backend: str) -> None:
     """It is a loop; of gradients the reference alone has one."""
-    each = torch.stack([loss(h, y, backend=backend) for h, y in zip(HIDDEN, LABELS, strict=True)])
+
+    def alone(h: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = loss(h[None], y[None], backend=backend).squeeze(0)
+        return result
+
+    each = torch.stack([alone(h, y) for h, y in zip(HIDDEN, LABELS, strict=True)])
     torch.testing.assert_close(vmap(lambda h, y: loss(h, y, backend=backend))(HIDDEN, LABELS), each)
     if backend == "reference":
         of_each = vmap(grad(lambda h, y: loss(h, y, backend=backend).sum()))(HIDDEN, LABELS)
         for h, y, got in zip(HIDDEN, LABELS, of_each, strict=True):
             x = h.clone().requires_grad_()
-            (expected,) = torch.autograd.grad(loss(x, y, backend=backend).sum(), x)
+            (expected,) = torch.autograd.grad(alone(x, y).sum(), x)
             torch.testing.assert_close(got, expected)
 
 
