@@ -35,7 +35,7 @@ from triton.runtime.jit import MockTensor
 
 from benchmarks.assembly import Body, blocks, bodies, main_bodies, read_amdgcn, read_sass
 from nvamp.engine import triton as backend
-from nvamp.engine.backend import Chunk, Largest
+from nvamp.engine.backend import Chunk, Largest, OfEntropy
 from nvamp.engine.linear import pitch_of
 from nvamp.engine.options import Options, accumulate_dtype
 
@@ -52,6 +52,8 @@ ON_LOGITS = (
     "nll of a part",
     "gradient",
     "gradient of a part",
+    "gradient with entropy",
+    "gradient of a part with entropy",
 )  # of any layout; the others are on chunks
 
 
@@ -145,7 +147,7 @@ def launches(logits: Tensor, opt: Options, metrics: bool) -> dict[str, Callable[
     scale = torch.empty((), dtype=accumulate_dtype(logits.dtype), device="meta")
     nll, norm = scale.new_empty(labels.shape), scale.new_empty(*labels.shape, 2)
     out = logits if padded else torch.empty(logits.shape, dtype=logits.dtype, device="meta")
-    classes = labels.new_empty(())
+    classes, of_entropy = labels.new_empty(()), OfEntropy(nll, nll)
     backward = backend.token_nll_backward
     chunk = logits.new_empty(MANY_ROWS, pitch_of(vocab))[:, :vocab]  # as the linear path has it
     chunk_labels, chunk_nll = labels.new_empty(MANY_ROWS), scale.new_empty(MANY_ROWS)
@@ -154,9 +156,13 @@ def launches(logits: Tensor, opt: Options, metrics: bool) -> dict[str, Callable[
     largest = Largest(scale.new_empty(2), labels.new_empty(2), u, v)
     return {
         "nll": lambda: backend.token_nll(logits, labels, metrics, opt),
-        "nll of a part": lambda: backend.part_statistics(logits, labels, opt),
+        "nll of a part": lambda: backend.part_statistics(logits, labels, metrics, opt),
         "gradient": lambda: backward(nll, logits, labels, norm, opt, out),
         "gradient of a part": lambda: backward(nll, logits, labels, norm, opt, out, classes),
+        "gradient with entropy": lambda: backward(nll, logits, labels, norm, opt, out, of_entropy=of_entropy),
+        "gradient of a part with entropy": lambda: backward(
+            nll, logits, labels, norm, opt, out, classes, of_entropy
+        ),
         "unit gradient": lambda: backend.unit_gradient_(chunk, chunk_labels, opt),
         "keep largest": lambda: backend.keep_largest(
             largest, Chunk(0, 0, chunk_nll, chunk_labels, chunk, hidden), opt

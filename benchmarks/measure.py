@@ -12,7 +12,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
-PLAIN = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0}  # NVAMP with these weights is cross-entropy
 SLOW = 5.0  # seconds; what takes as long is timed once
 
 

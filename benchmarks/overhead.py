@@ -102,7 +102,7 @@ def counting() -> Iterator[Counting]:
     mode = Counting()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(devices, "can_look", return_value=False))  # as on a GPU
-        for name in ("_scale_unit_gradients", "_token_nll_backward_"):  # of the engine, but no operators
+        for name in ("_weighted_gradients", "_token_nll_backward_"):  # of the engine, but no operators
             function = mode.looked_into(getattr(ops, name), name)
             stack.enter_context(mock.patch.object(ops, name, function))
         if HAS_TRITON:

@@ -20,7 +20,8 @@ from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from nvamp import NVAMPLoss
+from nvamp import Loss
+from nvamp.objectives import NVAMP
 from nvamp.study.compare import LR, SEQUENCE
 from nvamp.study.corpus import build_corpus
 from nvamp.study.models import build_model
@@ -34,10 +35,10 @@ def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     blocks: Tensor,
-    criterion: NVAMPLoss,
+    criterion: Loss,
     steps: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Trains the model; yields the loss of each step, of all processes together, and its gradient's norm."""
+    """Trains the model; yields the loss of each step on all processes together, and the gradient's norm."""
     shuffled = DataLoader(
         blocks, MICRO_BATCH, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(0)
     )
@@ -45,15 +46,15 @@ def train(
     batches = forever(loader)
     for _ in range(steps):
         step = [next(batches) for _ in range(accelerator.gradient_accumulation_steps)]
-        # The tokens of the step: every micro-batch is divided by their number, so that losses add up.
+        # Every micro-batch is divided by the number of tokens of the step, so that their losses add up.
         tokens = torch.stack([(batch[:, 1:] != criterion.ignore_index).sum() for batch in step]).sum()
         tokens = accelerator.gather(tokens[None]).sum()
         total = torch.zeros((), device=accelerator.device)
         for batch in step:
             with accelerator.accumulate(model):
                 loss = criterion(model(input_ids=batch).logits, batch, num_items_in_batch=tokens)
-                # `backward` divides by the number of micro-batches, which the number of tokens has done. DDP
-                # takes the mean over processes, which the process group of the criterion reckons with.
+                # `backward` divides by the number of micro-batches, but the loss is already divided by the
+                # tokens of them all. DDP takes the mean over processes, which the process group allows for.
                 accelerator.backward(loss * accelerator.gradient_accumulation_steps)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -76,13 +77,13 @@ def main() -> None:
     options = parser.parse_args()
     accelerator = Accelerator(
         gradient_accumulation_steps=2,
-        # The size of a batch is that of all processes together.
+        # A batch is split over the processes.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     corpus = build_corpus(*read_documents(options.text, []), SEQUENCE)
     transformers.set_seed(0)
     model = build_model(None, corpus)
-    criterion = NVAMPLoss(process_group=dist.group.WORLD if accelerator.use_distributed else None)
+    criterion = Loss(NVAMP(), process_group=dist.group.WORLD if accelerator.use_distributed else None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     curve = train(accelerator, model, optimizer, corpus.train, criterion, options.steps)
     for step, (loss, norm) in enumerate(curve, start=1):

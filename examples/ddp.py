@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/ddp.py
     python examples/ddp.py
 
-print the same curve, to rounding: the batch is the same, and so is what the loss knows of it. It trains the
-small Llama of `nvamp compare` on the source of Python's standard library, or on `--text`.
+print the same curve, to rounding: the batch is the same, and each process gets the loss of all of it. It
+trains the small Llama of `nvamp compare` on the source of Python's standard library, or on `--text`.
 
 Needs: `pip install 'nvamp-loss[study]'`. `nvamp.study` is here for the demo's data and model only.
 """
@@ -19,7 +19,8 @@ import transformers
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nvamp import NVAMPLoss
+from nvamp import Loss
+from nvamp.objectives import NVAMP
 from nvamp.study.compare import LR, SEQUENCE
 from nvamp.study.corpus import build_corpus
 from nvamp.study.models import build_model
@@ -36,12 +37,12 @@ def batches(blocks: Tensor, steps: int) -> Iterator[Tensor]:
 
 
 def train(blocks: Tensor, model: torch.nn.Module, steps: int, device: torch.device) -> None:
-    """Trains the model, a part of each batch on every rank, and prints the curve on the first."""
+    """Trains the model on a part of each batch per rank, and prints the curve on the first rank."""
     group, rank, ranks = None, 0, 1
     if dist.is_initialized():
         group, rank, ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
         model = DistributedDataParallel(model)
-    criterion = NVAMPLoss(process_group=group)
+    criterion = Loss(NVAMP(), process_group=group)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     for step, batch in enumerate(batches(blocks, steps), start=1):
         mine = batch.chunk(ranks)[rank].to(device)

@@ -19,7 +19,8 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from nvamp import NVAMPLoss
+from nvamp import Loss
+from nvamp.objectives import NVAMP
 from nvamp.study.compare import LR, SEQUENCE
 from nvamp.study.corpus import build_corpus
 from nvamp.study.models import build_model
@@ -31,12 +32,12 @@ BATCH = 8  # blocks of a step, on all processes together
 class LanguageModel(lightning.LightningModule):
     """A causal language model, its loss, and the blocks [blocks, sequence] to train on, `batch` in a step.
 
-    Lightning divides the loss by the number of micro-batches where it accumulates gradients, and DDP takes
-    the mean over processes. Both are right for a loss that is a mean already, as this one is where no
-    `num_items_in_batch` is given. What is trained then is the mean of the micro-batches' losses.
+    Lightning divides the loss by the number of micro-batches if it accumulates gradients, and DDP takes the
+    mean over processes. Both are right for a loss that is already a mean, as this one is without
+    `num_items_in_batch`: the model is trained on the mean of the micro-batches' losses.
     """
 
-    def __init__(self, model: nn.Module, criterion: NVAMPLoss, blocks: Tensor, batch: int) -> None:
+    def __init__(self, model: nn.Module, criterion: Loss, blocks: Tensor, batch: int) -> None:
         super().__init__()
         self.model = model
         self.criterion = criterion
@@ -44,19 +45,19 @@ class LanguageModel(lightning.LightningModule):
         self.batch = batch  # on all processes together
 
     def on_fit_start(self) -> None:
-        if self.trainer.world_size > 1:  # the processes have met only now
+        if self.trainer.world_size > 1:  # the group exists only now
             self.criterion.process_group = dist.group.WORLD
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss, stats = self.criterion(self.model(input_ids=batch).logits, batch, return_stats=True)
         self.log("loss", loss)
-        # Tensors: nothing waits for the device until the logger asks.
+        # These are tensors: nothing waits for the device until the logger reads them.
         self.log_dict({name: getattr(stats, name) for name in ("mean", "std", "dispersion", "max")})
         return loss
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         ranks = self.trainer.world_size
-        # The rows of a step are those of one process: what Lightning would put here shuffles them.
+        # A step has the same rows as on one process; Lightning's own sampler would shuffle them.
         sampler = DistributedSampler(self.blocks, ranks, self.global_rank, shuffle=False, drop_last=True)
         return DataLoader(self.blocks, self.batch // ranks, sampler=sampler, drop_last=True)
 
@@ -83,7 +84,7 @@ def main() -> None:
         parser.error(f"{options.devices} processes cannot share a batch of {BATCH} blocks in equal parts")
     corpus = build_corpus(*read_documents(options.text, []), SEQUENCE)
     transformers.set_seed(0)
-    module = LanguageModel(build_model(None, corpus), NVAMPLoss(), corpus.train, BATCH)
+    module = LanguageModel(build_model(None, corpus), Loss(NVAMP()), corpus.train, BATCH)
     trainer = lightning.Trainer(
         max_steps=options.steps,
         devices=options.devices,

@@ -1,4 +1,4 @@
-"""A step as torchtitan's trainer takes it, with NVAMP in its chunked loss: no more logits than a chunk's.
+"""Steps as torchtitan's trainer takes them, with its chunked loss: no more logits than those of a chunk.
 
     python examples/torchtitan_loss.py
 
@@ -20,7 +20,7 @@ import torch
 import transformers
 from torchtitan.components.loss import ChunkedLossWrapper
 
-from nvamp.integrations.torchtitan import NVAMPLoss
+from nvamp.integrations.torchtitan import TitanLoss
 from nvamp.study.compare import LR, SEQUENCE
 from nvamp.study.corpus import build_corpus
 from nvamp.study.models import build_model
@@ -31,13 +31,14 @@ BATCH, CHUNKS = 8, 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--loss", default="nvamp:gradient=token", help="default: nvamp:gradient=token")
     parser.add_argument("--steps", type=int, default=20, help="default: 20")
     parser.add_argument("--text", action="append", default=[], help="a file or directory of text; repeat it")
     options = parser.parse_args()
     corpus = build_corpus(*read_documents(options.text, []), SEQUENCE)
     transformers.set_seed(0)
     model = build_model(None, corpus)
-    config = ChunkedLossWrapper.Config(num_chunks=CHUNKS, loss_fn=NVAMPLoss.Config(gradient="token"))
+    config = ChunkedLossWrapper.Config(num_chunks=CHUNKS, loss_fn=TitanLoss.Config(loss=options.loss))
     loss_fn = config.build(compile_config=None)
     loss_fn.set_lm_head(model.lm_head)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)

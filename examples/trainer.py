@@ -1,6 +1,6 @@
-"""The Hugging Face `Trainer` with NVAMP, by each of the three ways that docs/transformers.md describes.
+"""The Hugging Face `Trainer` with any objective, in each of the three ways of docs/transformers.md.
 
-    python examples/trainer.py --path patch
+    python examples/trainer.py --path patch --loss nvamp:gamma=0.04,tail=0.05
 
 trains the small Llama of `nvamp compare` on the source of Python's standard library, or on `--text`. The
 three paths print the same curve, to rounding; only `patch` never holds the logits.
@@ -17,8 +17,9 @@ import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nvamp import LinearNVAMPLoss, NVAMPLoss
+from nvamp import LinearLoss, Loss
 from nvamp.integrations.transformers import compute_loss_func, loss_function, patch
+from nvamp.objectives import Objective, parse
 from nvamp.study.compare import LR, SEQUENCE
 from nvamp.study.corpus import build_corpus
 from nvamp.study.models import build_model, quiet
@@ -41,7 +42,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
 
 class Curve(transformers.TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Prints what the `Trainer` logs of the losses."""
+    """Prints the losses that the `Trainer` logs."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         for name in ("loss", "eval_loss"):
@@ -49,16 +50,16 @@ class Curve(transformers.TrainerCallback):  # type: ignore[misc]  # transformers
                 print(f"step {state.global_step}: {name} {logs[name]:.5f}", flush=True)
 
 
-def train(path: str, corpus: Any, steps: int, scratch: str) -> None:
+def train(path: str, objective: Objective, corpus: Any, steps: int, scratch: str) -> None:
     transformers.set_seed(0)
     model = build_model(None, corpus)
     options: dict[str, Any] = {}
     if path == "patch":
-        patch(model, LinearNVAMPLoss())
+        patch(model, LinearLoss(objective))
     elif path == "loss_function":
-        model.loss_function = loss_function(NVAMPLoss())
+        model.loss_function = loss_function(Loss(objective))
     else:
-        options["compute_loss_func"] = compute_loss_func(NVAMPLoss())
+        options["compute_loss_func"] = compute_loss_func(Loss(objective))
     trainer = transformers.Trainer(
         model,
         transformers.TrainingArguments(
@@ -86,13 +87,14 @@ def train(path: str, corpus: Any, steps: int, scratch: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--path", choices=PATHS, default=PATHS[0], help=f"default: {PATHS[0]}")
+    parser.add_argument("--loss", default="nvamp", help="an objective as a text; default: nvamp")
     parser.add_argument("--steps", type=int, default=40, help="default: 40")
     parser.add_argument("--text", action="append", default=[], help="a file or directory of text; repeat it")
     options = parser.parse_args()
     quiet()
     corpus = build_corpus(*read_documents(options.text, []), SEQUENCE)
     with tempfile.TemporaryDirectory() as scratch:
-        train(options.path, corpus, options.steps, scratch)
+        train(options.path, parse(options.loss), corpus, options.steps, scratch)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python examples/trl_sft.py
 
 Each block of text is a prompt and its completion. It trains the small Llama of `nvamp compare` on the source
-of Python's standard library, or on `--text`. What is logged is printed, and written for TensorBoard to
+of Python's standard library, or on `--text`. It prints what it logs, and writes it for TensorBoard to
 `--out`/events.
 
 Needs: `pip install 'nvamp-loss[study]' trl tensorboard`. `nvamp.study` is here for the demo's data and
@@ -19,9 +19,10 @@ import transformers
 import trl
 from datasets import Dataset
 
-from nvamp import TokenNVAMPLoss
+from nvamp import TokenLoss
 from nvamp.integrations.stats import log_stats
 from nvamp.integrations.trl import SFTTrainer
+from nvamp.objectives import NVAMP
 from nvamp.study.compare import LR, SEQUENCE
 from nvamp.study.corpus import build_corpus
 from nvamp.study.models import build_model
@@ -41,7 +42,7 @@ def main() -> None:
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in halves]
     transformers.set_seed(0)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(options.out / "events")
-    criterion = TokenNVAMPLoss()
+    criterion = TokenLoss(NVAMP())
     trainer = SFTTrainer(
         model=build_model(None, corpus),
         args=trl.SFTConfig(

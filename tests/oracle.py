@@ -72,6 +72,15 @@ def token_losses(
     )
 
 
+def entropies(logits: Tensor, softcap: float | None = None, logit_scale: float = 1.0, **_: float) -> Tensor:
+    """Entropies [N] in nats of the predictions of finite float64 logits; other options do not change them."""
+    z = logit_scale * logits
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    log_p = torch.log_softmax(z, -1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
 def relative_error(x: Tensor, truth: Tensor) -> float:
     """‖x − truth‖ / ‖truth‖ in float64."""
     return float((x.double() - truth).norm() / truth.norm())

@@ -23,6 +23,7 @@ from benchmarks.gpu.meter import Meter, OutOfTimeError, Sample, time_limit
 from benchmarks.gpu.plan import GROUPS, SHAPES, TOY, Part, sheet
 from benchmarks.gpu.rows import Rows, latest, read
 from nvamp import LinearNVAMPLoss
+from tests.processes import python
 from tests.study.conftest import one_thread
 
 __all__ = ["one_thread"]
@@ -47,17 +48,11 @@ def found(bench: Bench, kind: str) -> dict[str, dict[str, Any]]:
 def dry_run(path: Path, out: Path) -> str:
     """Runs all parts, by the one command, without rich; what it printed."""
     (path / "rich.py").write_text("raise ImportError('rich is not to be needed')")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--skip-peers", "--out", str(out)]
-    run = subprocess.run(
-        [*command, "--budget", "250"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(path), os.environ.get("PYTHONPATH", "")))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr
-    return run.stdout
+    command = ["-m", "benchmarks.gpu", "--dry-run", "--skip-peers", "--out", str(out), "--budget", "250"]
+    paths = os.pathsep.join((str(path), os.environ.get("PYTHONPATH", "")))
+    done = python(*command, PYTHONPATH=paths)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    return done.stdout
 
 
 def test_every_part_runs(tmp_path: Path) -> None:
@@ -241,7 +236,7 @@ def test_parts_by_name_and_group(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_parent_needs_no_torch() -> None:
     """Nor what the parts' device does to those who use it."""
     code = "import sys, benchmarks.gpu.__main__; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    assert python("-c", code).returncode == 0
 
 
 # Contests ----------------------------------------------------------------------------------------------

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 from triton import __version__ as triton_version
 
 from benchmarks.assembly import Body, blocks, bodies, main_bodies, read_amdgcn, read_sass
+from tests.processes import python
 
 # Listings, of which most of the arithmetic is left out -------------------------------------------------
 
@@ -224,16 +222,8 @@ VOCABULARIES = ["8", "32008", "50257", "50264", "50280", "128256", "262144"]
 TINY = 8  # one vector, which lanes share, so that neither counts nor widths for a thread say anything
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    """Python with kernels that compile, at the root of the project."""
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
-    root = Path(__file__).parents[1]
-    command = [sys.executable, *args]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=root, check=False)
-
-
 def count(*args: str, out: Path) -> list[dict[str, Any]]:
-    done = run("-m", "benchmarks.kernels", *args, "--out", str(out))
+    done = python("-m", "benchmarks.kernels", *args, "--out", str(out), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(out.read_text())
     return found
@@ -291,7 +281,7 @@ from benchmarks.kernels import Case, torch, usages
 for dtype in {dtypes}:
     print(dtype, *{{u.has_float64 for u in usages("90", Case(getattr(torch, dtype), "all options", 64))}})
 """
-    done = run("-c", code)
+    done = python("-c", code, TRITON_INTERPRET="0")
     assert done.stdout.splitlines() == ["bfloat16 False", "float32 False", "float64 True"], done.stderr
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import nvamp
 from nvamp.cli import main
 from nvamp.study.losses import KNOWN, MODES
+from tests.processes import python
 from tests.study.conftest import documents, model_dir, one_thread, started, text_dir, tokenizer, words
 
 __all__ = ["documents", "model_dir", "one_thread", "text_dir", "tokenizer"]
@@ -25,12 +25,6 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
         main()
     assert isinstance(end.value.code, int)
     return end.value.code
-
-
-def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
-    )
 
 
 def test_a_study_from_end_to_end(
@@ -189,10 +183,11 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 def test_help_does_not_wait_for_heavy_imports() -> None:
     shown = python(
+        "-c",
         "import sys; sys.argv = ['nvamp', 'compare', '--help']\n"
         "from nvamp.cli import main\n"
         "try: main()\n"
-        "finally: print('heavy:', {'transformers', 'datasets', 'matplotlib'} & set(sys.modules))"
+        "finally: print('heavy:', {'transformers', 'datasets', 'matplotlib'} & set(sys.modules))",
     )
     assert shown.returncode == 0
     assert "--noise" in shown.stdout
@@ -219,6 +214,7 @@ def test_help_is_short_too(
 
 def test_ctrl_c_while_packages_are_imported() -> None:
     ended = python(
+        "-c",
         """
 import sys, nvamp
 
@@ -235,7 +231,7 @@ for sys.meta_path[0].package in ("typer", "transformers"):
         main()
     except SystemExit as end:
         print(end.code)
-"""
+""",
     )
     assert (ended.stdout, ended.stderr) == ("130\n130\n", "")
 
@@ -243,8 +239,9 @@ for sys.meta_path[0].package in ("typer", "transformers"):
 @pytest.mark.parametrize("missing", ["typer", "transformers", "matplotlib"])
 def test_without_the_extra_packages(missing: str) -> None:
     ended = python(
+        "-c",
         f"import sys; sys.modules['{missing}'] = None; sys.argv = ['nvamp', 'compare']\n"
-        "from nvamp.cli import main; main()"
+        "from nvamp.cli import main; main()",
     )
     assert ended.returncode == 2
     told = (

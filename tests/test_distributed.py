@@ -17,9 +17,9 @@ import nvamp
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import token_nll, token_weights
 from nvamp.objectives import GRADIENTS, NVAMP
+from tests.engine.problems import IGNORED
 from tests.ranks import on_ranks
 
-IGNORED = -100
 D, V = 6, 19
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-6}
 LOSSES: list[Any] = [NVAMPLoss, LinearNVAMPLoss]

@@ -26,6 +26,7 @@ from torch.distributed.run import get_args_parser
 
 from docs import figures
 from nvamp.cli import app
+from nvamp.objectives import OBJECTIVES
 from nvamp.study.losses import parse_loss
 from tests.integrations.architectures import LANGUAGE, REFUSED, VISION
 from tests.study.conftest import documents, one_thread, tokenizer
@@ -41,10 +42,10 @@ FENCE = re.compile(r"^```(.*)\n((?s:.*?))^```$", re.MULTILINE)
 # What the code of a page takes for granted; of any other page it runs as it stands.
 GIVEN = {
     "README.md": "logits labels M hidden lm_head model Trainer args data dist",
-    "docs/custom-losses.md": "hidden lm_head labels token_weight",
+    "docs/custom-losses.md": "logits hidden lm_head labels",
     "docs/distributed.md": "logits labels mesh logits_of_this_rank hidden weight_of_this_rank",
     "docs/trainers.md": "model Trainer args config data tokenizer",
-    "docs/transformers.md": "model Trainer TrainingArguments args data tokens labels torch",
+    "docs/transformers.md": "model Trainer TrainingArguments args data tokens labels token_weight torch",
 }
 
 
@@ -58,6 +59,7 @@ def blocks(text: str) -> Iterator[tuple[str, int, str]]:
 def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """Everything that a page may take for granted, on the one rank of a group."""
     monkeypatch.chdir(tmp_path)
+    registry = dict(OBJECTIVES)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         torch.manual_seed(0)
@@ -96,6 +98,8 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> It
             "torch": torch,
         }
     finally:
+        OBJECTIVES.clear()
+        OBJECTIVES.update(registry)
         gc.collect()
         dist.destroy_process_group()
 

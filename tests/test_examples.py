@@ -1,9 +1,7 @@
-"""The examples of the documentation: against float64 autograd of their formulas, and as a user runs them."""
+"""The examples of the documentation, as a user runs them."""
 
 import importlib
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,65 +9,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples import custom_losses, exact_accumulation, lightning_module, trainer
-from examples.custom_losses import IGNORED, dft_loss, focal_loss, weighted_loss
+from examples import exact_accumulation, lightning_module, trainer
 from nvamp import LinearNVAMPLoss
-from nvamp.objectives import GRADIENTS, NVAMP, Gradient
+from nvamp.objectives import NVAMP, Gradient
+from tests.parameters import with_gradient
+from tests.processes import python
 from tests.study.conftest import documents, text_dir
 
 __all__ = ["documents", "text_dir"]
 
 
 @pytest.fixture
-def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def problem() -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(19, (2, 9), generator=g)
-    labels[0, :4] = IGNORED
-    hidden = torch.randn(2, 9, 5, dtype=torch.float64, generator=g)
-    weight = torch.randn(19, 5, dtype=torch.float64, generator=g)
-    return hidden, weight, labels, torch.rand(2, 9, dtype=torch.float64, generator=g)
+    labels[0, :4] = -100
+    return torch.randn(2, 9, 5, dtype=torch.float64, generator=g), labels
 
 
-def exact(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
-    valid = labels != IGNORED
-    p = (hidden @ weight.T)[valid].softmax(-1).gather(-1, labels[valid][:, None])[:, 0]
-    match name:
-        case "focal":
-            return (-((1 - p) ** 2) * p.log()).mean()
-        case "dft":
-            return (-p.detach() * p.log()).mean()
-        case _:
-            return -(token_weight[valid] * p.log()).sum() / token_weight[valid].sum()
-
-
-@pytest.mark.parametrize("name", ["focal", "dft", "weighted"])
-def test_custom_losses(name: str, problem: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    hidden, weight, labels, token_weight = problem
-    h, w = hidden.requires_grad_(), weight.requires_grad_()
-    ours = {
-        "focal": lambda: focal_loss(h, w, labels),
-        "dft": lambda: dft_loss(h, w, labels),
-        "weighted": lambda: weighted_loss(h, w, labels, token_weight),
-    }[name]()
-    truth = exact(name, h, w, labels, token_weight)
-    torch.testing.assert_close(ours, truth)
-    torch.testing.assert_close(torch.autograd.grad(ours, (h, w)), torch.autograd.grad(truth, (h, w)))
-
-
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    custom_losses.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    for line in lines:
-        first, last = line.split(": ")[1].split(" to ")
-        assert float(last) < float(first)
-
-
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_two_passes_are_the_whole_batch(
-    gradient: Gradient, problem: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> None:
-    x, _, labels, _ = problem
+@with_gradient
+def test_two_passes_are_the_whole_batch(gradient: Gradient, problem: tuple[Tensor, Tensor]) -> None:
+    x, labels = problem
     x, labels = x.flatten(0, 1), labels.flatten()
     body, head = nn.Linear(5, 5, dtype=torch.float64), nn.Linear(5, 19, bias=False, dtype=torch.float64)
     parameters = [*body.parameters(), *head.parameters()]
@@ -125,9 +85,7 @@ def test_examples_of_trainers_run(
 
 def curve(text: Path, *command: str) -> Tensor:
     """What an example prints: loss and another number of each step, [steps, 2]."""
-    command = (sys.executable, *command, "--steps", "6", "--text", str(text))
-    root, env = Path(custom_losses.__file__).parents[1], {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=env)
+    ran = python(*command, "--steps", "6", "--text", str(text), OMP_NUM_THREADS="1")
     assert ran.returncode == 0, ran.stderr
     return printed(ran.stdout.splitlines())
 

@@ -18,7 +18,7 @@ from nvamp.objectives import GRADIENTS, NVAMP, Batch, Gradient, Result
 from nvamp.objectives.statistics import statistics
 from tests import oracle
 from tests.engine.test_triton import run
-from tests.objectives.test_nvamp import coefficients
+from tests.objectives.test_nvamp import coefficients, weights_of
 from tests.strategies import examples
 
 PUBLISHED = NVAMP()
@@ -77,7 +77,7 @@ def assert_same(
         if name != "mean_sign" or not kinks:
             compare(name, a, b)
     if not kinks:
-        compare("weights", got.weights(valid), expected.weights(valid))
+        compare("weights", weights_of(got, valid), weights_of(expected, valid))
         for part in ("shared", "per_token"):
             a, b = getattr(got, part), getattr(expected, part)
             assert (a is None) == (b is None), part
@@ -134,10 +134,10 @@ def test_kernel_hides_no_nan(ell: list[float], index: int, dtype: torch.dtype, g
     for objective in (NVAMP(gradient=gradient), NVAMP(0.0, 1.0, 0.0, gradient=gradient)):
         got = by_kernel(x, valid, objective=objective)
         assert got.loss.isnan()
-        assert got.weights(valid).isnan().all()
+        assert weights_of(got, valid).isnan().all()
         assert got.statistics is not None
         assert got.statistics().max_index == index
-        assert torch.isnan(by_definition(x, valid, objective=objective).weights(valid)).all()
+        assert torch.isnan(by_definition(x, valid, objective=objective).weights()).all()
         finite = x.isfinite()
         results = (of(x, finite, objective=objective) for of in (by_kernel, by_definition))
         if objective.alpha:
@@ -153,7 +153,7 @@ def test_kernel_sees_no_dispersion_in_equal_losses(dtype: torch.dtype, count: in
         got = by_kernel(ell, all_valid(ell), objective=NVAMP(gradient=gradient))
         assert got.statistics is not None
         assert got.statistics().dispersion == 0
-        assert torch.isfinite(got.weights(all_valid(ell))).all()
+        assert torch.isfinite(got.weights()).all()
 
 
 LOSSES: dict[str, Callable[[int], Tensor]] = {
@@ -166,7 +166,7 @@ LOSSES: dict[str, Callable[[int], Tensor]] = {
 
 def value_of(result: Result, name: str, valid: Tensor) -> Tensor:
     if name in ("loss", "weights"):
-        return result.loss if name == "loss" else result.weights(valid)
+        return result.loss if name == "loss" else weights_of(result, valid)
     assert result.statistics is not None
     value: Tensor = getattr(result.statistics(), name)
     return value
@@ -226,8 +226,9 @@ def test_losses_of_one_gpu_are_judged_by_the_kernel(
 def test_opcheck_of_the_kernel(gradient: Gradient, dtype: torch.dtype) -> None:
     ell, labels = torch.tensor([1.0, 4.0, 2.0], dtype=dtype), torch.tensor([0, 1, -100])
     for items in ((None, None), (torch.tensor(9), None), (None, 9.0)):
-        arguments = (ell, labels, *items, -100, 1.0, 0.02, 0.001, 1e-6, gradient)
-        torch.library.opcheck(torch.ops.nvamp.objective.default, arguments)
+        for apart in (False, gradient in ("scalar", "detached")):
+            arguments = (ell, labels, *items, -100, 1.0, 0.02, 0.001, 1e-6, gradient, apart)
+            torch.library.opcheck(torch.ops.nvamp.objective.default, arguments)
 
 
 @pytest.mark.parametrize("kind", [int, float, torch.tensor])
@@ -262,7 +263,7 @@ def test_kernel_compiles_without_spills(architecture: str) -> None:
         "    cases += [('full', labels.bool(), m, None), ('full', labels.int(), None, 7.0)]\n"
         f"    with compiling({architecture!r}) as compiled:\n"
         "        for gradient, y, *items in cases:\n"
-        "            fused.judge.function(nll, y, *items, -100, 1.0, 0.02, 0.001, 1e-6, gradient)\n"
+        "            fused.judge.function(nll, y, *items, -100, 1.0, 0.02, 0.001, 1e-6, gradient, True)\n"
         "    codes = [machine_code(binary) for binary, _ in compiled]\n"
         "    print(len(codes), max(c.local_bytes for c in codes), any(c.has_float64 for c in codes))\n"
     )

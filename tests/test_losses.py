@@ -3,8 +3,6 @@
 import copy
 import math
 import pickle
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -12,20 +10,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.original import original_nvamp
 from nvamp import LinearNVAMPLoss, NVAMPLoss, NVAMPStats, TokenNVAMPLoss
 from nvamp.functional import linear_nvamp_loss, nvamp_loss, token_nll, token_weights
-from nvamp.objectives import GRADIENTS, Gradient
+from nvamp.objectives import GRADIENTS, NVAMP, Gradient
 from tests import oracle
+from tests.engine.problems import IGNORED
+from tests.models import CRITERIA, HeadAndLoss
+from tests.parameters import with_fused, with_gradient, with_path
+from tests.processes import python
 from tests.strategies import examples
 
 B, S, D, V = 3, 7, 5, 11
-IGNORED = -100
-with_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
-with_path = pytest.mark.parametrize("path", ["logits", "linear"])
-with_backend = pytest.mark.parametrize("backend", ["chunked", "triton"])
 
 
 @pytest.fixture
@@ -59,7 +57,7 @@ def shifted_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 @with_path
 @with_gradient
-@with_backend
+@with_fused
 @pytest.mark.parametrize("items", [None, 40])
 @pytest.mark.parametrize("coefficients", [(1.0, 0.02, 0.001), (0.5, 1.0, 0.3), (0.0, 1.0, 0.0)])
 def test_value_and_gradient(
@@ -166,6 +164,18 @@ def test_stats(path: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> Non
     assert loss.requires_grad
 
 
+@with_path
+def test_stats_describe_the_losses_whatever_the_loss_needs(
+    path: str, hidden: Tensor, weight: Tensor, labels: Tensor
+) -> None:
+    """Without alpha, mean, deviation and dispersion are needed for nothing else."""
+    _, expected = loss_of(path, hidden, weight, labels, return_stats=True, eps=0.5)
+    for gradient in GRADIENTS:
+        options: Any = {"alpha": 0.0, "gradient": gradient, "eps": 0.5}
+        _, stats = loss_of(path, hidden, weight, labels, return_stats=True, **options)
+        assert tuple(stats)[:7] == tuple(expected)[:7]
+
+
 @with_gradient
 @pytest.mark.parametrize("valid_tokens", [1, 100, 101, 350])
 def test_share_of_the_hardest_hundredth(gradient: Gradient, valid_tokens: int) -> None:
@@ -212,9 +222,18 @@ def test_losses_computed_elsewhere(
     with pytest.raises(ValueError, match="valid must be on the device of nll, cpu, got meta"):
         criterion(nll, torch.ones_like(nll, dtype=torch.bool, device="meta"))
     with pytest.raises(TypeError, match="nll must be a tensor, got list"):
-        token_weights([1.0, 2.0])  # type: ignore[arg-type]
+        token_weights(NVAMP(), [1.0, 2.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"valid must be bool, shaped like nll \[3, 7\]"):
         criterion(nll, targets)
+
+
+def assert_nothing_learned(loss: Tensor, *inputs: Tensor) -> None:
+    """The loss is 0, and so are the gradients, which there are."""
+    loss.backward()
+    assert loss == 0
+    for x in inputs:
+        assert x.grad is not None
+        assert not x.grad.any()
 
 
 @with_path
@@ -222,12 +241,7 @@ def test_losses_computed_elsewhere(
 def test_nothing_to_learn(path: str, gradient: Gradient, hidden: Tensor, weight: Tensor) -> None:
     h, w = hidden.requires_grad_(), weight.requires_grad_()
     loss, stats = loss_of(path, h, w, torch.full((B, S), IGNORED), gradient=gradient, return_stats=True)
-    loss.backward()
-    assert loss == 0
-    assert h.grad is not None
-    assert w.grad is not None
-    assert not h.grad.any()
-    assert not w.grad.any()
+    assert_nothing_learned(loss, h, w)
     assert (stats.num_tokens, stats.max_index, stats.min_weight, stats.max_weight) == (0, -1, 0, 0)
     assert stats.hardest_share == 0
 
@@ -238,12 +252,7 @@ def test_nothing_to_learn(path: str, gradient: Gradient, hidden: Tensor, weight:
 def test_no_position_to_score(path: str, gradient: Gradient, shape: tuple[int, int]) -> None:
     h, w = torch.randn(*shape, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     loss = loss_of(path, h, w, torch.zeros(shape, dtype=torch.int64), gradient=gradient)
-    loss.backward()
-    assert loss == 0
-    assert h.grad is not None
-    assert w.grad is not None
-    assert not h.grad.any()
-    assert not w.grad.any()
+    assert_nothing_learned(loss, h, w)
 
 
 @with_path
@@ -319,7 +328,7 @@ def test_who_asks_for_statistics_gets_them(hidden: Tensor, weight: Tensor, label
 def test_a_module_like_any_other(module: type[NVAMPLoss]) -> None:
     criterion = module(0.5, gamma=0.1, gradient="token", softcap=30.0)
     assert repr(criterion) == (
-        f"{module.__name__}(alpha=0.5, beta=0.02, gamma=0.1, gradient='token', softcap=30.0)"
+        f"{module.__name__}(alpha=0.5, beta=0.02, gamma=0.1, eps=1e-06, tail=0.0, gradient='token', softcap=30.0)"
     )
     assert not criterion.state_dict()
     assert not list(criterion.parameters())
@@ -338,26 +347,19 @@ class Heard(list[Any]):
         raise AssertionError("copied")
 
 
-class Model(nn.Module):
-    """A head and its loss."""
+class Model(HeadAndLoss):
+    """It returns the loss and its statistics."""
 
     def __init__(self, path: str, gradient: Gradient, backend: str) -> None:
-        super().__init__()
-        self.head = nn.Linear(D, V)
-        self.path = path
-        self.criterion = (NVAMPLoss if path == "logits" else LinearNVAMPLoss)(
-            gradient=gradient, z_loss=0.01, backend=backend
-        )
+        super().__init__(CRITERIA[path](gradient=gradient, z_loss=0.01, backend=backend), D, V)
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Any:
-        if self.path == "logits":
-            return self.criterion(self.head(hidden), labels, return_stats=True)
-        return self.criterion(hidden, self.head.weight, labels, self.head.bias, return_stats=True)
+        return super().forward(hidden, labels, return_stats=True)
 
 
 @with_path
 @with_gradient
-@with_backend
+@with_fused
 def test_compile(path: str, gradient: Gradient, backend: str, hidden: Tensor, labels: Tensor) -> None:
     model = Model(path, gradient, backend)
     torch._dynamo.reset()
@@ -375,7 +377,7 @@ def test_compile(path: str, gradient: Gradient, backend: str, hidden: Tensor, la
 
 
 @with_path
-@with_backend
+@with_fused
 def test_other_sizes_do_not_compile_again(path: str, backend: str, hidden: Tensor, labels: Tensor) -> None:
     model = Model(path, "scalar", backend)
     torch._dynamo.reset()
@@ -392,7 +394,7 @@ def test_other_sizes_do_not_compile_again(path: str, backend: str, hidden: Tenso
 
 
 @with_path
-@with_backend
+@with_fused
 def test_compile_with_inductor(path: str, backend: str, hidden: Tensor, labels: Tensor) -> None:
     model = Model(path, "scalar", backend)
     torch._dynamo.reset()
@@ -406,7 +408,7 @@ def test_compile_with_inductor(path: str, backend: str, hidden: Tensor, labels: 
 
 @with_path
 @with_gradient
-@with_backend
+@with_fused
 def test_export(path: str, gradient: Gradient, backend: str, hidden: Tensor, labels: Tensor) -> None:
     model = Model(path, gradient, backend)
     batch = torch.export.Dim("batch")
@@ -426,7 +428,11 @@ def test_export(path: str, gradient: Gradient, backend: str, hidden: Tensor, lab
         ({"ignore_index": 2**40}, "ignore_index must be in the range of int32, got 1099511627776"),
         ({"softcap": -1}, "softcap must be .* got -1"),
         ({"backend": "cuda"}, "backend must be one of .* got 'cuda'"),
-        ({"alpha": float("nan")}, "alpha must be finite, got nan"),
+        ({"alpha": float("nan")}, "alpha must be finite and at least 0, got nan"),
+        ({"beta": -0.5}, "beta must be finite and at least 0, got -0.5"),
+        ({"tail": 1.5}, r"tail must be in \[0, 1\], got 1.5"),
+        ({"softcap": 1e300}, "softcap must be a number that float32 can hold, got 1e\\+300"),
+        ({"logit_scale": 0}, "logit_scale must not be 0"),
     ],
 )
 def test_bad_options_are_refused_when_they_are_given(options: dict[str, Any], message: str) -> None:
@@ -438,6 +444,12 @@ def test_bad_options_are_refused_when_they_are_given(options: dict[str, Any], me
     ("options", "message"),
     [
         ({"ignore_index": -100.0}, "ignore_index must be an int, got -100.0"),
+        ({"gamma": "0.1"}, "gamma must be a number, got '0.1'"),
+        ({"shift": 1}, "shift must be True or False, got 1"),
+        (
+            {"inplace_backward": True},
+            r"LinearNVAMPLoss\(\) got an unexpected keyword argument 'inplace_backward'",
+        ),
         ({"accum_dtype": "float32"}, "accum_dtype must be a torch.dtype or None, got 'float32'"),
     ],
 )
@@ -477,4 +489,5 @@ def test_import_needs_torch_alone() -> None:
         "accelerate",
     )
     program = f"import sys; sys.modules.update(dict.fromkeys({others!r})); import nvamp; nvamp.NVAMPLoss()"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+    done = python("-W", "ignore", "-c", program)
+    assert done.returncode == 0, done.stderr

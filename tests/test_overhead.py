@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import overhead
 from nvamp import NVAMPLoss
+from tests.parameters import with_path
 
 ONES = 1  # what PyTorch itself launches to begin a backward
 
@@ -17,7 +18,7 @@ COUNTED = {
 
 
 @pytest.mark.parametrize("name", overhead.LOSSES)
-@pytest.mark.parametrize("path", ["logits", "linear"])
+@with_path
 def test_on_a_gpu_the_objective_is_one_launch(path: str, name: str) -> None:
     forward, backward = COUNTED["triton"][f"{path}, {name}"]
     assert forward.objective == 1

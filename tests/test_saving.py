@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
+from tests.models import HeadAndLoss
 
 OPTIONS: dict[str, Any] = {
     "alpha": 0.5,
@@ -33,56 +34,43 @@ HIDDEN = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([[3, -1, 0, 6, 2], [1, 1, 5, -1, 4]])
 
 
-class Model(nn.Module):
-    """A head and its loss."""
-
-    def __init__(self, criterion: type[NVAMPLoss] | type[LinearNVAMPLoss], **options: Any) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.head, self.criterion = nn.Linear(4, 7), criterion(**options)
-
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        if isinstance(self.criterion, NVAMPLoss):
-            return self.criterion(self.head(hidden), labels)
-        return self.criterion(hidden, self.head.weight, labels, self.head.bias)
-
-
-def trained(model: Model) -> list[Tensor]:
+def trained(model: HeadAndLoss) -> list[Tensor]:
     """The loss and the gradients of the parameters."""
     loss = model(HIDDEN, LABELS)
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def in_another_process(model: Model) -> list[Tensor]:
+def in_another_process(model: HeadAndLoss) -> list[Tensor]:
     """What a new process, to which the model is sent, computes."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return [torch.from_numpy(x) for x in pool.apply(arrays, (model,))]
 
 
-def arrays(model: Model) -> list[Any]:
+def arrays(model: HeadAndLoss) -> list[Any]:
     return [x.numpy() for x in trained(model)]
 
 
 @pytest.fixture(params=[NVAMPLoss, LinearNVAMPLoss])
-def model(request: pytest.FixtureRequest) -> Model:
-    return Model(request.param, **OPTIONS)
+def model(request: pytest.FixtureRequest) -> HeadAndLoss:
+    torch.manual_seed(0)
+    return HeadAndLoss(request.param(**OPTIONS), 4, 7)
 
 
-def test_a_state_dict_holds_nothing_of_a_criterion(model: Model, tmp_path: Path) -> None:
+def test_a_state_dict_holds_nothing_of_a_criterion(model: HeadAndLoss, tmp_path: Path) -> None:
     """So that of a model with any criterion, or none, fits."""
     torch.save(model.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert set(state) == {"head.weight", "head.bias"}
-    other = Model(type(model.criterion), **OPTIONS)
+    other = HeadAndLoss(type(model.criterion)(**OPTIONS), 4, 7)
     nn.init.zeros_(other.head.weight)
     assert trained(other)[0] != trained(model)[0]
     other.load_state_dict(state, strict=True)
     torch.testing.assert_close(trained(other), trained(model), rtol=0, atol=0)
 
 
-def through_a_file(model: Model, path: Path) -> Model:
+def through_a_file(model: HeadAndLoss, path: Path) -> HeadAndLoss:
     torch.save(model, path)
-    loaded: Model = torch.load(path, weights_only=False)
+    loaded: HeadAndLoss = torch.load(path, weights_only=False)
     return loaded
 
 
@@ -96,7 +84,7 @@ def through_a_file(model: Model, path: Path) -> Model:
     ids=["deepcopy", "pickle", "torch.save"],
 )
 def test_a_copy_is_the_same_model(
-    copied: Callable[[Model, Path], Model], model: Model, tmp_path: Path
+    copied: Callable[[HeadAndLoss, Path], HeadAndLoss], model: HeadAndLoss, tmp_path: Path
 ) -> None:
     model.criterion.gamma = 0.3  # as a schedule does
     twin = copied(model, tmp_path / "model.pt")
@@ -106,7 +94,7 @@ def test_a_copy_is_the_same_model(
     assert trained(twin)[0] != trained(model)[0]
 
 
-def test_another_process_computes_the_same(model: Model) -> None:
+def test_another_process_computes_the_same(model: HeadAndLoss) -> None:
     torch.testing.assert_close(in_another_process(model), trained(model), rtol=0, atol=1e-7)
 
 

@@ -19,9 +19,9 @@ from torch.distributed.tensor.parallel import loss_parallel
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import linear_token_nll, token_nll
 from nvamp.objectives import GRADIENTS
-from tests.engine.problems import OPTIONS
+from tests.engine.problems import IGNORED, OPTIONS
 from tests.ranks import on_ranks
-from tests.test_distributed import IGNORED, RELATIVE, WEIGHTS, D, V, assert_same, batch
+from tests.test_distributed import RELATIVE, WEIGHTS, D, V, assert_same, batch
 
 # Every backend with all options is in tests/engine/test_parts.py.
 BACKENDS = [("chunked", gradient) for gradient in GRADIENTS] + [("reference", "token"), ("triton", "token")]
@@ -80,6 +80,42 @@ def parts_are_one_process(rank: int, world: int) -> None:
         expected = grads[0], grads[1].split(sizes)[rank], grads[2].split(sizes)[rank]
         for x, y in zip(mine[2], expected, strict=True):
             assert_same(x, y, case, slack)
+
+
+def metrics_are_those_of_one_process(rank: int, world: int) -> None:
+    """With a differentiable entropy, from plain tensors and from DTensors."""
+    mesh = init_device_mesh("cpu", (world,))
+    sizes = uneven(world)
+
+    def results(function: Any, leaves: list[Tensor], *labels: Tensor, **options: Any) -> list[Tensor]:
+        nll, metrics = function(*leaves[:2], *labels, *leaves[2:], return_metrics=True, **options)
+        grads = torch.autograd.grad((nll - 0.7 * metrics.entropy).sum(), leaves)
+        return [*(t.detach() for t in (nll, *metrics)), *grads]
+
+    def part(x: Tensor) -> Tensor:
+        """Of logits or of a weight or bias; hidden states are the same on all ranks."""
+        dim = [i for i, size in enumerate(x.shape) if size == V]
+        return x.split(sizes, dim[0])[rank] if dim else x
+
+    for dtype, backend in product(RELATIVE, ("reference", "chunked", "triton")):
+        hidden, weight, bias, labels = head(dtype)
+        options: Any = {"backend": backend, **OPTIONS["all"]}
+        logits = F.linear(hidden, weight, bias)
+        for function, whole in ((token_nll, [logits]), (linear_token_nll, [hidden, weight, bias])):
+            expected = results(function, [x.clone().requires_grad_() for x in whole], labels, **options)
+            mine = [part(x).clone().requires_grad_() for x in whole]
+            got = results(function, mine, labels, vocab_group=dist.group.WORLD, **options)
+            for i, (x, y) in enumerate(zip(got, expected, strict=True)):
+                case = (function, dtype, backend, i)
+                if i in (1, 2):  # correct and prediction
+                    assert torch.equal(x, y), case
+                else:
+                    assert_same(x, part(y), case)
+        x = distribute_tensor(logits, mesh, [Shard(2)]).requires_grad_()
+        expected = results(token_nll, [logits.clone().requires_grad_()], labels, **options)
+        got = results(token_nll, [x], labels, **options)
+        assert_same(got[3], expected[3], ("DTensor", dtype, backend))
+        assert_same(got[-1].full_tensor(), expected[-1], ("DTensor", dtype, backend))
 
 
 def the_sum_of_hidden_gradients_can_be_left_to_the_caller(rank: int, world: int) -> None:
@@ -172,16 +208,23 @@ def collectives_are_those_documented(rank: int, world: int) -> None:
     inputs = [hidden, weight.split(sizes)[rank], bias.split(sizes)[rank]]
     h, w, b = (x.clone().requires_grad_() for x in inputs)
     x = F.linear(hidden, weight, bias).split(sizes, -1)[rank].clone().requires_grad_()
-    for loss, backward in (
-        (lambda: token_nll(x, labels, **group), 0),
-        (lambda: linear_token_nll(h, w, labels, b, **group), 1),
-        (lambda: linear_token_nll(h, w, labels, b, reduce_grad_hidden=False, **group), 0),
+
+    def with_entropy(nll: Tensor, metrics: Any) -> Tensor:
+        return nll + metrics.entropy
+
+    metrics: Any = {"return_metrics": True, **group}
+    for loss, there, backward in (
+        (lambda: token_nll(x, labels, **group), 3, 0),
+        (lambda: with_entropy(*token_nll(x, labels, **metrics)), 4, 0),
+        (lambda: linear_token_nll(h, w, labels, b, **group), 3, 1),
+        (lambda: with_entropy(*linear_token_nll(h, w, labels, b, **metrics)), 4, 1),
+        (lambda: linear_token_nll(h, w, labels, b, reduce_grad_hidden=False, **group), 3, 0),
     ):
         with CommDebugMode() as forward:
             nll = loss()
         with CommDebugMode() as back:
             nll.sum().backward()
-        assert forward.get_total_counts() == 3
+        assert forward.get_total_counts() == there
         assert back.get_total_counts() == backward
 
 
@@ -220,8 +263,6 @@ def what_does_not_fit_is_refused(rank: int, world: int) -> None:
         token_nll(x, labels, vocab_group=mesh)
     with pytest.raises(ValueError, match=r"logits must be replicated, or Shard\(2\) over one dimension"):
         token_nll(x.redistribute(placements=[Shard(1)]), labels)
-    with pytest.raises(ValueError, match="return_metrics=True needs the whole vocabulary"):
-        token_nll(x, labels, return_metrics=True)
     h, w = (distribute_tensor(t, mesh, [Replicate()]) for t in (hidden, weight))
     with pytest.raises(TypeError, match="weight must be a DTensor where hidden is one"):
         linear_token_nll(h, weight, labels)
@@ -296,6 +337,7 @@ def fsdp_is_one_process(rank: int, world: int) -> None:
 
 def vocabulary(rank: int, world: int) -> None:
     parts_are_one_process(rank, world)
+    metrics_are_those_of_one_process(rank, world)
     the_sum_of_hidden_gradients_can_be_left_to_the_caller(rank, world)
     collectives_are_those_documented(rank, world)
     a_bad_label_is_an_error_on_all_ranks(rank, world)

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.objectives import GRADIENTS, Gradient
-
-with_path = pytest.mark.parametrize("path", ["logits", "linear"])
+from tests.models import CRITERIA, HeadAndLoss
+from tests.parameters import with_backend, with_gradient, with_path
 
 
 def batch(b: int, s: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,32 +96,19 @@ def test_ten_thousand_steps_leave_nothing_behind() -> None:
 # Compilation --------------------------------------------------------------------------------------------
 
 
-class Model(nn.Module):
-    """A head and its loss."""
-
-    def __init__(self, path: str, gradient: Gradient) -> None:
-        super().__init__()
-        self.path, self.head = path, nn.Linear(8, 33)
-        self.criterion = (NVAMPLoss if path == "logits" else LinearNVAMPLoss)(gradient=gradient)
-
-    def forward(self, hidden: Tensor, labels: Tensor, items: Any) -> Any:
-        if self.path == "logits":
-            return self.criterion(self.head(hidden), labels, num_items_in_batch=items)
-        return self.criterion(hidden, self.head.weight, labels, self.head.bias, num_items_in_batch=items)
-
-
 @with_path
 @pytest.mark.parametrize("gradient", ["scalar", "full"])
 @pytest.mark.parametrize("kind", [int, torch.tensor], ids=["int", "tensor"])
 def test_changing_shapes_and_counts_compile_twice_at_most(path: str, gradient: Gradient, kind: Any) -> None:
     """Once for the first shape, once for any: of the batch, of the sequence, and of the number of items."""
     torch._dynamo.reset()
-    model, counter = Model(path, gradient), CompileCounterWithBackend("aot_eager")
+    model = HeadAndLoss(CRITERIA[path](gradient=gradient), 8, 33)
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for i, (b, s) in enumerate([(2, 5), (3, 7), (4, 9), (5, 6), (2, 11), (7, 3), (3, 8), (6, 12)]):
         hidden, _, labels = batch(b, s, seed=i)
-        loss = compiled(hidden, labels, kind(50 + 3 * i))
-        torch.testing.assert_close(loss, model(hidden, labels, kind(50 + 3 * i)))
+        loss = compiled(hidden, labels, num_items_in_batch=kind(50 + 3 * i))
+        torch.testing.assert_close(loss, model(hidden, labels, num_items_in_batch=kind(50 + 3 * i)))
         loss.backward()
     assert counter.frame_count <= 2
 
@@ -138,9 +125,9 @@ def deterministic() -> Iterator[None]:
 
 
 @with_path
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@with_gradient
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
+@with_backend
 @pytest.mark.usefixtures("deterministic")
 def test_deterministic_mode(path: str, gradient: Gradient, dtype: torch.dtype, backend: str) -> None:
     inputs = batch(2, 4 if backend == "triton" else 40, dtype)

@@ -1,7 +1,8 @@
 """Writes down everything public, one line each: `python -m tools.api > tests/api.txt`.
 
-The public API is the names in `__all__` of nvamp, nvamp.functional and the modules of nvamp.integrations,
-their signatures, fields and public methods, and the commands of `nvamp` with their options.
+The public API is the names in `__all__` of nvamp, nvamp.functional, nvamp.objectives and the modules of
+nvamp.integrations, their signatures, fields and public methods, and the commands of `nvamp` with their
+options.
 """
 
 import dataclasses
@@ -26,7 +27,12 @@ NOT_INSTALLED = "nvamp.integrations.axolotl"
 def modules() -> list[str]:
     """The modules with an `__all__`; an integration without one is not for users."""
     below = pkgutil.walk_packages(nvamp.integrations.__path__, "nvamp.integrations.")
-    names = ["nvamp", "nvamp.functional", *(m.name for m in below if m.name != NOT_INSTALLED)]
+    names = [
+        "nvamp",
+        "nvamp.functional",
+        "nvamp.objectives",
+        *(m.name for m in below if m.name != NOT_INSTALLED),
+    ]
     return [name for name in names if hasattr(importlib.import_module(name), "__all__")]
 
 
@@ -47,6 +53,8 @@ def signature(function: Any) -> str:
 
 
 def annotation(hint: Any) -> str:
+    hint = getattr(hint, "__origin__", hint) if typing.get_origin(hint) is typing.Annotated else hint
+    hint = getattr(hint, "__forward_arg__", hint)
     return inspect.formatannotation(hint).replace("typing.", "")
 
 
@@ -70,10 +78,13 @@ def describe(name: str, value: Any) -> Iterator[str]:
         yield f"{name}: module"
     elif inspect.isclass(value):
         plain = typing.is_typeddict(value) or getattr(value, "_is_protocol", False)
-        fields = hasattr(value, "_fields") or dataclasses.is_dataclass(value)
+        fields = hasattr(value, "_fields")
         bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
         yield f"class {name}({bases})" if plain or fields else f"class {name}{signature(value)}"
-        yield from members(name, value)
+        if not dataclasses.is_dataclass(value) or value is nvamp.objectives.Objective:
+            yield from members(
+                name, value
+            )  # an objective's fields are its parameters, its methods the base's
     elif inspect.isfunction(value):
         yield f"{name}{signature(value)}"
     else:

@@ -16,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import nvamp
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.engine import counted
 from benchmarks.gpu.meter import Run, Sample, time_limit
 from benchmarks.gpu.plan import Shape
 from benchmarks.gpu.rows import reason
-from benchmarks.measure import PLAIN
 from benchmarks.original import original_nvamp
-from nvamp import LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import token_nll
+from nvamp.objectives import NVAMP, CrossEntropy, Objective
 
-Loss = Callable[[], Tensor]
+LossOf = Callable[[], Tensor]
 MiB = 2**20
 ROUNDS = 3
 LIGER = "liger_kernel.transformers"
@@ -147,7 +147,7 @@ class Contest:
         return (self.ms(name, by) or 0.0) / (self.ms(to, by) or 1.0)
 
 
-def trained(loss: Loss, *leaves: Tensor) -> Run:
+def trained(loss: LossOf, *leaves: Tensor) -> Run:
     """Forward and backward; the gradients are dropped."""
     return lambda: torch.autograd.grad(loss(), leaves)
 
@@ -192,11 +192,11 @@ def from_logits(bench: Bench, n: int, vocab: int) -> list[Contender]:
     def eager() -> Tensor:
         return F.cross_entropy(x.float(), y)
 
-    def ours(**options: Any) -> Run:
-        return trained(partial(NVAMPLoss(shift=False, **options), x, y), x)
+    def ours(objective: Objective = NVAMP(), **options: Any) -> Run:  # noqa: B008  # it is immutable
+        return trained(partial(nvamp.Loss(objective, shift=False, **options), x, y), x)
 
     def in_place() -> Run:
-        criterion = NVAMPLoss(shift=False, inplace_backward=True)
+        criterion = nvamp.Loss(NVAMP(), shift=False, inplace_backward=True)
         return trained(lambda: criterion(Produced.apply(used), y), used)  # type: ignore[no-untyped-call]
 
     def nll(**options: Any) -> Run:
@@ -205,8 +205,9 @@ def from_logits(bench: Bench, n: int, vocab: int) -> list[Contender]:
 
     contenders = [
         Contender("nvamp: scalar", ours),
-        Contender("nvamp: cross-entropy", partial(ours, **PLAIN)),
-        Contender("nvamp: token", partial(ours, gradient="token")),
+        Contender("nvamp: cross-entropy", partial(ours, CrossEntropy())),
+        Contender("nvamp: token", partial(ours, NVAMP(gradient="token"))),
+        Contender("nvamp: tail=0.05", partial(ours, NVAMP(gamma=0.04, tail=0.05))),
         Contender("nvamp: scalar, in place", in_place),
         Contender(NLL, nll),
         Contender(METRICS, partial(nll, return_metrics=True)),
@@ -266,8 +267,8 @@ def inputs(bench: Bench, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
 def from_hidden(bench: Bench, shape: Shape) -> list[Contender]:
     h, w, y = inputs(bench, shape)
 
-    def ours(**options: Any) -> Run:
-        return trained(partial(LinearNVAMPLoss(shift=False, **options), h, w, y), h, w)
+    def ours(objective: Objective = NVAMP(), **options: Any) -> Run:  # noqa: B008  # it is immutable
+        return trained(partial(nvamp.LinearLoss(objective, shift=False, **options), h, w, y), h, w)
 
     def eager() -> Tensor:
         return F.cross_entropy((h @ w.T).float(), y)
@@ -275,8 +276,9 @@ def from_hidden(bench: Bench, shape: Shape) -> list[Contender]:
     contenders = [
         Contender("nvamp: scalar", ours),
         Contender(THREE, partial(products, h, w, 1)),
-        Contender("nvamp: cross-entropy", partial(ours, **PLAIN)),
-        Contender("nvamp: token", partial(ours, gradient="token")),
+        Contender("nvamp: cross-entropy", partial(ours, CrossEntropy())),
+        Contender("nvamp: token", partial(ours, NVAMP(gradient="token"))),
+        Contender("nvamp: tail=0.05", partial(ours, NVAMP(gamma=0.04, tail=0.05))),
         Contender(FOUR, partial(products, h, w, 2)),
         Contender("nvamp: scalar, bfloat16 sum", partial(ours, accum_dtype=torch.bfloat16)),
     ]
@@ -308,7 +310,7 @@ def products(h: Tensor, w: Tensor, of_logits: int) -> Run:
     return run
 
 
-def linear_peers(h: Tensor, w: Tensor, y: Tensor, eager: Loss) -> list[Contender]:
+def linear_peers(h: Tensor, w: Tensor, y: Tensor, eager: LossOf) -> list[Contender]:
     def liger(**options: Any) -> Run:
         return trained(partial(of(LIGER, "LigerFusedLinearCrossEntropyLoss")(**options), w, h, y), h, w)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.engine import Options, linear_nll_sum_max, part_nll
+from benchmarks.gpu.engine import Options, linear_nll_sum, part_nll
 from benchmarks.gpu.plan import Shape
 from benchmarks.measure import Bar
 from nvamp import LinearNVAMPLoss, NVAMPLoss
@@ -28,6 +28,8 @@ OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 3.0, "logit_scale"
 # the same luck for all labels.
 SCALES = (1.1, 1.37, 1.7)
 ROUNDING = torch.finfo(torch.bfloat16).eps  # two orders of the same bfloat16 arithmetic differ by less
+
+A_FEW = "linear, one pass, a twentieth of the tokens with more weight"
 
 Results = dict[str, Tensor]
 Losses = Callable[..., tuple[Tensor, Tensor]]  # of each token, and their differentiable sum
@@ -88,13 +90,17 @@ def definition(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    weights: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The losses of logits, or of hidden states and weight, by plain PyTorch: float64 of float64 inputs."""
+    """The losses of logits, or of hidden states and weight, by plain PyTorch: float64 of float64 inputs.
+
+    Their sum is one by weights.
+    """
     x = inputs[0] if len(inputs) == 1 else inputs[0] @ inputs[1].T
     z = logit_scale * (x if x.dtype == torch.float64 else x.float())
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     nll = F.cross_entropy(z, y, reduction="none", label_smoothing=label_smoothing)
-    return summed(nll + torch.where(y == -100, 0, z_loss * z.logsumexp(-1).square()))
+    return summed(nll + torch.where(y == -100, 0, z_loss * z.logsumexp(-1).square()), weights)
 
 
 def solve(losses: Losses, inputs: Results, rows: Tensor | slice = slice(None)) -> Results:
@@ -108,8 +114,8 @@ def solve(losses: Losses, inputs: Results, rows: Tensor | slice = slice(None)) -
     return {"losses": nll.detach()[rows]} | {f"gradient by {name}": g for name, g in gradients}
 
 
-def summed(nll: Tensor) -> tuple[Tensor, Tensor]:
-    return nll, nll.sum()
+def summed(nll: Tensor, weights: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    return nll, (weights * nll).sum()
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:
@@ -141,26 +147,28 @@ def errors(
     x = 3 * torch.randn(n, vocab, device=device, dtype=dtype)
     x[:, labelled:] = -torch.inf
 
-    def one_pass(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        total, _, nll = linear_nll_sum_max(h, w, y, backend=backend, **options)
-        return nll, total
+    extra = torch.zeros(n, device=device).index_fill_(0, torch.arange(0, n, 20, device=device), 0.7)
+
+    def one_pass(h: Tensor, w: Tensor, few: int) -> tuple[Tensor, Tensor]:
+        total, nll = linear_nll_sum(h, w, y, few=few, backend=backend, **options)
+        return nll, total + (extra * nll).sum() if few else total
 
     paths: dict[str, tuple[Losses, Results]] = {
         "logits": (lambda x: summed(token_nll(x, y, backend=backend, **options)), {"logits": x}),
         "logits, as a part of a vocabulary that is all of it": (
-            lambda x: summed(part_nll(x, y, False, backend, Options(**options), ALONE)),
+            lambda x: summed(part_nll(x, y, False, False, backend, Options(**options), ALONE)[0]),
             {"logits": x},
         ),
         "linear, recompute": (
             lambda h, w: summed(linear_token_nll(h, w, y, backend=backend, **options)),
             {"hidden": h, "weight": w},
         ),
-        "linear, one pass": (one_pass, {"hidden": h, "weight": w}),
     }
-    if dtype == torch.float16:  # no loss takes it there
-        del paths["linear, one pass"]
+    if dtype != torch.float16:  # no loss takes it there
+        for path, few in (("linear, one pass", 0), (A_FEW, -(-n // 20))):
+            paths[path] = (partial(one_pass, few=few), {"hidden": h, "weight": w})
     for path, (losses, inputs) in paths.items():
-        plain = partial(definition, y=y, **options)
+        plain = partial(definition, y=y, weights=1 + extra if path == A_FEW else 1.0, **options)
         yield from against_eager(f"{what}, {path}", solve(losses, inputs), plain, inputs)
 
 
@@ -221,6 +229,7 @@ def losses_on(
     return {
         "logits": (NVAMPLoss(**options), [x, y]),
         "one pass": (LinearNVAMPLoss(**options), [h, w, y]),
+        "one pass, tail": (LinearNVAMPLoss(gamma=0.04, tail=0.05, **options), [h, w, y]),
         "recompute": (LinearNVAMPLoss(gradient="token", **options), [h, w, y]),
     }
 
@@ -247,7 +256,7 @@ def captured(device: torch.device, shape: Shape, backend: str) -> Iterator[Bar]:
 def unwaiting(device: torch.device, shape: Shape, backend: str) -> Iterator[Bar]:
     """Recomputing waits, once a direction, for the number of rows that have a label."""
     losses = losses_on(device, shape, backend)
-    for path in ("logits", "one pass"):
+    for path in ("logits", "one pass", "one pass, tail"):
         loss, inputs = losses[path]
         step(loss, *inputs)
         torch.cuda.set_sync_debug_mode("error")

@@ -7,11 +7,11 @@ from unittest import mock
 
 from torch import Tensor
 
-from nvamp.engine import chunked, linear, linear_nll_sum_max, triton
+from nvamp.engine import chunked, linear, linear_nll_sum, triton
 from nvamp.engine.options import Options
 from nvamp.engine.parts import token_nll as part_nll
 
-__all__ = ["Options", "chunks_of", "counted", "linear_nll_sum_max", "part_nll", "sizes_of", "triton"]
+__all__ = ["Options", "chunks_of", "counted", "linear_nll_sum", "part_nll", "sizes_of", "triton"]
 
 
 @contextmanager

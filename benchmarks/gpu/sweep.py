@@ -16,8 +16,8 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.contest import MiB, inputs, trained
 from benchmarks.gpu.engine import Options, chunks_of, counted, sizes_of, triton
 from benchmarks.gpu.meter import Run
-from benchmarks.measure import PLAIN
-from nvamp import LinearNVAMPLoss, NVAMPLoss
+from nvamp import LinearLoss, LinearNVAMPLoss, Loss, NVAMPLoss
+from nvamp.objectives import NVAMP, CrossEntropy, Objective
 
 Size = tuple[int, int]  # columns of a program at a time, and its warps
 STREAMING: list[Size] = [(8192, 16), (8192, 8), (4096, 8), (2048, 8), (4096, 16), (2048, 4), (16384, 16)]
@@ -60,16 +60,17 @@ def overhead(bench: Bench) -> None:
         h = torch.randn(n, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
         w = torch.randn(16, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
         y = torch.randint(16, (n,), device=device)
-        options: dict[str, dict[str, Any]] = {
-            "scalar": {},
-            "cross-entropy": PLAIN,
-            "token": {"gradient": "token"},
+        objectives: dict[str, Objective] = {
+            "scalar": NVAMP(),
+            "cross-entropy": CrossEntropy(),
+            "token": NVAMP(gradient="token"),
+            "tail=0.05": NVAMP(gamma=0.04, tail=0.05),
         }
-        for name, chosen in options.items():
-            loss = partial(NVAMPLoss(shift=False, **chosen), x, y)
+        for name, objective in objectives.items():
+            loss = partial(Loss(objective, shift=False), x, y)
             timed(bench, f"logits, {name}, {n} tokens", trained(loss, x))
-        for name, chosen in options.items():
-            loss = partial(LinearNVAMPLoss(shift=False, **chosen), h, w, y)
+        for name, objective in objectives.items():
+            loss = partial(LinearLoss(objective, shift=False), h, w, y)
             timed(bench, f"linear, {name}, {n} tokens", trained(loss, h, w))
         eager = partial(F.cross_entropy, x, y)
         timed(bench, f"eager cross-entropy, {n} tokens", trained(eager, x))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nvamp import engine, fused
-from nvamp.engine import TokenMetrics, can_one_pass, linear_token_nll, token_nll
+from nvamp import fused
+from nvamp.engine import TokenMetrics, can_one_pass, linear_nll_sum, linear_token_nll, token_nll
 from nvamp.engine.checks import check_floating, check_labels, check_linear, check_logits, has_transforms
 from nvamp.engine.devices import can_look
 from nvamp.engine.options import accumulate_dtype
@@ -132,12 +132,8 @@ def of_hidden(
         few = None
         if vocab_group is None:  # else its parts would have to meet at every chunk
             few = _few_in_one_pass(objective, targets, o["process_group"])
-        if (
-            hasattr(engine, "linear_nll_sum")
-            and few is not None
-            and can_one_pass(hidden, weight, bias, o["backend"])
-        ):
-            total, nll = engine.linear_nll_sum(
+        if few is not None and can_one_pass(hidden, weight, bias, o["backend"]):
+            total, nll = linear_nll_sum(
                 hidden,
                 weight,
                 targets,
@@ -196,7 +192,8 @@ def weights_of_tokens(
         return _given(objective, nll, valid, entropy, call.inputs), _items(call.num_items_in_batch)
 
     losses, items = _together(objective, ranks, nll, False, given)
-    return _judge(objective, losses, items, ranks, None).weights(losses.valid).view(nll.shape)
+    weights = _judge(objective, losses, items, ranks, None).weights()
+    return torch.where(losses.valid, weights, 0).view(nll.shape)
 
 
 # From losses to the loss -------------------------------------------------------------------------------
@@ -263,7 +260,8 @@ def _judge(objective: Objective, losses: _Losses, items: Items, ranks: Ranks, ba
     """Loss and weights, without gradient: by one kernel if it serves, else as the objective says."""
     ell = losses.nll.detach()
     if fused.serves(objective, ell, backend, ranks):
-        return fused.evaluate(objective, ell, losses.labels, items, losses.ignore_index)
+        apart = losses.total is not None
+        return fused.evaluate(objective, ell, losses.labels, items, losses.ignore_index, apart)
     return objective.evaluate(losses.batch(items, ranks))
 
 
@@ -271,7 +269,8 @@ def _terms(losses: _Losses, result: Result, ranks: Ranks) -> list[tuple[Tensor, 
     """Pairs (x, w): the gradient of the loss is that of Σ x·w at constant w."""
     terms: list[tuple[Tensor, Tensor | None]]
     if losses.total is None:
-        terms = [(losses.nll, result.weights(losses.valid))]
+        # What a weight is elsewhere does not matter: the losses of those tokens have no gradient.
+        terms = [(losses.nll, result.weights().expand_as(losses.nll))]
     else:
         terms = [(losses.total, result.shared), (losses.nll, result.per_token)]
     if losses.entropy is not None:
@@ -284,7 +283,7 @@ def _value_with_gradient(value: Tensor, terms: list[tuple[Tensor, Tensor]]) -> T
     """A tensor with this value and the gradient of Σ x·w over the terms (x, w), at constant w."""
     if has_transforms() or torch.compiler.is_compiling():
         for x, weight in terms:  # the same, for those who look inside
-            of = (x * weight).sum()
+            of = torch.where(weight == 0, 0, x * weight).sum()  # a loss without weight may be infinite
             value = value + (of - of.detach())
         return value
     result: Tensor = _ValueWithGradient.apply(value, *(t for term in terms for t in term))  # type: ignore[no-untyped-call]
@@ -382,6 +381,8 @@ def _targets(
     if labels.dtype == torch.uint8:
         labels = labels.long()  # as uint8, -100 would be 156
     targets = _shifted(labels, shift, ignore_index)
+    if not (inputs or objective.inputs):
+        return targets, {}
     dtype = accumulate_dtype(x.dtype)
     return targets, _inputs(objective, inputs, labels, targets != ignore_index, dtype, shift)
 
@@ -464,12 +465,8 @@ def _statistics_of(batch: Batch, result: Result) -> Statistics:
 
 
 def _stats(batch: Batch, result: Result) -> NVAMPStats:
-    ell, valid, s, weights = (
-        batch.nll,
-        batch.valid,
-        _statistics_of(batch, result),
-        result.weights(batch.valid),
-    )
+    ell, valid, s = batch.nll, batch.valid, _statistics_of(batch, result)
+    weights = torch.where(valid, result.weights(), 0)
     some = valid.any()
 
     def over_valid(extreme: Callable[[Tensor], Tensor], elsewhere: float) -> Tensor:

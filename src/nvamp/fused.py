@@ -37,10 +37,12 @@ def evaluate(
     labels: Tensor,
     num_items_in_batch: Tensor | float | None,
     ignore_index: int,
+    apart: bool = True,
 ) -> Result:
     """`NVAMP.evaluate` of losses [tokens], of which those count whose label is not `ignore_index`.
 
-    Labels [tokens] are int64, int32 or bool. The losses of tokens that do not count may be anything.
+    Labels [tokens] are int64, int32 or bool. The losses of tokens that do not count may be anything. Unless
+    the weights are to be `apart`, `per_token` holds what all tokens share as well.
     """
     items, number = None, None
     if isinstance(num_items_in_batch, Tensor):
@@ -49,23 +51,24 @@ def evaluate(
         items = nll.new_ones(()) * num_items_in_batch  # a number as it is would be a constant of the graph
     elif num_items_in_batch is not None:
         number = float(num_items_in_batch)
+    apart = apart and objective.few_weights(1) is not None
     coefficients = map(float, (objective.alpha, objective.beta, objective.gamma, objective.eps))
     loss, weights, scalars, index = judge(
-        nll, labels, items, number, ignore_index, *coefficients, objective.mode
+        nll, labels, items, number, ignore_index, *coefficients, objective.mode, apart
     )
 
     def statistics() -> Statistics:
         return Statistics._make((*scalars.unbind()[:9], index))
 
-    few = objective.few_weights(nll.numel())
-    shared = None if few is None else scalars[9]
-    return Result(loss, shared, None if few == 0 else weights, statistics=statistics)
+    if not apart:
+        return Result(loss, None, weights, statistics=statistics)
+    return Result(loss, scalars[9], None if objective.few_weights(1) == 0 else weights, statistics=statistics)
 
 
 @operator(
     "nvamp::objective",
     "(Tensor nll, Tensor labels, Tensor? items, float? num_items, int ignore_index, float alpha, "
-    "float beta, float gamma, float eps, str gradient) "
+    "float beta, float gamma, float eps, str gradient, bool apart) "
     "-> (Tensor loss, Tensor weights, Tensor scalars, Tensor max_index)",
 )
 def judge(
@@ -79,6 +82,7 @@ def judge(
     gamma: float,
     eps: float,
     gradient: str,
+    apart: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from nvamp import fused_kernels  # only here: they need the package triton
     from nvamp.engine import triton
@@ -110,6 +114,7 @@ def judge(
         *(triton.number(x, nll) for x in (alpha, beta, gamma, eps)),
         ITEMS_IN_MEMORY=isinstance(given, Tensor),
         GRADIENT=gradient,
+        APART=apart,
         WIDE=triton.WIDE[nll.dtype],
     )
     return results

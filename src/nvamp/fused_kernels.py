@@ -80,13 +80,14 @@ def objective_kernel(
     eps,
     ITEMS_IN_MEMORY: tl.constexpr,
     GRADIENT: tl.constexpr,
+    APART: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The loss, its statistics and the weights of all tokens, in one program.
 
-    nll and weights are [tokens] in WIDE. In the modes "scalar" and "detached" the weights are without the one
-    that all tokens share. Labels are integers or bool; `ignore_index` marks those that do not count, whose
+    nll and weights are [tokens] in WIDE; APART, the weights are without the one that all tokens share, in the
+    modes where there is one. Labels are integers or bool; `ignore_index` marks those that do not count, whose
     losses may be anything. `scalars` are N, M, N/M, C, μ, σ, d, mean sign and X, then the weight that all
     tokens share and the one that the largest adds. Integers are exact up to 2²⁴ in float32.
     """
@@ -159,18 +160,20 @@ def objective_kernel(
     tl.store(scalars_ptr + 9, shared)
     tl.store(scalars_ptr + 10, at_max)
 
-    # scalar     γ·(N/M)·[i = argmax], beside (α·d + β)/M that all share
+    # scalar     (α·d + β)/M + γ·(N/M)·[i = argmax], of which all tokens share the first
     # token      (α·|z_i| + β)/M + γ·(N/M)·[i = argmax]
-    # detached   0, beside α·d/M that all share
-    # full       (α·d + β)/M + γ·(N/M)·[i = argmax] + α·C·[(s_i − mean s) − d·z_i]/(N·σ), s_i = sign(ℓ_i − μ)
+    # detached   α·d/M, which all tokens share
+    # full       scalar + α·C·[(s_i − mean s) − d·z_i]/(N·σ), s_i = sign(ℓ_i − μ)
     for start in tl.range(0, tokens, BLOCK):
         ell, at, valid = _losses(nll_ptr, label_ptr, start, tokens, ignore_index, BLOCK)
         weight = tl.zeros((BLOCK,), WIDE)
+        if not APART:
+            weight += shared
         deviation = ell - mean
         if GRADIENT == "token":
-            weight += _divide(a * tl.abs(_divide(deviation, std)) + b, m)
+            weight = _divide(a * tl.abs(_divide(deviation, std)) + b, m)
         if GRADIENT == "full":
             slope = (_sign(deviation).to(WIDE) - mean_sign) - dispersion * _divide(deviation, std)
-            weight += shared + a * cross_entropy * _divide(slope, some * std)
+            weight += a * cross_entropy * _divide(slope, some * std)
         weight += tl.where(at == index, at_max, 0)
         tl.store(weight_ptr + at, tl.where(valid, weight, 0), mask=at < tokens)

@@ -40,7 +40,7 @@ def _spelled_out(options: type) -> Callable[[F], F]:
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=DECLARED[options][name].default,
-                annotation=annotation.__origin__,
+                annotation=getattr(annotation.__origin__, "__forward_arg__", annotation.__origin__),
             )
             for name, annotation in options.__annotations__.items()
         ]

@@ -45,7 +45,7 @@ def between(low: float, high: float = math.inf, *, open_low: bool = False) -> Ch
         if not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, got {value!r}")
         value = cast(float, value)  # a NumPy number is as good
-        if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+        if not (low < value if open_low else low <= value) or not value <= high or abs(value) == math.inf:
             raise ValueError(f"{name} must be {wanted}, got {value}")
         if value and not TINY <= abs(value) <= HUGE:
             raise ValueError(f"{name} must be a number that float32 can hold, got {value}")

@@ -45,6 +45,11 @@ class Problem:
         losses = oracle.token_losses(logits.double()[self.valid], self.labels[self.valid], **options)
         return torch.zeros(len(logits), dtype=torch.float64).index_put((self.valid,), losses)
 
+    def exact_entropy(self, logits: Tensor, **options: Any) -> Tensor:
+        """Entropies [N] in float64 of these logits, by the definition; 0 where ignored."""
+        entropies = oracle.entropies(logits.double()[self.valid], **options)
+        return torch.zeros(len(logits), dtype=torch.float64).index_put((self.valid,), entropies)
+
 
 def make_problem(
     n: int = 37,

@@ -1,6 +1,8 @@
 """The operators as PyTorch's own checks, compilers and autograd see them."""
 
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import nvamp
-from nvamp.engine import chunked, linear, linear_nll_sum_max, operator
+from nvamp.engine import chunked, linear, linear_nll_sum, operator
 from nvamp.engine import ops as engine
 from nvamp.engine.options import Head, Options
 from nvamp.functional import linear_token_nll, token_nll
@@ -62,14 +64,15 @@ def test_opcheck_of_the_primitives(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, True, False)])
+@pytest.mark.parametrize("few", [0, 1, 3])
 @with_backend
 def test_opcheck_of_the_one_pass_operator(
-    dtype: torch.dtype, trained: tuple[bool, ...], backend: str
+    dtype: torch.dtype, trained: tuple[bool, ...], few: int, backend: str
 ) -> None:
     p = make_problem(n=6, d=4, v=9, dtype=dtype)
     head = [x.requires_grad_(t) for x, t in zip((p.hidden, p.weight, p.bias), trained, strict=True)]
     torch.library.opcheck(
-        ops.linear_nll_sum_max.default, (*head, p.labels, *trained, False, None, *flat(backend))
+        ops.linear_nll_sum.default, (*head, p.labels, *trained, few, False, None, *flat(backend))
     )
 
 
@@ -79,34 +82,36 @@ def test_opcheck_of_the_backward_operators(backend: str) -> None:
     p = make_problem(n=6, d=4, v=9)
     head = (p.hidden, p.weight, p.bias, p.labels)
     needs = (True, True, False)
-    nll, norm, *_ = ops.token_nll(p.logits, p.labels, False, False, *flat(backend))
-    total, _, _, *units = ops.linear_nll_sum_max(*head, *needs, False, None, *flat(backend))
-    for classes in (None, torch.tensor(11)):
+    nll, norm, entropy, _ = ops.token_nll(p.logits, p.labels, True, False, *flat(backend))
+    for classes, of_entropy in product((None, torch.tensor(11)), ((None, None), (entropy, nll))):
+        of_rows = norm, classes, *of_entropy
         torch.library.opcheck(
-            ops.token_nll_backward.default, (nll, p.logits, p.labels, norm, classes, *flat(backend))
+            ops.token_nll_backward.default, (nll, p.logits, p.labels, *of_rows, *flat(backend))
         )
         torch.library.opcheck(
-            ops.linear_token_nll_backward.default, (nll, norm, classes, *head, *needs, None, *flat(backend))
+            ops.linear_token_nll_backward.default, (nll, *of_rows, *head, *needs, None, *flat(backend))
         )
-    torch.library.opcheck(
-        ops.linear_nll_sum_max_backward.default,
-        (*head[:3], total, total, *units, *needs, backend),
-    )
+    for few in (0, 1, 3):
+        total, nll, *units = ops.linear_nll_sum(*head, *needs, few, False, None, *flat(backend))
+        torch.library.opcheck(
+            ops.linear_nll_sum_backward.default,
+            (total, nll if few else None, *units, *head, *needs, few, None, *flat(backend)),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("v", [9, 0])
+@pytest.mark.parametrize(("v", "metrics"), [(9, False), (9, True), (0, True)])
 @with_backend
-def test_opcheck_of_the_operators_on_parts(backend: str, v: int, dtype: torch.dtype) -> None:
+def test_opcheck_of_the_operators_on_parts(backend: str, v: int, metrics: bool, dtype: torch.dtype) -> None:
     p = make_problem(n=6, d=4, v=9, dtype=dtype)
     logits, weight, bias = p.logits[:, :v], p.weight[:v], p.bias[:v]
     head = [x.detach().requires_grad_() for x in (p.hidden, weight, bias)]
     logits, args = logits.detach().requires_grad_(), flat(backend, **OPTIONS["all"])
-    torch.library.opcheck(ops.part_statistics.default, (logits.detach(), p.labels, *args))
+    torch.library.opcheck(ops.part_statistics.default, (logits.detach(), p.labels, metrics, *args))
     torch.library.opcheck(
-        ops.linear_part_statistics.default, (*(x.detach() for x in head), p.labels, None, *args)
+        ops.linear_part_statistics.default, (*(x.detach() for x in head), p.labels, metrics, None, *args)
     )
-    whole = (torch.zeros(6, 2), torch.zeros(6), torch.tensor(11))
+    whole = (torch.zeros(6, 2), torch.zeros(6), torch.tensor(11), torch.zeros(6) if metrics else None)
     torch.library.opcheck(ops.part_nll.default, (logits, p.labels, *whole, False, *args))
     torch.library.opcheck(ops.linear_part_nll.default, (*head, p.labels, *whole, None, *args))
 
@@ -118,18 +123,34 @@ def test_gradcheck(backend: str) -> None:
     options: Any = {"backend": backend, **OPTIONS["all"]}
     torch.autograd.gradcheck(lambda x: token_nll(x, p.labels, **options), p.logits.detach().requires_grad_())
     torch.autograd.gradcheck(lambda h, w, b: linear_token_nll(h, w, p.labels, b, **options), inputs)
-    torch.autograd.gradcheck(lambda h, w, b: linear_nll_sum_max(h, w, p.labels, b, **options)[:2], inputs)
+    torch.autograd.gradcheck(lambda h, w, b: linear_nll_sum(h, w, p.labels, b, few=5, **options), inputs)
+    for few in (0, 1):
+        torch.autograd.gradcheck(
+            lambda h, w, b, few=few: linear_nll_sum(h, w, p.labels, b, few=few, **options)[0], inputs
+        )
 
 
-def one_pass(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
-    return nvamp.functional.linear_nvamp_loss(h, w, labels, shift=False, gamma=0.5)
+FEW = [0, 1, 5]
+with_few = pytest.mark.parametrize("few", FEW)
 
 
+def extra_of(nll: Tensor, few: int) -> Tensor:
+    """Extra weights [N]: of the `few` largest losses, the first of equals, and 0 elsewhere."""
+    rank = nll.detach().argsort(descending=True, stable=True).argsort()
+    return torch.where(rank < few, 0.5 - rank.to(nll.dtype), 0)
+
+
+def one_pass(h: Tensor, w: Tensor, labels: Tensor, few: int = 1, backend: str | None = None) -> Tensor:
+    total, nll = linear_nll_sum(h, w, labels, few=few, backend=backend)
+    return 0.3 * total + (extra_of(nll, few) * nll).sum()
+
+
+@with_few
 @both_ways
-def test_backward_twice_gives_the_same() -> None:
+def test_backward_twice_gives_the_same(few: int) -> None:
     p = make_problem()
     h, w = p.hidden.requires_grad_(), p.weight.requires_grad_()
-    loss = one_pass(h, w, p.labels)
+    loss = one_pass(h, w, p.labels, few)
     first = torch.autograd.grad(loss, (h, w), retain_graph=True)
     kept = [x.clone() for x in first]
     second = torch.autograd.grad(loss, (h, w), retain_graph=True)
@@ -141,27 +162,51 @@ def test_backward_twice_gives_the_same() -> None:
         torch.autograd.grad(loss, (h, w))
 
 
+@pytest.mark.parametrize("few", [*FEW, "a fifth"])
+@with_backend
+def test_one_pass_compiles_without_a_break(few: int | str, backend: str) -> None:
+    """Once for any number of tokens."""
+
+    def loss(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+        return one_pass(h, w, labels, labels.shape[0] // 5 if isinstance(few, str) else few, backend)
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (23, 37):
+            p = make_problem(n=n)
+            torch._dynamo.mark_dynamic(p.labels, 0)
+            hidden, weight = p.hidden.requires_grad_(), p.weight.requires_grad_()
+            torch._dynamo.mark_dynamic(hidden, 0)
+            results = []
+            for f in (compiled, loss):
+                value = f(hidden, weight, p.labels)
+                results.append([value.detach(), *torch.autograd.grad(value, (hidden, weight))])
+            torch.testing.assert_close(*results)
+
+
 @both_ways
 def test_checkpointing() -> None:
     p = make_problem()
     inputs = p.hidden, p.weight
-    for gradient in nvamp.objectives.GRADIENTS:
-
-        def loss(h: Tensor, w: Tensor, gradient: Any = gradient) -> Tensor:
-            return nvamp.functional.linear_nvamp_loss(h, w, p.labels, shift=False, gradient=gradient)
-
+    losses = [
+        partial(nvamp.functional.linear_nvamp_loss, labels=p.labels, shift=False, gradient=gradient)
+        for gradient in nvamp.objectives.GRADIENTS
+    ]
+    for loss in (*losses, *(partial(one_pass, labels=p.labels, few=few) for few in FEW)):
         got = gradients(lambda *x, loss=loss: checkpoint(loss, *x, use_reentrant=False), *inputs)
         torch.testing.assert_close(got, gradients(loss, *inputs))
 
 
-def test_what_a_hook_saved_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+@with_few
+def test_what_a_hook_saved_stays_as_it_is(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward finishes gradients in place, and frees one that it has rounded; not if a hook keeps them."""
     monkeypatch.setattr(linear, "held_dtype", lambda *_: torch.float32)  # as on a GPU
     p = make_problem(dtype=torch.bfloat16)
     h, w = p.hidden.requires_grad_(), p.weight.requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
-        loss = one_pass(h, w, p.labels)
+        loss = one_pass(h, w, p.labels, few)
     before = [x.clone() for x in kept]
     loss.backward()
     for x, same in zip(kept, before, strict=True):
@@ -213,21 +258,30 @@ def runs(backend: str, create_graph: bool = False) -> dict[str, Callable[[], lis
         return [*(x.detach() for x in results), *grads]
 
     head, y = (p.hidden, p.weight, p.bias), p.labels
-    whole = engine.Whole(torch.randn(37, 2), torch.randn(37), torch.tensor(99))
+    whole = engine.Whole(torch.randn(37, 2), torch.randn(37), torch.tensor(99), torch.randn(37))
     options: Any = {"backend": backend, **OPTIONS["all"]}
     args = backend, Options(IGNORED, **OPTIONS["all"])
     return {
         "logits": lambda: run(lambda x: token_nll(x, y, **options), p.logits),
         "in place": lambda: run(lambda x: token_nll(2 * x, y, inplace_backward=True, **options), p.logits),
         "linear": lambda: run(lambda h, w, b: linear_token_nll(h, w, y, b, **options), *head),
-        "one pass": lambda: run(lambda h, w, b: linear_nll_sum_max(h, w, y, b, **options), *head),
+        **{
+            f"one pass, {few}": lambda few=few: run(
+                lambda h, w, b: linear_nll_sum(h, w, y, b, few=few, **options), *head
+            )
+            for few in (0, len(y))
+        },
+        "one pass, 1": lambda: run(
+            lambda h, w, b: ((total := linear_nll_sum(h, w, y, b, few=1, **options))[0], total[1].max()),
+            *head,
+        ),
         "part": lambda: run(lambda x: engine.part_nll(x, y, whole, False, *args), p.logits),
         "linear part": lambda: run(
             lambda h, w, b: engine.linear_part_nll(Head(h, w, b, y), whole, None, *args), *head
         ),
-        "statistics of a part": lambda: list(engine.part_statistics(p.logits, y, *args)),
+        "statistics of a part": lambda: list(engine.part_statistics(p.logits, y, True, *args)),
         "statistics of a linear part": lambda: list(
-            engine.linear_part_statistics(Head(*head, y), None, *args)
+            engine.linear_part_statistics(Head(*head, y), True, None, *args)
         ),
     }
 
@@ -442,15 +496,16 @@ def test_meta_tensors() -> None:
     assert nvamp.functional.linear_nvamp_loss(h, w, y).shape == ()
 
 
+@with_few
 @both_ways
-def test_gradients_accumulate() -> None:
+def test_gradients_accumulate(few: int) -> None:
     """The gradient handed out is not the memory that a later call writes to."""
     p = make_problem()
     h, w = p.hidden.requires_grad_(), p.weight.requires_grad_()
-    (once,) = torch.autograd.grad(one_pass(h, w, p.labels), w)
+    (once,) = torch.autograd.grad(one_pass(h, w, p.labels, few), w)
     once = once.clone()
     for _ in range(3):
-        one_pass(h, w, p.labels).backward()
+        one_pass(h, w, p.labels, few).backward()
     torch.testing.assert_close(w.grad, 3 * once)
 
 

@@ -79,7 +79,7 @@ def logits_path(
 
     def rank(ranks: Ranks) -> tuple[Tensor, Tensor]:
         x = shards[ranks.rank].detach().clone().requires_grad_()
-        nll = parts.token_nll(x, p.labels, False, backend, options_of(options), ranks)
+        nll = parts.token_nll(x, p.labels, False, False, backend, options_of(options), ranks)[0]
         (grad,) = torch.autograd.grad((p.token_weights * nll).sum(), x)
         return nll.detach(), grad
 
@@ -107,7 +107,7 @@ def check_linear(backend: str, options: dict[str, Any]) -> None:
     def rank(ranks: Ranks) -> list[Tensor]:
         def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
             head = Head(map_gradient(h, ranks.total), w, b, p.labels)
-            nll = parts.linear_token_nll(head, None, backend, options_of(options), ranks)
+            nll = parts.linear_token_nll(head, False, None, backend, options_of(options), ranks)[0]
             torch.testing.assert_close(nll, p.exact(p.logits, **options), **TIGHT)
             return (p.token_weights * nll).sum()
 
@@ -176,7 +176,7 @@ def test_masked_classes_and_extreme_logits(backend: str) -> None:
 
     def rank(ranks: Ranks) -> tuple[Tensor, Tensor]:
         x = logits.split(4, -1)[ranks.rank].clone().requires_grad_()
-        nll = parts.token_nll(x, p.labels, False, backend, Options(), ranks)
+        nll = parts.token_nll(x, p.labels, False, False, backend, Options(), ranks)[0]
         (grad,) = torch.autograd.grad(nll.sum(), x)
         return nll.detach(), grad
 
@@ -192,6 +192,43 @@ def test_masked_classes_and_extreme_logits(backend: str) -> None:
     assert got[2:5].isnan().any(-1).all()
 
 
+def losses(logits: Tensor, labels: Tensor, sizes: list[int], backend: str, opt: Options) -> list[Tensor]:
+    """Those of every rank."""
+    shards = logits.split(sizes, -1)
+    return on_ranks(
+        len(sizes),
+        lambda ranks: parts.token_nll(shards[ranks.rank], labels, False, False, backend, opt, ranks)[0],
+    )
+
+
+@with_backend
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_label_smoothing_keeps_its_digits(backend: str, offset: float) -> None:
+    """What all logits have in common is not added up, neither over the classes of a part nor over the parts."""
+    x = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)) + offset
+    x[:, :400] -= 50
+    labels = torch.arange(400, 408)
+
+    def smoothed(x: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(x, labels, label_smoothing=0.1, reduction="none")
+
+    exact = smoothed(x.double())
+    for nll in losses(x, labels, [400, 0, 600], backend, Options(IGNORED, label_smoothing=0.1)):
+        assert oracle.relative_error(nll, exact) <= 1.1 * oracle.relative_error(smoothed(x), exact)
+
+
+@with_backend
+@pytest.mark.parametrize("label_smoothing", [0.1, 0.5, 0.9])
+def test_smoothing_over_a_masked_class_has_an_infinite_loss(backend: str, label_smoothing: float) -> None:
+    logits = torch.tensor(
+        [[0.0, 1.0, 2.0, -torch.inf], [-torch.inf, -torch.inf, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]]
+    )
+    for label in range(4):
+        labels = torch.full((3,), label)
+        for nll in losses(logits, labels, [2, 2], backend, Options(IGNORED, label_smoothing)):
+            assert nll.isinf().tolist() == [True, True, False]
+
+
 @with_backend
 @pytest.mark.parametrize("ignore_index", [-100, 0, 5])
 def test_ignored_rows_may_hold_anything(backend: str, ignore_index: int) -> None:
@@ -203,7 +240,7 @@ def test_ignored_rows_may_hold_anything(backend: str, ignore_index: int) -> None
 
     def rank(ranks: Ranks) -> tuple[Tensor, Tensor]:
         x = logits.split([7, 3], -1)[ranks.rank].clone().requires_grad_()
-        nll = parts.token_nll(x, labels, False, backend, opt, ranks)
+        nll = parts.token_nll(x, labels, False, False, backend, opt, ranks)[0]
         (grad,) = torch.autograd.grad(nll.sum(), x)
         return nll.detach(), grad
 
@@ -227,7 +264,7 @@ def test_labels_out_of_range(backend: str, device_kind: str) -> None:
         errors: list[Any] = on_ranks(
             2,
             lambda ranks: parts.token_nll(
-                p.logits.split([4, 5], -1)[ranks.rank], p.labels, False, backend, Options(), ranks
+                p.logits.split([4, 5], -1)[ranks.rank], p.labels, False, False, backend, Options(), ranks
             ),
         )
         assert all("labels must be in [0, 9) for a vocabulary of 9" in str(e) for e in errors)
@@ -252,3 +289,152 @@ def test_any_parts_are_the_whole(backend: str, data: st.DataObject) -> None:
     for nll, _ in results:
         torch.testing.assert_close(nll, p.exact(p.logits, **options), **TIGHT)
     torch.testing.assert_close(torch.cat([grad for _, grad in results], -1), expected, **TIGHT)
+
+
+# Metrics ----------------------------------------------------------------------------------------------
+
+
+def combined(p: Problem, nll: Tensor, entropy: Tensor) -> Tensor:
+    return (p.token_weights * nll).sum() - 0.7 * (p.token_weights.flip(0) * entropy).sum()
+
+
+def check_metrics(p: Problem, sizes: list[int], backend: str, options: dict[str, Any]) -> None:
+    """Losses, log-sum-exps, entropies, predictions, and the gradient of losses and entropies, on every rank."""
+    shards = p.logits.split(sizes, -1)
+
+    def rank(ranks: Ranks) -> tuple[Tensor, ...]:
+        x = shards[ranks.rank].detach().clone().requires_grad_()
+        results = parts.token_nll(x, p.labels, True, False, backend, options_of(options), ranks)
+        assert [t.requires_grad for t in results] == [True, False, True, False]
+        nll, _, entropy, _ = results
+        (grad,) = torch.autograd.grad(combined(p, nll, entropy), x)
+        return *(t.detach() for t in results), grad
+
+    _, (expected,) = gradients(
+        lambda x: combined(p, p.exact(x, **options), p.exact_entropy(x, **options)), p.logits
+    )
+    results = on_ranks(len(sizes), rank)
+    whole = {"backend": "reference", "return_metrics": True, **options}
+    nll, metrics = token_nll(p.logits, p.labels, **whole)  # type: ignore[call-overload]
+    for got_nll, lse, entropy, prediction, _ in results:
+        torch.testing.assert_close(got_nll, nll, **TIGHT)
+        torch.testing.assert_close(lse[p.valid], metrics.lse[p.valid], **TIGHT)
+        torch.testing.assert_close(entropy, p.exact_entropy(p.logits, **options), **TIGHT)
+        assert torch.equal(prediction, metrics.prediction)
+    torch.testing.assert_close(torch.cat([grad for *_, grad in results], -1), expected, **TIGHT)
+
+
+def check_linear_metrics(p: Problem, sizes: list[int], backend: str, options: dict[str, Any]) -> None:
+    weights, biases = p.weight.split(sizes), p.bias.split(sizes)
+
+    def whole(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        x = torch.nn.functional.linear(h, w, b)
+        return combined(p, p.exact(x, **options), p.exact_entropy(x, **options))
+
+    _, expected = gradients(whole, p.hidden, p.weight, p.bias)
+
+    def rank(ranks: Ranks) -> list[Tensor]:
+        def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            head = Head(map_gradient(h, ranks.total), w, b, p.labels)
+            nll, _, entropy, _ = parts.linear_token_nll(head, True, None, backend, options_of(options), ranks)
+            torch.testing.assert_close(entropy, p.exact_entropy(p.logits, **options), **TIGHT)
+            return combined(p, nll, entropy)
+
+        return gradients(loss, p.hidden, weights[ranks.rank], biases[ranks.rank])[1]
+
+    results = on_ranks(len(sizes), rank)
+    for hidden, _, _ in results:
+        torch.testing.assert_close(hidden, expected[0], **TIGHT)
+    for i in (1, 2):
+        torch.testing.assert_close(torch.cat([grads[i] for grads in results]), expected[i], **TIGHT)
+
+
+@with_options
+@with_backend
+@pytest.mark.parametrize("check", [check_metrics, check_linear_metrics])
+@pytest.mark.usefixtures("setting")
+def test_metrics(check: Callable[..., None], backend: str, options: dict[str, Any]) -> None:
+    check(make_problem(n=11, v=sum(SIZES)), SIZES, backend, options)
+
+
+@given(data=st.data())
+@examples(15)
+@with_backend
+def test_metrics_of_any_parts(backend: str, data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any))
+    p = make_problem(n=data.draw(st.integers(0, 7)), d=3, v=sum(sizes), seed=data.draw(st.integers(0, 99)))
+    check_metrics(p, sizes, backend, data.draw(st.sampled_from(list(OPTIONS.values()))))
+
+
+@with_backend
+def test_predictions_are_the_first_of_equals(backend: str) -> None:
+    """Of several parts that have the largest z, that of the first."""
+    x = torch.randint(-1, 1, (200, 6), generator=torch.Generator().manual_seed(0)).double()
+    x[:3] = torch.tensor([[-torch.inf] * 5 + [0.0], [-torch.inf, -1, -1, -torch.inf, -1, -1], [1.0] * 6])
+    x[3] = torch.nan
+    labels, shards = torch.zeros(200, dtype=torch.int64), x.split([2, 0, 3, 1], -1)
+    found = on_ranks(
+        4,
+        lambda ranks: parts.token_nll(shards[ranks.rank], labels, True, False, backend, Options(), ranks)[3],
+    )
+    for prediction in found:
+        assert torch.equal(prediction[:3], torch.tensor([5, 1, 0]))
+        assert 0 <= prediction[3] < 6
+        assert torch.equal(prediction[4:], x[4:].argmax(-1))
+
+
+@pytest.mark.parametrize(("backend", "factor"), [("chunked", 1.1), ("triton", 1.25)])
+@pytest.mark.parametrize(("spread", "offset"), [(1, 0), (6, 0), (0.1, 0), (1, 1e4)])
+def test_entropy_is_as_accurate_as_eager_on_the_whole(
+    backend: str, factor: float, spread: float, offset: float
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = spread * torch.randn(64, 999, generator=g) + offset
+    labels, weights = torch.zeros(64, dtype=torch.int64), torch.randn(64, generator=g)
+    shards = x.split([300, 0, 1, 698], -1)
+
+    def eager(x: Tensor) -> Tensor:
+        log_p = torch.log_softmax(x, -1)
+        return -(log_p.exp() * log_p).sum(-1)
+
+    def rank(ranks: Ranks) -> tuple[Tensor, Tensor]:
+        part = shards[ranks.rank].clone().requires_grad_()
+        entropy = parts.token_nll(part, labels, True, False, backend, Options(), ranks)[2]
+        (grad,) = torch.autograd.grad((weights * entropy).sum(), part)
+        return entropy.detach(), grad
+
+    truth, (true_grad,) = (
+        eager(x.double()),
+        gradients(lambda x: (weights.double() * eager(x)).sum(), x.double())[1],
+    )
+    _, (eager_grad,) = gradients(lambda x: (weights * eager(x)).sum(), x)
+    results = on_ranks(4, rank)
+    for entropy, _ in results:
+        assert oracle.relative_error(entropy, truth) <= factor * oracle.relative_error(eager(x), truth)
+    grad = torch.cat([grad for _, grad in results], -1)
+    assert oracle.relative_error(grad, true_grad) <= factor * oracle.relative_error(eager_grad, true_grad)
+
+
+@with_backend
+@pytest.mark.usefixtures("device_kind")
+def test_masked_classes_and_ignored_rows_have_no_part_in_metrics(backend: str) -> None:
+    p = make_problem(n=6, v=8, ignored=0)
+    p.labels[:] = torch.tensor([0, 7, IGNORED, 4, 0, 1])
+    logits = p.logits.detach().clone()
+    logits[0, 4:] = logits[1, :4] = -torch.inf  # a part without any mass
+    logits[2] = torch.nan
+    logits[3, [1, 6]] = -torch.inf
+    finite = logits.where(logits.isfinite(), -1e4)
+    _, (expected,) = gradients(lambda x: combined(p, p.exact(x), p.exact_entropy(x)), finite)
+
+    def rank(ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+        x = logits.split(4, -1)[ranks.rank].clone().requires_grad_()
+        nll, _, entropy, prediction = parts.token_nll(x, p.labels, True, False, backend, Options(), ranks)
+        (grad,) = torch.autograd.grad(combined(p, nll, entropy), x)
+        return entropy.detach(), prediction, grad
+
+    results = on_ranks(2, rank)
+    for entropy, prediction, _ in results:
+        torch.testing.assert_close(entropy, p.exact_entropy(finite), **TIGHT)
+        assert torch.equal(prediction, finite.argmax(-1).where(p.valid, 0))
+    torch.testing.assert_close(torch.cat([grad for *_, grad in results], -1), expected, **TIGHT)

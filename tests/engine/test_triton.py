@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from triton import __version__ as triton_version
 
 from nvamp.engine import backends, devices, linear, ops, parts, triton
+from nvamp.engine.backend import OfEntropy
 from nvamp.engine.options import Head, Needs, Options
 from nvamp.ranks import ALONE
 
@@ -102,10 +103,11 @@ def test_nothing_looks_at_the_data(launched: list[tuple[Any, ...]], monkeypatch:
     triton.scale_and_add(units[1], nll[0], nll[0], grad, hidden, out=head.weight)
     _, norm = linear.token_nll(triton, head, False, None, opt)  # type: ignore[arg-type]
     targets = parts._Targets.of(head.labels, 501, opt, ALONE)
-    statistics = linear.part_statistics(triton, head._replace(labels=targets.labels), None, opt)  # type: ignore[arg-type]
-    assert [x.shape for x in parts._put_together(*statistics, targets, opt, ALONE)] == [(100,), (100, 2)]
-    for classes in (None, targets.classes):
-        grads = linear.token_nll_backward(triton, nll, norm, classes, head, needs, None, opt)  # type: ignore[arg-type]
+    statistics = linear.part_statistics(triton, head._replace(labels=targets.labels), True, None, opt)  # type: ignore[arg-type]
+    whole, prediction = parts._put_together(parts._Statistics(*statistics), targets, True, opt, ALONE)
+    assert [x.shape for x in (*whole, prediction)] == [(100, 2), (100,), (), (100,), (100,)]  # type: ignore[union-attr]
+    for classes, of_entropy in product((None, targets.classes), (None, OfEntropy(nll, nll))):
+        grads = linear.token_nll_backward(triton, nll, norm, classes, of_entropy, head, needs, None, opt)  # type: ignore[arg-type]
         assert [g.shape for g in grads] == [(100, 32), (501, 32), (501,)]
         assert {g.dtype for g in grads} == {torch.bfloat16}
     assert {call[0].fn.__name__ for call in launched} == KERNELS
@@ -189,7 +191,7 @@ def test_memory_on_an_accelerator(
             _, index, *units = linear.unit_gradients(engine, head, needs, None, opt)
             ops._scale_unit_gradients(True, nll[0], nll[0], index, *units, *needs, "triton")
         else:
-            linear.token_nll_backward(engine, nll, norm, None, head, needs, None, opt)
+            linear.token_nll_backward(engine, nll, norm, None, None, head, needs, None, opt)
     at_the_end = 6 * v * d + 2 * n * d
     chunk = 2 * min(linear.chunk_rows(*head[:2], None, one_pass), n) * (v + 15)
     a_few_numbers = 64 * (n + v) + 2 * chunk // v * d  # of tokens and classes; hidden states of a chunk
@@ -239,5 +241,5 @@ def test_other_sizes_and_options_compile_nothing_again() -> None:
         "for vocab in (128256, 50257):\n"
         "    print(kernels([Options()]), kernels([Options(z_loss=1e-4), Options(z_loss=2e-4)]))"
     )
-    # Seven, and those with a program a row once more for few rows.
-    assert done.stdout.split() == ["9"] * 4, done.stderr
+    # Nine, and those with a program a row once more for few rows.
+    assert done.stdout.split() == ["11"] * 4, done.stderr

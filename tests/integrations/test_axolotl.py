@@ -10,8 +10,9 @@ import pydantic
 import pytest
 import torch
 
-from nvamp import NVAMPLoss
+from nvamp import Loss, NVAMPLoss
 from nvamp.integrations.transformers import compute_loss_func
+from nvamp.objectives import parse
 from tests.integrations.tiny import LOGGED, Rows, assert_same, logged_losses, tiny, trainer_of, weights_of
 
 PLUGIN = "nvamp.integrations.axolotl.NVAMPPlugin"
@@ -53,14 +54,21 @@ def trainer(folder: Path, loss: Any = None) -> Any:
     return trainer_of(tiny(), Rows(unequal=True), folder, arguments | LOGGED, compute_loss_func=loss)
 
 
-def test_the_plugin_trains(plugin: Any, tmp_path: Path) -> None:
-    ours, theirs = (
-        trainer(tmp_path),
-        trainer(tmp_path, compute_loss_func(NVAMPLoss(0.5, 0.3, 0.1, gradient="token"))),
-    )
-    options = {"nvamp_alpha": 0.5, "nvamp_beta": 0.3, "nvamp_gamma": 0.1, "nvamp_gradient": "token"}
+# What the configuration may say, and the criterion that this is.
+LOSSES = {
+    "nvamp:alpha=0.5,beta=0.3,gamma=0.1,gradient=token": NVAMPLoss(0.5, 0.3, 0.1, gradient="token"),
+    "tail:share=0.2": Loss(parse("tail:share=0.2")),
+    "dft:label_smoothing=0.1": Loss(parse("dft"), label_smoothing=0.1),
+    "ce": None,  # the trainer's own
+}
+
+
+@pytest.mark.parametrize("text", LOSSES)
+def test_the_plugin_trains(text: str, plugin: Any, tmp_path: Path) -> None:
+    criterion = LOSSES[text]
+    ours, theirs = trainer(tmp_path), trainer(tmp_path, criterion and compute_loss_func(criterion))
     plugin.post_model_load(configuration(plugin), ours.model)  # a hook it leaves to Axolotl
-    plugin.post_trainer_create(configuration(plugin, **options), ours)
+    plugin.post_trainer_create(configuration(plugin, nvamp_loss=text), ours)
     start = weights_of(ours.model)
     ours.train()
     theirs.train()
@@ -69,7 +77,7 @@ def test_the_plugin_trains(plugin: Any, tmp_path: Path) -> None:
     assert "nvamp_dispersion" in ours.state.log_history[0]
 
 
-def test_defaults_are_those_of_the_loss(plugin: Any, tmp_path: Path) -> None:
+def test_the_default_is_nvamp(plugin: Any, tmp_path: Path) -> None:
     made = trainer(tmp_path)
     plugin.post_trainer_create(configuration(plugin), made)
     g = torch.Generator().manual_seed(0)
@@ -77,9 +85,27 @@ def test_defaults_are_those_of_the_loss(plugin: Any, tmp_path: Path) -> None:
     assert made.compute_loss_func({"logits": logits}, labels) == NVAMPLoss()(logits, labels)
 
 
-def test_wrong_options_are_named(plugin: Any, tmp_path: Path) -> None:
-    with pytest.raises(pydantic.ValidationError, match="nvamp_gradient"):
-        configuration(plugin, nvamp_gradient="tokens")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nvmap", "unknown objective 'nvmap'"),
+        ("nvamp:gradient=tokens", "gradient must be one of"),
+        ("focal:label_smoothing=2", "label_smoothing must be in"),
+        ("token_weighted", "needs token_weight, but a Trainer gives compute_loss_func the labels"),
+    ],
+)
+def test_a_wrong_text_is_an_error_of_the_configuration(text: str, message: str, plugin: Any) -> None:
+    with pytest.raises(pydantic.ValidationError, match=f"(?s)nvamp_loss.*{message}"):
+        configuration(plugin, nvamp_loss=text)
+
+
+def test_a_second_loss_is_refused(plugin: Any, tmp_path: Path) -> None:
     made = trainer(tmp_path, loss=compute_loss_func(NVAMPLoss()))
-    with pytest.raises(ValueError, match="has a compute_loss_func already"):
+    with pytest.raises(ValueError, match="already has a compute_loss_func"):
         plugin.post_trainer_create(configuration(plugin), made)
+
+
+def test_the_example_is_a_configuration(plugin: Any) -> None:
+    lines = Path("examples/axolotl.yml").read_text().splitlines()
+    (text,) = (line.removeprefix("nvamp_loss: ") for line in lines if line.startswith("nvamp_"))
+    assert configuration(plugin, nvamp_loss=text).nvamp_loss == text

@@ -19,15 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, PrinterCallback
 
 from examples import accelerate_loop
-from nvamp import NVAMPLoss, TokenNVAMPLoss
+from nvamp import Loss, NVAMPLoss, TokenLoss
 from nvamp.functional import nvamp_loss
 from nvamp.integrations.stats import log_stats
 from nvamp.integrations.transformers import compute_loss_func
 from nvamp.integrations.trl import SFTTrainer
+from nvamp.objectives import DFT, NVAMP, CrossEntropy, Objective, Tail
 from nvamp.study.models import quiet
 from tests.integrations.tiny import (
     ALL_TERMS,
-    CROSS_ENTROPY,
     DESCENT,
     IGNORED,
     LOGGED,
@@ -43,6 +43,8 @@ from tests.integrations.tiny import (
 from tests.ranks import on_ranks
 
 WORLD, STEPS = 2, 3
+OBJECTIVES = (NVAMP(**ALL_TERMS), Tail(share=0.2))
+TITAN = "nvamp:alpha=1,beta=0.5,gamma=0.7,gradient=token"  # ALL_TERMS
 
 
 def forget_accelerators() -> None:
@@ -52,7 +54,7 @@ def forget_accelerators() -> None:
     PartialState._reset_state()
 
 
-def looped(criterion: NVAMPLoss, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
+def looped(criterion: Loss, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
     """By how much the example's loop moves the tiny model, and the losses that it yields."""
     forget_accelerators()
     monkeypatch.setattr(accelerate_loop, "MICRO_BATCH", 8 // accumulate)
@@ -72,20 +74,28 @@ def looped(criterion: NVAMPLoss, accumulate: int, monkeypatch: pytest.MonkeyPatc
     return weights_of(model) - start, losses
 
 
-def test_cross_entropy_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In any number of micro-batches, of the loader's order."""
-    moved, losses = looped(NVAMPLoss(**CROSS_ENTROPY), 1, monkeypatch)
+class Own(Loss):
+    """What transformers computes of the same logits."""
+
+    def forward(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Any:
+        return tiny().loss_function(logits, labels, V, **kwargs)
+
+
+class OwnDFT(Loss):
+    def forward(self, logits: Tensor, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        nll = torch.nn.functional.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")
+        return ((-nll).exp().detach() * nll).sum() / num_items_in_batch
+
+
+@pytest.mark.parametrize(("objective", "own"), [(CrossEntropy(), Own), (DFT(), OwnDFT)])
+def test_a_sum_over_tokens_is_the_one_by_hand(
+    objective: Objective, own: type[Loss], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any number of micro-batches, in the loader's order."""
+    moved, losses = looped(Loss(objective), 1, monkeypatch)
     for accumulate in (2, 4):
-        assert_same(looped(NVAMPLoss(**CROSS_ENTROPY), accumulate, monkeypatch)[0], moved)
-
-    class Own(NVAMPLoss):
-        """What transformers computes of the same logits."""
-
-        def forward(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
-            own: Tensor = tiny().loss_function(logits, labels, V, **kwargs)
-            return own
-
-    expected, expected_losses = looped(Own(), 1, monkeypatch)
+        assert_same(looped(Loss(objective), accumulate, monkeypatch)[0], moved)
+    expected, expected_losses = looped(own(objective), 1, monkeypatch)
     assert_same(moved, expected)
     assert_same(losses, expected_losses)
 
@@ -97,11 +107,17 @@ def every_loop(rank: int, world: int, folder: Path) -> dict[str, tuple[Tensor, T
     """What one of the ranks does."""
     quiet()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        criterion = NVAMPLoss(**ALL_TERMS, process_group=dist.group.WORLD)
-        outcome = {"accelerate": looped(criterion, 2, monkeypatch)}
+        outcome = {
+            f"accelerate, {objective}": looped(
+                Loss(objective, process_group=dist.group.WORLD), 2, monkeypatch
+            )
+            for objective in OBJECTIVES
+        }
     outcome["stats"] = logged_stats(NVAMPLoss(), 2, 1, folder)
     outcome["stats of a group"] = logged_stats(NVAMPLoss(process_group=dist.group.WORLD), 2, 1, folder)
-    outcome["trl"] = with_trl(TokenNVAMPLoss(**ALL_TERMS, process_group=dist.group.WORLD), 2, folder)
+    for objective in OBJECTIVES:
+        criterion = TokenLoss(objective, process_group=dist.group.WORLD)
+        outcome[f"trl, {objective}"] = with_trl(criterion, 2, folder)
     if sys.version_info >= (3, 11):
         outcome |= {"sharded rows": titan_rows(), "sharded vocabulary": titan_vocabulary()}
     return outcome
@@ -128,7 +144,7 @@ def logged_stats(criterion: NVAMPLoss, batch: int, accumulate: int, folder: Path
     return table, torch.tensor([entry["nvamp_hardest_share"] for entry in logs])
 
 
-def with_trl(criterion: TokenNVAMPLoss, batch: int, folder: Path) -> tuple[Tensor, Tensor]:
+def with_trl(criterion: TokenLoss, batch: int, folder: Path) -> tuple[Tensor, Tensor]:
     """By how much TRL's trainer moves the tiny model, and the losses that it logs."""
     forget_accelerators()
     model = tiny()
@@ -173,7 +189,7 @@ def titan_problem() -> tuple[Tensor, Tensor]:
 def titan_loss() -> Any:
     from nvamp.integrations import torchtitan
 
-    return torchtitan.NVAMPLoss.Config(**ALL_TERMS, gradient="token").build(compile_config=None)
+    return torchtitan.TitanLoss.Config(loss=TITAN).build(compile_config=None)
 
 
 def titan_rows() -> tuple[Tensor, Tensor]:
@@ -206,13 +222,14 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[T
     return on_ranks(partial(every_loop, folder=folder), WORLD, folder)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_accelerate_on_two_ranks_is_one_process(
-    of_ranks: list[dict[str, tuple[Tensor, Tensor]]], monkeypatch: pytest.MonkeyPatch
+    objective: Objective, of_ranks: list[dict[str, tuple[Tensor, Tensor]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moved, losses = looped(NVAMPLoss(**ALL_TERMS), 2, monkeypatch)
+    moved, losses = looped(Loss(objective), 2, monkeypatch)
     for outcome in of_ranks:
-        assert_same(outcome["accelerate"][0], moved)
-        assert_same(outcome["accelerate"][1], losses)
+        assert_same(outcome[f"accelerate, {objective}"][0], moved)
+        assert_same(outcome[f"accelerate, {objective}"][1], losses)
 
 
 def test_statistics_of_two_ranks(of_ranks: list[dict[str, tuple[Tensor, Tensor]]], tmp_path: Path) -> None:
@@ -227,14 +244,15 @@ def test_statistics_of_two_ranks(of_ranks: list[dict[str, tuple[Tensor, Tensor]]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_trl_on_two_ranks_is_one_process(
-    of_ranks: list[dict[str, tuple[Tensor, Tensor]]], tmp_path: Path
+    objective: Objective, of_ranks: list[dict[str, tuple[Tensor, Tensor]]], tmp_path: Path
 ) -> None:
-    moved, losses = with_trl(TokenNVAMPLoss(**ALL_TERMS), 2 * WORLD, tmp_path)
+    moved, losses = with_trl(TokenLoss(objective), 2 * WORLD, tmp_path)
     assert len(losses) == STEPS
     for outcome in of_ranks:
-        assert_same(outcome["trl"][0], moved)
-        assert_same(outcome["trl"][1], losses)
+        assert_same(outcome[f"trl, {objective}"][0], moved)
+        assert_same(outcome[f"trl, {objective}"][1], losses)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="torchtitan needs Python 3.11")

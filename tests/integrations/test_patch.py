@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from nvamp import LinearNVAMPLoss, NVAMPLoss
-from nvamp.integrations.transformers import loss_function, patch, patching, unpatch
-from nvamp.objectives import GRADIENTS, Gradient
+from nvamp import LinearLoss, LinearNVAMPLoss, Loss, NVAMPLoss
+from nvamp.integrations.transformers import compute_loss_func, loss_function, patch, patching, unpatch
+from nvamp.objectives import NVAMP, CrossEntropy, Gradient, Objective, TokenWeighted, parse
 from nvamp.study.models import quiet
 from nvamp.study.training import LabelledBlocks, Recipe, training_arguments
 from tests.integrations.architectures import Architecture, build
 from tests.integrations.tiny import CROSS_ENTROPY, logged_losses, weights_of
+from tests.parameters import with_gradient
 from tests.study.conftest import one_thread
 
 __all__ = ["one_thread"]
@@ -95,7 +96,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor], rtol: float = 1e-9)
 # The loss ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@with_gradient
 def test_every_gradient_and_option(gradient: Gradient, model: Any, batch: dict[str, Tensor]) -> None:
     options = {**OPTIONS, "gradient": gradient, "softcap": 20.0, "logit_scale": 0.5}
     expected = of_logits(model, batch, NVAMPLoss(**options), num_items_in_batch=50)
@@ -189,6 +190,115 @@ def test_under_autocast(batch: dict[str, Tensor]) -> None:
         return max(float((f - e).norm() / e.norm()) for f, e in pairs)
 
     assert 0 < off(linear) <= 1.5 * off(logits)
+
+
+# Any objective, and columns of the batch --------------------------------------------------------------
+
+# An objective as text, and the columns of the batch that it takes.
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "ce": (),
+    "dft": (),
+    "entropy:kind=mile": (),
+    "token_weighted": ("token_weight",),
+    "clipped_policy:clip=0.1,kl=0.2": ("advantage", "old_logprob", "ref_logprob"),
+}
+with_objective = pytest.mark.parametrize("objective", OBJECTIVES)
+
+
+def columns_of(objective: str) -> dict[str, Tensor]:
+    """Random numbers [3, SEQ], on the grid of the labels."""
+    g = torch.Generator().manual_seed(1)
+    random = {name: torch.randn(3, SEQ, generator=g, dtype=torch.float64) for name in OBJECTIVES[objective]}
+    return {name: x - 4 if "logprob" in name else x for name, x in random.items()}
+
+
+def by_hand(
+    model: Any, batch: dict[str, Tensor], objective: str, columns: dict[str, Tensor], items: int | None
+) -> list[Tensor]:
+    """Loss and gradients by the formula of the objective, with autograd, of the model's own logits."""
+    targets = batch["labels"][:, 1:]
+    valid = targets >= 0
+    p = model(batch["input_ids"]).logits[:, :-1][valid].log_softmax(-1)
+    c = {name: x[:, 1:][valid] for name, x in columns.items()}
+    nll, entropy = -p.gather(-1, targets[valid][:, None])[:, 0], -(p.exp() * p).sum(-1)
+    match objective.partition(":")[0]:
+        case "ce":
+            losses = nll
+        case "dft":
+            losses = (-nll).exp().detach() * nll
+        case "entropy":
+            losses = (1 + entropy.detach()) * nll
+        case "token_weighted":
+            losses = c["token_weight"] * nll
+        case _:
+            ratio, delta = (-nll - c["old_logprob"]).exp(), c["ref_logprob"] + nll
+            clipped = torch.minimum(ratio * c["advantage"], ratio.clamp(0.9, 1.1) * c["advantage"])
+            losses = 0.2 * (delta.exp() - delta - 1) - clipped
+    loss = losses.sum() / (items or len(losses))
+    return [loss.detach(), *gradients(loss, model)]
+
+
+@with_objective
+@pytest.mark.parametrize("items", [None, 50])
+def test_every_objective(objective: str, items: int | None, model: Any, batch: dict[str, Tensor]) -> None:
+    columns = columns_of(objective)
+    expected = by_hand(model, batch, objective, columns, items)
+    number = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
+    model.loss_function = loss_function(Loss(parse(objective)))
+    loss = model(**batch, **columns, **number).loss
+    assert_same([loss.detach(), *gradients(loss, model)], expected)
+    patch(model, LinearLoss(parse(objective)))
+    assert_same(of_model(model, {**batch, **columns}, **number), expected)
+    model.eval()
+    loss = model(**batch, **columns, **number).loss
+    assert_same([loss.detach(), *gradients(loss, model)], expected)
+
+
+@pytest.mark.parametrize("objective", ["token_weighted", "clipped_policy:clip=0.1,kl=0.2"])
+def test_columns_beside_shifted_labels_are_shifted(
+    objective: str, model: Any, batch: dict[str, Tensor]
+) -> None:
+    columns = columns_of(objective)
+    expected = by_hand(model, batch, objective, columns, None)
+    shifted = {name: nn.functional.pad(x[:, 1:], (0, 1)) for name, x in columns.items()}
+    batch = {
+        **batch,
+        "shift_labels": nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100),
+        **shifted,
+    }
+    model.loss_function = loss_function(Loss(parse(objective)))
+    loss = model(**batch).loss
+    assert_same([loss.detach(), *gradients(loss, model)], expected)
+    patch(model, LinearLoss(parse(objective)))
+    assert_same(of_model(model, batch), expected)
+
+
+@pytest.mark.parametrize("as_loss_function", [True, False])
+def test_columns_that_do_not_fit_are_named(
+    as_loss_function: bool, model: Any, batch: dict[str, Tensor]
+) -> None:
+    def give(objective: Any) -> None:
+        if as_loss_function:
+            model.loss_function = loss_function(Loss(objective))
+        else:
+            patch(model, LinearLoss(objective))
+
+    give(TokenWeighted())
+    with pytest.raises(TypeError, match=r"a column 'token_weight' in the batch.*remove_unused_columns=False"):
+        model(**batch)
+    with pytest.raises(ValueError, match=r"token_weight must lie on the grid of the labels, \[3, 12\]"):
+        model(**batch, token_weight=torch.ones(3, SEQ - 1))
+    give(CrossEntropy())
+    with pytest.raises(TypeError, match="token_weight has no use: CrossEntropy takes no inputs"):
+        model(**batch, token_weight=torch.ones(3, SEQ))
+
+
+def test_compute_loss_func_does_not_see_columns() -> None:
+    with pytest.raises(ValueError, match=r"needs advantage, but a Trainer .*patch\(model, LinearLoss"):
+        compute_loss_func(Loss(parse("clipped_policy")))
+    logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    loss = compute_loss_func(Loss(CrossEntropy()))({"logits": logits}, labels)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits[:, :-1].mT, labels[:, 1:]))
 
 
 # What stays as it was ----------------------------------------------------------------------------------
@@ -324,14 +434,20 @@ def test_gradient_checkpointing(reentrant: bool, model: Any, batch: dict[str, Te
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(("backend", "whole"), [("eager", True), ("aot_eager", True), ("eager", False)])
+@pytest.mark.parametrize("objective", [NVAMP(0.7, 0.3, 0.2), TokenWeighted()])
 def test_compiled(
-    backend: str, whole: bool, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    objective: Objective, backend: str, whole: bool, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patching, "_state", patching._State())  # as before any call of a patched model
     torch.manual_seed(0)
     model = Gemma2ForCausalLM(Gemma2Config(**{**SIZES, "num_hidden_layers": 1})).double().train()
-    expected = of_logits(model, batch, NVAMPLoss(**OPTIONS))
-    patch(model, LinearNVAMPLoss(**OPTIONS))
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3}
+    columns = {name: torch.rand(3, SEQ) for name in objective.inputs}
+    logits = model(batch["input_ids"]).logits
+    loss = Loss(objective, **options)(logits, batch["labels"], **columns)
+    expected = [loss.detach(), *gradients(loss, model)]
+    batch = {**batch, **columns}
+    patch(model, LinearLoss(objective, **options))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=whole)
     if not whole:
@@ -442,14 +558,16 @@ class Quantized(nn.Linear):
 
 def test_refused_before_it_begins(model: Any) -> None:
     before = dict(vars(model))
-    with pytest.raises(TypeError, match="must be a LinearNVAMPLoss, got NVAMPLoss"):
+    with pytest.raises(
+        TypeError, match=r"must be a LinearLoss, such as LinearLoss\(NVAMP\(\)\), got NVAMPLoss"
+    ):
         patch(model, NVAMPLoss())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must be a transformers model or a PeftModel, got Linear"):
         patch(nn.Linear(2, 3), LinearNVAMPLoss())
     with pytest.raises(TypeError, match=r"LlamaModel .*no loss: its forward takes no labels"):
         patch(model.model, LinearNVAMPLoss())
     head, model.lm_head = model.lm_head, Quantized(16, V)
-    with pytest.raises(TypeError, match=r"plain torch.nn.Linear, got .*test_patch.Quantized: take the path"):
+    with pytest.raises(TypeError, match=r"plain torch.nn.Linear, got .*test_patch.Quantized: use a loss"):
         patch(model, LinearNVAMPLoss())
     model.lm_head = head
     assert vars(model) == before
@@ -482,7 +600,7 @@ class WithSigmoid(LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
-        (WithEntropy, r"WithEntropy needs its logits for 'softmax', .* or loss_function\(NVAMPLoss\(\)\)$"),
+        (WithEntropy, r"WithEntropy needs its logits for 'softmax', .* or loss_function\(Loss\(\.\.\.\)\)$"),
         (WithoutLoss, "WithoutLoss computed no loss of its logits"),
         (WithSigmoid, "WithSigmoid needs its logits for 'sigmoid'"),
     ],
@@ -550,5 +668,5 @@ def test_errors_of_loss_function(batch: dict[str, Tensor]) -> None:
         loss_function(NVAMPLoss())(logits, None)
     with pytest.raises(ValueError, match="has ignore_index=-100, the model asks for 7"):
         loss_function(NVAMPLoss())(logits, labels, ignore_index=7)
-    with pytest.raises(TypeError, match="shift_labels need an NVAMPLoss, got <function ForCausalLMLoss"):
+    with pytest.raises(TypeError, match="shift_labels need a Loss, got <function ForCausalLMLoss"):
         loss_function(ForCausalLMLoss)(logits, labels, shift_labels=labels)

@@ -13,19 +13,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvamp import NVAMPLoss
+from nvamp import LinearLoss, Loss, NVAMPLoss
 from nvamp.integrations.stats import log_stats
-from nvamp.integrations.transformers import compute_loss_func, logits_of
+from nvamp.integrations.transformers import compute_loss_func, logits_of, patch
+from nvamp.objectives import DFT, NVAMP, Objective, TokenWeighted
 from tests.integrations.tiny import IGNORED, LOGGED, Rows, tiny, trainer_of
 
 STEPS, EVERY, ACCUMULATE = 4, 2, 2
 OPTIONS: Any = {"gamma": 0.1, "gradient": "token"}
+OBJECTIVES = (NVAMP(**OPTIONS), DFT())
 
 
 class Spy:
     """A loss function that keeps the losses of tokens of each micro-batch."""
 
-    def __init__(self, criterion: NVAMPLoss) -> None:
+    def __init__(self, criterion: Loss) -> None:
         self._loss = compute_loss_func(criterion)
         self.training: list[NDArray[np.float64]] = []
         self.evaluation: list[NDArray[np.float64]] = []
@@ -39,15 +41,19 @@ class Spy:
         return self._loss(outputs, labels, num_items_in_batch)
 
 
-def hardest_share(nll: NDArray[np.float64]) -> float:
-    """Of the weights in mode "token", of which only the ratios matter here."""
-    w = np.abs(nll - nll.mean()) / np.sqrt(nll.var() + 1e-6) + 0.02
-    w[nll.argmax()] += 0.1 * len(nll)
+def hardest_share(nll: NDArray[np.float64], objective: Objective) -> float:
+    """The share of the weights of the tokens, of which only the ratios matter here."""
+    if objective == DFT():
+        w = np.exp(-nll)
+    else:
+        w = np.abs(nll - nll.mean()) / np.sqrt(nll.var() + 1e-6) + 0.02
+        w[nll.argmax()] += 0.1 * len(nll)
     return float(w[np.argsort(-nll)[: math.ceil(len(nll) / 100)]].sum() / w.sum())
 
 
-def expected(batches: list[NDArray[np.float64]]) -> dict[str, float]:
+def expected(batches: list[NDArray[np.float64]], objective: Objective) -> dict[str, float]:
     """What is to be logged of these micro-batches."""
+    shares = [hardest_share(nll, objective) for nll in batches]
     tokens = [len(nll) for nll in batches]
     assert max(tokens) > 100  # else the hardest hundredth is always one token
     std = [np.sqrt(nll.var() + 1e-6) for nll in batches]
@@ -56,7 +62,7 @@ def expected(batches: list[NDArray[np.float64]]) -> dict[str, float]:
         "nvamp_cross_entropy": float(np.concatenate(batches).mean()),
         "nvamp_dispersion": float(np.average(dispersion, weights=tokens)),
         "nvamp_std": float(np.average(std, weights=tokens)),
-        "nvamp_hardest_share": float(np.average([hardest_share(nll) for nll in batches], weights=tokens)),
+        "nvamp_hardest_share": float(np.average(shares, weights=tokens)),
         "nvamp_max": float(max(nll.max() for nll in batches)),
     }
 
@@ -82,10 +88,13 @@ def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("report_to", ["none", "tensorboard"])
-def test_what_is_logged(report_to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_logged(
+    report_to: str, objective: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    criterion = NVAMPLoss(**OPTIONS)
+    criterion = Loss(objective)
     spy = Spy(criterion)
     trainer = trainer_with(spy, tmp_path, report_to)
     log_stats(trainer, criterion)
@@ -96,9 +105,9 @@ def test_what_is_logged(report_to: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert len(spy.training) == STEPS * ACCUMULATE
     assert [entry["step"] for entry in logged] == [2, 4]
     for i, entry in enumerate(logged):
-        values = expected(spy.training[i * per_log : (i + 1) * per_log])
+        values = expected(spy.training[i * per_log : (i + 1) * per_log], objective)
         assert {name: entry[name] for name in values} == pytest.approx(values, rel=1e-5)
-    in_evaluation = {f"eval_{name}": value for name, value in expected(spy.evaluation).items()}
+    in_evaluation = {f"eval_{name}": value for name, value in expected(spy.evaluation, objective).items()}
     assert {name: metrics[name] for name in in_evaluation} == pytest.approx(in_evaluation, rel=1e-5)
     others = [
         entry for entry in trainer.state.log_history if "loss" not in entry and "eval_loss" not in entry
@@ -114,6 +123,22 @@ def test_what_is_logged(report_to: str, tmp_path: Path, monkeypatch: pytest.Monk
             assert scalars[f"eval/{name}"] == [(STEPS, pytest.approx(metrics[f"eval_{name}"], rel=1e-6))]
     else:
         assert not (tmp_path / "events").exists()
+
+
+def test_a_patched_model_with_weights_of_tokens(tmp_path: Path) -> None:
+    """The logged losses are those of the tokens, whatever their weights."""
+    model, criterion = tiny(), LinearLoss(TokenWeighted())
+    patch(model, criterion)
+    rows = Rows(unequal=True, weighted=True)
+    rows.columns["token_weight"].fill_(3)
+    arguments = {**LOGGED, "max_steps": STEPS, "remove_unused_columns": False}
+    trainer = trainer_of(model, rows, tmp_path, arguments)
+    log_stats(trainer, criterion)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == STEPS
+    for entry in logged:
+        assert entry["nvamp_cross_entropy"] == pytest.approx(entry["loss"] / 3, rel=1e-4)
 
 
 class Waits(TorchDispatchMode):

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nvamp.functional import nvamp_loss
-
 if sys.version_info < (3, 11):
     pytest.skip("torchtitan needs Python 3.11", allow_module_level=True)
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
 
-from nvamp.integrations.torchtitan import NVAMPLoss
-from tests.integrations.tiny import CROSS_ENTROPY, IGNORED
+from nvamp import Loss
+from nvamp.integrations import torchtitan
+from nvamp.integrations.torchtitan import TitanLoss
+from nvamp.objectives.spec import parse_loss
+from tests.integrations.tiny import IGNORED
 
 BATCH, SEQ, D, V = 4, 8, 5, 13
 
@@ -51,7 +52,7 @@ def step(config: BaseLoss.Config, micro_batches: list[tuple[Tensor, Tensor]]) ->
 def test_cross_entropy_is_torchtitans_own(
     chunks: int | None, micro_batches: list[tuple[Tensor, Tensor]]
 ) -> None:
-    ours, theirs = NVAMPLoss.Config(**CROSS_ENTROPY), CrossEntropyLoss.Config()
+    ours, theirs = TitanLoss.Config(loss="ce"), CrossEntropyLoss.Config()
     if chunks is not None:
         ours, theirs = (ChunkedLossWrapper.Config(num_chunks=chunks, loss_fn=c) for c in (ours, theirs))
     loss, gradients = step(ours, micro_batches)
@@ -61,17 +62,77 @@ def test_cross_entropy_is_torchtitans_own(
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-7)
 
 
-def test_every_term(micro_batches: list[tuple[Tensor, Tensor]]) -> None:
-    options: Any = {"alpha": 0.7, "beta": 0.3, "gamma": 0.2, "eps": 1e-3, "gradient": "token"}
+# Texts, each with the inputs that it takes.
+LOSSES: dict[str, tuple[str, ...]] = {
+    "nvamp:alpha=0.7,beta=0.3,gamma=0.2,eps=0.001,gradient=token": (),
+    "tail:share=0.2,label_smoothing=0.1": (),
+    "entropy:softcap=2": (),
+    "token_weighted:z_loss=0.01": ("token_weight",),
+    "clipped_policy": ("advantage", "old_logprob"),
+}
+
+
+@pytest.mark.parametrize("text", LOSSES)
+@pytest.mark.parametrize("tokens", [None, 50])
+def test_every_loss(text: str, tokens: int | None, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
+    torch.manual_seed(0)
     head = nn.Linear(D, V)
-    loss_fn = NVAMPLoss.Config(**options).build(compile_config=None)
+    loss_fn = TitanLoss.Config(loss=text).build(compile_config=None)
+    objective, options = parse_loss(text)
     for hidden, labels in micro_batches:
-        for tokens in (None, torch.tensor(50)):
-            loss, metrics = loss_fn(head(hidden), labels, tokens)
-            expected = nvamp_loss(
-                head(hidden), labels, shift=False, num_items_in_batch=1 if tokens is None else 50, **options
-            )
-            assert metrics == {}
-            torch.testing.assert_close(loss, expected)
-            got, wanted = (torch.autograd.grad(x, head.weight) for x in (loss, expected))
-            torch.testing.assert_close(got, wanted)
+        inputs: Any = {name: torch.randn(BATCH, SEQ) for name in LOSSES[text]}
+        number = None if tokens is None else torch.tensor(tokens)
+        loss, metrics = loss_fn(head(hidden), labels, number, positions=None, **inputs)
+        criterion = Loss(objective, shift=False, **options)
+        expected = criterion(head(hidden), labels, 1 if tokens is None else tokens, **inputs)
+        assert metrics == {}
+        torch.testing.assert_close(loss, expected)
+        got, wanted = (torch.autograd.grad(x, head.weight) for x in (loss, expected))
+        torch.testing.assert_close(got, wanted)
+
+
+def test_chunks_have_their_part_of_the_inputs(micro_batches: list[tuple[Tensor, Tensor]]) -> None:
+    """A sum over tokens is the same in chunks as in one."""
+    torch.manual_seed(0)
+    head = nn.Linear(D, V, bias=False)
+    config = TitanLoss.Config(loss="token_weighted")
+    chunked = ChunkedLossWrapper.Config(num_chunks=4, loss_fn=config).build(compile_config=None)
+    chunked.set_lm_head(head)
+    hidden, labels = micro_batches[0][0].requires_grad_(), micro_batches[0][1]
+    weight, tokens = torch.rand(BATCH, SEQ), (labels != IGNORED).sum()
+    loss, _ = chunked(hidden, labels, tokens, token_weight=weight)
+    loss.backward()
+    found = [loss.detach(), hidden.grad, head.weight.grad]
+    whole, _ = config.build(compile_config=None)(head(hidden), labels, tokens, token_weight=weight)
+    expected = [whole.detach(), *torch.autograd.grad(whole, (hidden, head.weight))]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("text", ["nvmap", "nvamp:gradient=tokens", "ce:z_loss=-1"])
+def test_a_wrong_text_is_an_error_of_the_configuration(text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        TitanLoss.Config(loss=text)
+
+
+def test_a_missing_input_is_named(micro_batches: list[tuple[Tensor, Tensor]]) -> None:
+    hidden, labels = micro_batches[0]
+    logits = nn.Linear(D, V)(hidden)
+    with pytest.raises(TypeError, match="token_weight is missing"):
+        TitanLoss.Config(loss="token_weighted").build(compile_config=None)(logits, labels)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("ce:z_loss=0.1,label_smoothing=0.1", "z_loss, label_smoothing"), ("entropy", "the entropy")],
+)
+def test_what_torchtitan_does_not_gather(
+    text: str, what: str, micro_batches: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchtitan, "spmd_mesh_size", lambda axis: 2)
+    hidden, labels = micro_batches[0]
+    logits = nn.Linear(D, V)(hidden)
+    with pytest.raises(NotImplementedError, match=f"needs {what}, which torchtitan does not compute"):
+        TitanLoss.Config(loss=text).build(compile_config=None)(logits, labels)
+    loss, _ = TitanLoss.Config(loss="ce").build(compile_config=None)(logits, labels)
+    expected, _ = CrossEntropyLoss.Config().build(compile_config=None)(logits, labels)
+    torch.testing.assert_close(loss, expected)

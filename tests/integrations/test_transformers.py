@@ -9,8 +9,9 @@ import transformers
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-from nvamp import NVAMPLoss
-from nvamp.integrations.transformers import compute_loss_func
+from nvamp import LinearLoss, Loss, NVAMPLoss
+from nvamp.integrations.transformers import compute_loss_func, loss_function, patch
+from nvamp.objectives import CrossEntropy, TokenWeighted
 from nvamp.study.corpus import Corpus
 from nvamp.study.losses import parse_loss
 from nvamp.study.models import build_model, quiet
@@ -92,27 +93,32 @@ COLLATORS = {
 }
 
 
-def run(collator: Any, accumulate: int, loss: Any, folder: Path) -> tuple[Tensor, Tensor]:
+def run(
+    collator: Any, accumulate: int, loss: Any, folder: Path, model: Any = None, **options: Any
+) -> tuple[Tensor, Tensor]:
     """By how much four steps of plain gradient descent move the tiny model, and the losses they log."""
-    model = tiny()
+    model = tiny() if model is None else model
     start = weights_of(model)
     arguments = {
         "max_steps": 4,
         "per_device_train_batch_size": 8 // accumulate,
         "gradient_accumulation_steps": accumulate,
         **DESCENT,
+        **options,
     }
-    rows = [{"input_ids": ids} for ids in documents_of(0, 32)]
+    documents = documents_of(0, 32)
+    rows = [{"input_ids": ids, "token_weight": weight_of(ids)} for ids in documents]
     trainer = trainer_of(model, rows, folder, arguments, data_collator=collator, compute_loss_func=loss)
     trainer.train()
     return weights_of(model) - start, logged_losses(trainer)
 
 
+@pytest.mark.parametrize("criterion", [Loss(CrossEntropy()), NVAMPLoss(**CROSS_ENTROPY)])
 @pytest.mark.parametrize("layout", COLLATORS)
-def test_cross_entropy_is_the_trainers_own(layout: str, tmp_path: Path) -> None:
+def test_cross_entropy_is_the_trainers_own(layout: str, criterion: Loss, tmp_path: Path) -> None:
     """Step for step, in any number of micro-batches."""
     quiet()
-    loss = compute_loss_func(NVAMPLoss(**CROSS_ENTROPY))
+    loss = compute_loss_func(criterion)
     for accumulate in (1, 2, 4):
         moved, logged = run(COLLATORS[layout], accumulate, loss, tmp_path)
         expected, expected_log = run(COLLATORS[layout], accumulate, None, tmp_path)
@@ -133,6 +139,72 @@ def test_layouts_are_the_same_documents(tmp_path: Path) -> None:
     without, its_log = run(COLLATORS["padding-free"], 1, loss, tmp_path)
     assert_same(without, with_padding)
     assert_same(its_log, log)
+
+
+# Weights of tokens ---------------------------------------------------------------------------------------
+
+
+def weight_of(ids: Tensor) -> Tensor:
+    """A weight for each token of a document."""
+    return 0.5 + (ids % 3).float()
+
+
+def padded_with_weights(rows: list[Batch]) -> Batch:
+    weights = [
+        torch.nn.functional.pad(row["token_weight"], (0, SEQ - len(row["token_weight"]))) for row in rows
+    ]
+    return {**padded(rows), "token_weight": torch.stack(weights)}
+
+
+def descended(batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """What `run` returns, by hand and with the weights of the tokens, of these batches."""
+    model = tiny()
+    start, losses = weights_of(model), []
+    for batch in batches:
+        labels, weight = batch["labels"][:, 1:], batch["token_weight"][:, 1:]
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        nll = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+        losses.append((weight * nll).sum() / (labels != IGNORED).sum())
+        model.zero_grad()
+        losses[-1].backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= DESCENT["learning_rate"] * parameter.grad
+    return weights_of(model) - start, torch.stack(losses).detach()
+
+
+@pytest.mark.parametrize("way", ["patch", "loss_function"])
+def test_weights_of_the_batch_reach_the_loss(way: str, tmp_path: Path) -> None:
+    """Through a Trainer, in any number of micro-batches."""
+    quiet()
+    batches: list[Batch] = []
+
+    def collate(rows: list[Batch]) -> Batch:
+        batches.append(padded_with_weights(rows))
+        return batches[-1]
+
+    for accumulate in (1, 2, 4):
+        model = tiny()
+        if way == "patch":
+            patch(model, LinearLoss(TokenWeighted()))
+        else:
+            model.loss_function = loss_function(Loss(TokenWeighted()))
+        moved, logged = run(collate, accumulate, None, tmp_path, model, remove_unused_columns=False)
+        if accumulate == 1:
+            expected, expected_log = descended(batches)
+            assert len(logged) == 4
+        assert_same(moved, expected)
+        assert_same(logged, expected_log)
+
+
+def test_a_dropped_column_is_named(tmp_path: Path) -> None:
+    quiet()
+    model = tiny()
+    patch(model, LinearLoss(TokenWeighted()))
+    with pytest.raises(
+        TypeError, match=r"token_weight is missing: .*unless TrainingArguments has remove_unused"
+    ):
+        run(padded, 1, None, tmp_path, model)
 
 
 # Blocks of the study -------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ import trl
 from datasets import Dataset
 from torch import Tensor
 
-from nvamp import NVAMPLoss, TokenNVAMPLoss
+from nvamp import Loss, TokenLoss, TokenNVAMPLoss
 from nvamp.integrations.stats import log_stats
-from nvamp.integrations.transformers import compute_loss_func
+from nvamp.integrations.transformers import compute_loss_func, loss_function
 from nvamp.integrations.trl import SFTTrainer
+from nvamp.objectives import DFT, NVAMP, CrossEntropy, EntropyWeighted, Objective, TokenWeighted
 from tests.integrations.tiny import (
-    CROSS_ENTROPY,
     DESCENT,
     IGNORED,
     assert_same,
@@ -86,7 +86,7 @@ def test_cross_entropy_is_trls_own(
     rows = data["pairs" if layout == "completions" else "text"]
     common = (model_dir, tokenizer, rows, tmp_path, LAYOUTS[layout])
     expected, expected_logs, _ = trained(trl.SFTTrainer, *common)
-    moved, logs, trainer = trained(SFTTrainer, *common, criterion=TokenNVAMPLoss(**CROSS_ENTROPY))
+    moved, logs, trainer = trained(SFTTrainer, *common, criterion=TokenLoss(CrossEntropy()))
     assert_same(moved, expected)
     assert len(logs) == len(expected_logs) == 4
     for ours, theirs in zip(logs, expected_logs, strict=True):
@@ -98,18 +98,105 @@ def test_cross_entropy_is_trls_own(
         assert entry["nvamp_cross_entropy"] == pytest.approx(entry["loss"], rel=1e-4)
 
 
-def test_every_term_trains(data: dict[str, Dataset], model_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
-    """The loss of the logits, which TRL lets `compute_loss_func` have for another forward, is the same."""
-    options: Any = {"beta": 0.5, "gamma": 0.3, "gradient": "token"}
+def test_dft_is_trls_own(data: dict[str, Dataset], model_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
+    common = (model_dir, tokenizer, data["text"], tmp_path)
+    expected, expected_logs, _ = trained(trl.SFTTrainer, *common, {"loss_type": "dft"})
+    moved, logs, _ = trained(SFTTrainer, *common, {}, criterion=TokenLoss(DFT()))
+    assert_same(moved, expected)
+    for ours, theirs in zip(logs, expected_logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [NVAMP(beta=0.5, gamma=0.3, gradient="token"), EntropyWeighted("mile"), EntropyWeighted("eaft")],
+)
+def test_an_objective_trains_as_from_logits(
+    objective: Objective, data: dict[str, Dataset], model_dir: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """TRL gives `compute_loss_func` the logits, of another forward."""
     common = (model_dir, tokenizer, data["text"], tmp_path, LAYOUTS["accumulated"])
-    moved, logs, _ = trained(SFTTrainer, *common, criterion=TokenNVAMPLoss(**options))
+    moved, logs, _ = trained(SFTTrainer, *common, criterion=TokenLoss(objective))
     with pytest.warns(FutureWarning, match="compute_loss_func"):
         expected, expected_logs, _ = trained(
-            trl.SFTTrainer, *common, compute_loss_func=compute_loss_func(NVAMPLoss(**options))
+            trl.SFTTrainer, *common, compute_loss_func=compute_loss_func(Loss(objective))
         )
     assert_same(moved, expected)
     for ours, theirs in zip(logs, expected_logs, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+# Columns of the batch ------------------------------------------------------------------------------------
+
+
+def weighted_rows() -> Dataset:
+    """Tokens, their labels and weights, in rows of unequal length."""
+    lengths = [4 + i % 5 for i in range(16)]
+    ids = [[3 + (7 * i + j) % 20 for j in range(length)] for i, length in enumerate(lengths)]
+    weights = [[0.5 + (token % 3) for token in row] for row in ids]
+    return Dataset.from_dict({"input_ids": ids, "labels": ids, "token_weight": weights})
+
+
+def padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def filled(name: str, value: float) -> Tensor:
+        parts = [torch.tensor(row[name]) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+
+    batch = {
+        name: filled(name, value)
+        for name, value in (("input_ids", 0), ("labels", IGNORED), ("token_weight", 0))
+    }
+    return batch | {"attention_mask": (batch["labels"] != IGNORED).long()}
+
+
+def padded_and_shifted(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    batch = padded(rows)
+    batch["shift_labels"] = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    batch["token_weight"] = torch.nn.functional.pad(batch["token_weight"][:, 1:], (0, 1))
+    return batch
+
+
+class WithLossFunction(transformers.Trainer):  # type: ignore[misc]  # transformers is untyped here
+    """transformers' own trainer, of the model's logits."""
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        model.loss_function = loss_function(Loss(TokenWeighted()))
+        super().__init__(model, **options)
+
+
+@pytest.mark.parametrize("collator", [padded, padded_and_shifted])
+def test_weights_of_the_batch_reach_the_criterion(
+    collator: Any, model_dir: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    config = {**LAYOUTS["accumulated"], "remove_unused_columns": False}
+    common: Any = (model_dir, tokenizer, weighted_rows(), tmp_path, config)
+    expected, expected_logs, _ = trained(WithLossFunction, *common, data_collator=padded)
+    moved, logs, trainer = trained(
+        SFTTrainer, *common, data_collator=collator, criterion=TokenLoss(TokenWeighted())
+    )
+    assert_same(moved, expected)
+    losses, expected_losses = (
+        [entry["loss"] for entry in log if "loss" in entry] for log in (logs, expected_logs)
+    )
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert len(losses) == 3
+    assert trainer.state.log_history[0]["mean_token_accuracy"] >= 0  # TRL's metrics go on
+
+
+def test_a_dropped_column_is_named(model_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"token_weight is missing: .*has remove_unused_columns=False"):
+        trained(
+            SFTTrainer,
+            model_dir,
+            tokenizer,
+            weighted_rows(),
+            tmp_path,
+            {},
+            criterion=TokenLoss(TokenWeighted()),
+        )
+
+
+# What TRL does -------------------------------------------------------------------------------------------
 
 
 def test_one_forward_a_micro_batch(

@@ -8,8 +8,9 @@ import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tests.engine.problems import IGNORED
+
 ROWS, SEQ, V = 64, 12, 31
-IGNORED = -100
 ALL_TERMS = {"alpha": 1.0, "beta": 0.5, "gamma": 0.7}  # large enough that each shows
 CROSS_ENTROPY = {"alpha": 0.0, "beta": 1.0, "gamma": 0.0}
 # Arguments of a Trainer on a CPU that logs every step and leaves nothing else behind ...
@@ -32,19 +33,21 @@ DESCENT = {
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Random tokens, and as labels the same, with some of them ignored if `unequal`."""
+    """Random tokens, and as labels the same, with some of them ignored if `unequal`; weights if `weighted`."""
 
-    def __init__(self, unequal: bool) -> None:
+    def __init__(self, unequal: bool, weighted: bool = False) -> None:
         g = torch.Generator().manual_seed(0)
         self.inputs = torch.randint(V, (ROWS, SEQ), generator=g)
         kept = torch.randint(2, SEQ + 1, (ROWS,), generator=g) if unequal else torch.full((ROWS,), SEQ)
         self.labels = torch.where(torch.arange(SEQ) < kept[:, None], self.inputs, IGNORED)
+        self.columns = {"token_weight": 2 * torch.rand(ROWS, SEQ, generator=g)} if weighted else {}
 
     def __len__(self) -> int:
         return ROWS
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.inputs[index], "labels": self.labels[index]}
+        columns = {name: x[index] for name, x in self.columns.items()}
+        return {"input_ids": self.inputs[index], "labels": self.labels[index], **columns}
 
 
 def tiny() -> Any:

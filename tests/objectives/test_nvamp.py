@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nvamp import TokenNVAMPLoss
 from nvamp.functional import token_weights
-from nvamp.objectives import GRADIENTS, NVAMP, Batch, Gradient
+from nvamp.objectives import GRADIENTS, NVAMP, Batch, Gradient, Result
 from nvamp.objectives.statistics import statistics
 from tests import oracle
 from tests.strategies import examples
@@ -28,6 +28,10 @@ items = st.none() | st.integers(1, 100)
 
 def batch_of(ell: Tensor, valid: Tensor | None = None, items: Tensor | float | None = None) -> Batch:
     return Batch(ell, torch.ones_like(ell, dtype=torch.bool) if valid is None else valid, items)
+
+
+def weights_of(result: Result, valid: Tensor) -> Tensor:
+    return torch.where(valid, result.weights(), 0)
 
 
 @examples(200)
@@ -111,6 +115,17 @@ def test_cross_entropy_and_max_add_up_over_micro_batches(
     torch.testing.assert_close(total, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_statistics_are_there_without_alpha(alpha: float, gradient: Gradient) -> None:
+    """The loss then needs neither mean nor deviation."""
+    ell = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    found = NVAMP(alpha, eps=0.5, gradient=gradient).evaluate(batch_of(ell)).statistics
+    assert found is not None
+    mean, std, z = oracle.statistics(ell, 0.5)
+    torch.testing.assert_close(found()[4:7], (mean, std, z.abs().mean()))
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("count", [0, 3])
 def test_no_valid_token(gradient: Gradient, count: int) -> None:
@@ -118,7 +133,7 @@ def test_no_valid_token(gradient: Gradient, count: int) -> None:
     assert statistics(batch_of(ell, valid)).max_index == -1
     result = NVAMP(gradient=gradient).evaluate(batch_of(ell, valid))
     assert result.loss == 0
-    assert (result.weights(valid) == 0).all()
+    assert (weights_of(result, valid) == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -137,7 +152,7 @@ def test_nan_and_infinity_are_not_hidden(bad: float, gradient: Gradient) -> None
     ell = torch.tensor([1.0, bad, 2.0])
     result = NVAMP(gradient=gradient).evaluate(batch_of(ell))
     assert result.loss.isnan()
-    assert result.weights(torch.ones(3, dtype=torch.bool)).isnan().all()
+    assert result.weights().isnan().all()
 
 
 @pytest.mark.parametrize("m", [5, 5.0, torch.tensor(5), torch.tensor([5], dtype=torch.int32).reshape(())])

@@ -1,7 +1,7 @@
 """The engine: losses of single tokens, differentiable in the weight that each token gets.
 
-Two primitives, `token_nll` from logits and `linear_token_nll` from hidden states; `linear_nll_sum_max` is the
-latter for objectives whose gradient needs the sum and the maximum of the losses only.
+Two primitives, `token_nll` from logits and `linear_token_nll` from hidden states; `linear_nll_sum` is the
+latter for objectives that give all tokens the same weight, and a few of them an extra one.
 """
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
@@ -28,10 +28,15 @@ if TYPE_CHECKING:
 
 
 class TokenMetrics(NamedTuple):
-    """What else a pass over the logits can tell of each token; without gradient, shaped like the labels."""
+    """What else a pass over the logits finds out about each token, shaped like the labels.
 
-    correct: Tensor  # bool: the label has the largest logit, the first where tied; False where ignored
-    entropy: Tensor  # nats, of the predicted distribution; 0 where ignored
+    All of it is about the prediction, softmax(z) of the z of `TokenOptions`. Only the entropy has a gradient.
+    """
+
+    correct: Tensor  # bool: the prediction is the label; False where ignored
+    prediction: Tensor  # int64: the class of the largest z, the first of equals; 0 where ignored
+    entropy: Tensor  # nats, differentiable with any weight per token; 0 where ignored
+    lse: Tensor  # logsumexp(z); 0 where ignored
 
 
 @overload
@@ -111,13 +116,14 @@ def token_nll(
     name = backend_for(logits, backend)
     check_transforms(name, logits)
     if vocab_group is not None:
-        _refuse_metrics(return_metrics)
-        return parts.token_nll(logits, labels, inplace_backward, name, opt, _ranks_of(vocab_group))
-    if name == "reference":
-        nll, *metrics = reference.token_nll(logits, labels, return_metrics, opt)
+        ranks = _ranks_of(vocab_group)
+        results = parts.token_nll(logits, labels, return_metrics, inplace_backward, name, opt, ranks)
+    elif name == "reference":
+        results = reference.token_nll(logits, labels, return_metrics, opt)
     else:
-        nll, _, *metrics = ops.token_nll(logits, labels, return_metrics, inplace_backward, name, opt)
-    return _result(nll, metrics, return_metrics)
+        results = ops.token_nll(logits, labels, return_metrics, inplace_backward, name, opt)
+        results = _with_lse(*results) if return_metrics else results[:1]
+    return _result(labels, ignore_index, *results)
 
 
 @overload
@@ -196,19 +202,19 @@ def linear_token_nll(
     name = backend_for(hidden, backend)
     check_transforms(name, *head[:3])
     if vocab_group is not None:
-        _refuse_metrics(return_metrics)
         ranks = _ranks_of(vocab_group)
         if reduce_grad_hidden:
             from nvamp.distributed import map_gradient
 
             head = head._replace(hidden=map_gradient(head.hidden, ranks.total))
-        return parts.linear_token_nll(head, accum_dtype, name, opt, ranks).view(labels.shape)
-    if name == "reference":
+        results = parts.linear_token_nll(head, return_metrics, accum_dtype, name, opt, ranks)
+    elif name == "reference":
         logits = reference.logits_of(head, ignore_index)
-        nll, *metrics = reference.token_nll(logits, head.labels, return_metrics, opt)
+        results = reference.token_nll(logits, head.labels, return_metrics, opt)
     else:
-        nll, _, *metrics = ops.linear_token_nll(head, return_metrics, accum_dtype, name, opt)
-    return _result(nll.view(labels.shape), metrics, return_metrics)
+        results = ops.linear_token_nll(head, return_metrics, accum_dtype, name, opt)
+        results = _with_lse(*results) if return_metrics else results[:1]
+    return _result(labels, ignore_index, *results)
 
 
 def _ranks_of(vocab_group: "Group") -> Ranks:
@@ -218,13 +224,8 @@ def _ranks_of(vocab_group: "Group") -> Ranks:
     return ranks_of(vocab_group)
 
 
-def _refuse_metrics(return_metrics: bool) -> None:
-    if return_metrics:
-        raise ValueError("return_metrics=True needs the whole vocabulary on every rank")
-
-
 def can_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> bool:
-    """Whether `linear_nll_sum_max` is of use: there is a gradient to take, in a dtype with room for it.
+    """Whether `linear_nll_sum` is of use: there is a gradient to take, in a dtype with room for it.
 
     The gradient of a sum over a whole batch overflows float16.
     """
@@ -234,39 +235,58 @@ def can_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: s
     return differentiated and not half and backend_for(hidden, backend) != "reference"
 
 
-def linear_nll_sum_max(
+def linear_nll_sum(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None = None,
     *,
+    few: int,
     ignore_index: int = -100,
     accum_dtype: torch.dtype | None = None,
     backend: str | None = None,
     **options: Unpack[TokenOptions],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum and maximum of the losses, differentiable, and the losses [...] themselves, which are not.
+) -> tuple[Tensor, Tensor]:
+    """The sum of the losses, and the losses [...]; the gradient of the sum is taken in the forward.
 
-    The gradient of the sum is taken in the forward, while the logits are there: three matrix products in
-    place of the four of `linear_token_nll`, for holding the gradients of `hidden` and `weight` until the
-    backward. The maximum is the first where tied, and 0 where every label is ignored. There is no
-    `"reference"` of it.
+    So it takes three matrix products in place of the four of `linear_token_nll`, for holding the gradients of
+    `hidden` and `weight` until the backward. What a backward may ask of the losses is limited:
+
+    Args:
+        few: the gradient by the losses is 0 but for at most so many rows. 0: the losses have no gradient.
+            1: it is that of the largest loss, the first if tied, whose row is kept. More: any rows; the
+            backward computes their logits again and adds their part of the gradient of the weight, two
+            products of as many rows. Elsewhere than on a CPU the rows beyond the first `few`, by magnitude,
+            are not looked for.
+
+    The other arguments and the errors are those of `linear_token_nll`; there is no `"reference"` of it.
     """
     head = _head(hidden, weight, labels, bias)
     check_accum_dtype(accum_dtype, head.weight)
+    if few < 0:
+        raise ValueError(f"few must be at least 0, got {few}")
     opt = checked(Options(ignore_index, **options))
     needs = Needs(*(t is not None and t.requires_grad for t in head[:3]))
     name = backend_for(hidden, backend)
     check_transforms(name, *head[:3])
-    total, largest, nll, *_ = ops.linear_nll_sum_max(head, needs, True, accum_dtype, name, opt)
-    return total, largest, nll.view(labels.shape)
+    total, nll, *_ = ops.linear_nll_sum(head, needs, few, True, accum_dtype, name, opt)
+    return total, nll.view(labels.shape)
 
 
-def _result(nll: Tensor, metrics: list[Tensor], return_metrics: bool) -> Tensor | tuple[Tensor, TokenMetrics]:
-    if not return_metrics:
-        return nll
-    entropy, correct = (t.view(nll.shape) for t in metrics)
-    return nll, TokenMetrics(correct, entropy)
+def _with_lse(nll: Tensor, norm: Tensor, entropy: Tensor, prediction: Tensor) -> tuple[Tensor, ...]:
+    return nll, norm.sum(-1), entropy, prediction
+
+
+def _result(
+    labels: Tensor, ignore_index: int, nll: Tensor, *metrics: Tensor
+) -> Tensor | tuple[Tensor, TokenMetrics]:
+    """Shaped like the labels: the losses and, if there are lse, entropy and prediction, these as metrics."""
+    if not metrics:
+        return nll.view(labels.shape)
+    nll, lse, entropy, prediction = (x.view(labels.shape) for x in (nll, *metrics))
+    valid = labels != ignore_index
+    correct = (prediction == labels) & valid
+    return nll, TokenMetrics(correct, prediction, entropy, torch.where(valid, lse, 0))
 
 
 def _head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, part: bool = False) -> Head:

@@ -40,6 +40,13 @@ class Chunk(NamedTuple):
     hidden: Tensor  # [rows, D]
 
 
+class OfEntropy(NamedTuple):
+    """Entropies of rows as `Backend.token_nll` gave them, and the gradients with respect to them."""
+
+    entropy: Tensor  # [...]
+    grad: Tensor  # [...]
+
+
 class Backend(Protocol):
     """Losses, `norm` and the gradients by losses are float32, float64 for float64.
 
@@ -47,18 +54,26 @@ class Backend(Protocol):
     but of large logits its rounding would be the error of a softmax made from it.
 
     Labels are int32 or int64. One out of range gives NaN, unless the logits are those of a part of the
-    vocabulary: there it is a label of another part. Rows with `ignore_index` may hold anything; their losses
-    and gradients are 0.
+    vocabulary: there it is a label of another part. Rows with `ignore_index` may hold anything; their losses,
+    entropies, predictions and gradients are 0.
     """
 
     def token_nll(self, logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
-        """(nll, norm), with `metrics` (nll, norm, entropy, correct), of logits [..., V] of any strides."""
+        """(nll, norm), with `metrics` (nll, norm, entropy, prediction), of logits [..., V] of any strides.
 
-    def part_statistics(self, logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, ...]:
-        """(norm, z of the label or 0 where it is in another part, Σ z) of a part of the vocabulary.
+        The prediction is the class of the largest z, the first of equals, in int64; in a row that has NaN it
+        is any class.
+        """
+
+    def part_statistics(
+        self, logits: Tensor, labels: Tensor, metrics: bool, opt: Options
+    ) -> tuple[Tensor, ...]:
+        """(norm, z of the label or 0 if it is in another part, Σ (largest − z)) of a part of the vocabulary.
 
         `norm` is here the largest z and Σ exp(z − largest), without the logarithm, which adds up over parts.
-        Σ z is 0 unless there is label smoothing.
+        The last sum is 0 unless there is label smoothing; if the largest z is −inf, it is subtracted from 0.
+        With `metrics` there are two more, entropy and prediction as if the part were all: if its Σ exp is 0,
+        the entropy may be anything.
         """
 
     def token_nll_backward(
@@ -70,10 +85,12 @@ class Backend(Protocol):
         opt: Options,
         out: Tensor,
         classes: Tensor | None = None,
+        of_entropy: OfEntropy | None = None,
     ) -> None:
         """Writes the gradient of Σ grad_nll·nll by logits [..., V] to `out`: contiguous, or the logits.
 
-        With `classes` the logits are those of a part of a vocabulary of that size, and `norm` of all of it.
+        With `of_entropy` it is the gradient of Σ grad_nll·nll + Σ grad·entropy. With `classes` the logits are
+        those of a part of a vocabulary of that size; `norm` and the entropies are of all of it.
         """
 
     def unit_gradient_(self, logits: Tensor, labels: Tensor, opt: Options) -> Tensor:

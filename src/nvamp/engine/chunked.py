@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nvamp.engine import devices
-from nvamp.engine.backend import Chunk, Largest
+from nvamp.engine.backend import Chunk, Largest, OfEntropy
 from nvamp.engine.options import Options, accumulate_dtype
 
 MiB = 2**20
@@ -82,7 +82,8 @@ def _losses(z: Tensor, targets: Targets, opt: Options, out: Tensor) -> tuple[Ten
     top = z.amax(-1)
     below_top = top - z.gather(1, targets.label[:, None])[:, 0]
     if opt.label_smoothing:
-        below_top = torch.lerp(below_top, top - z.mean(-1), opt.label_smoothing)
+        z = torch.sub(z, top[:, None], out=out)  # what all of them have in common would cost the mean digits
+        below_top = _smoothed(below_top, -z.mean(-1), opt)
     # The largest probability is 1 / Σ exp(z − top).
     log_sum = -torch.softmax(z, -1, out=out).amax(-1).log_()
     nll = log_sum + below_top
@@ -95,6 +96,21 @@ def _losses(z: Tensor, targets: Targets, opt: Options, out: Tensor) -> tuple[Ten
     return nll, torch.stack((top, log_sum), -1)
 
 
+def _smoothed(at_label: Tensor, mean: Tensor, opt: Options) -> Tensor:
+    """Both are inf if a logit is −inf: no difference of the two may be taken, as `torch.lerp` would."""
+    return (1 - opt.label_smoothing) * at_label + opt.label_smoothing * mean
+
+
+def _weighted(below: Tensor, p: Tensor) -> Tensor:
+    """Σ p·(z − largest z) [rows] of a block; z − largest z, `below`, is used up for it."""
+    return _without_inf(below).mul_(p).sum(-1)
+
+
+def _without_inf(below: Tensor) -> Tensor:
+    """z − largest z with a number for −inf, in place: exp of it is 0 long before −10⁴, and times −inf NaN."""
+    return below.clamp_(min=-1e4)
+
+
 def _to_gradient(
     p: Tensor,
     norm: Tensor,
@@ -103,14 +119,23 @@ def _to_gradient(
     grad_nll: Tensor,
     opt: Options,
     classes: Tensor | None = None,
+    of_entropy: OfEntropy | None = None,
+    below: Tensor | None = None,
 ) -> None:
     """Makes of the softmax p [rows, V] of a block, in place, the gradient of Σ grad_nll·nll by its logits.
 
-    With `classes` the block is of a part of a vocabulary of that size.
+    With `classes` the block is of a part of a vocabulary of that size. With `of_entropy` the gradient of
+    Σ grad·entropy is added; `below`, z − largest z [rows, V], is used up for it.
     """
     # dnll/dz = p·(1 + 2·z_loss·lse) − (1 − label_smoothing)·[v = y] − label_smoothing/V
     w = (grad_nll * opt.logit_scale)[:, None]
-    p.mul_(w * (1 + 2 * opt.z_loss * norm.sum(-1, keepdim=True)) if opt.z_loss else w)
+    factor = w * (1 + 2 * opt.z_loss * norm.sum(-1, keepdim=True)) if opt.z_loss else w
+    if of_entropy is not None and below is not None:
+        # dentropy/dz = −p·(log p + entropy), and log p = below − log_sum
+        h = (of_entropy.grad * -opt.logit_scale)[:, None]
+        factor = factor + h * (of_entropy.entropy - norm[:, 1])[:, None]
+        factor = torch.addcmul(factor, h, _without_inf(below), out=below)
+    p.mul_(factor)
     at_label = (opt.label_smoothing - 1) * w
     if classes is not None and targets.invalid is not None:
         at_label = at_label.masked_fill(targets.invalid[:, None], 0)
@@ -158,7 +183,8 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
     n = labels.numel()
     buffer = _block_buffer(logits)
     nll, norm = buffer.new_empty(n), buffer.new_empty(n, 2)
-    entropy, correct = buffer.new_empty(n), targets.label.new_empty(n, dtype=torch.bool)
+    entropy, prediction = buffer.new_empty(n), targets.label.new_empty(n)
+    room = torch.empty_like(buffer) if metrics else buffer
     for x, at in _blocks(logits):
         p, rows = buffer[: len(x)], targets.rows(at)
         if rows.none:
@@ -166,37 +192,52 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
             continue
         z, _ = _activate(x, opt, p, want_slope=False)
         if metrics:
-            correct[at] = z.argmax(-1) == rows.label
+            top, prediction[at] = z.max(-1)
+            below = torch.sub(z, top[:, None], out=room[: len(x)])
         nll[at], norm[at] = _losses(z, rows, opt, p)
         if metrics:
-            entropy[at] = torch.special.entr(p).sum(-1)
+            # Σ p is 1 but for rounding. Digits of the entropy and of its gradient depend on it.
+            total = p.sum(-1)
+            norm[at, 1] += total - 1
+            entropy[at] = norm[at, 1] - _weighted(below, p) / total
     if metrics and targets.ignored is not None:
         entropy.masked_fill_(targets.ignored, 0)
-        correct.masked_fill_(targets.ignored, False)
-    results = [t.view(labels.shape) for t in ((nll, entropy, correct) if metrics else (nll,))]
+        prediction.masked_fill_(targets.ignored, 0)
+    results = [t.view(labels.shape) for t in ((nll, entropy, prediction) if metrics else (nll,))]
     return results[0], norm.view(*labels.shape, 2), *results[1:]
 
 
-def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, ...]:
+def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
     targets = targets_of(labels, logits.shape[-1], opt, part=True)
     n = labels.numel()
     buffer = _block_buffer(logits)
-    norm, at_label, sum_z = buffer.new_empty(n, 2), buffer.new_empty(n), buffer.new_zeros(n)
+    norm, at_label, sum_below = buffer.new_empty(n, 2), buffer.new_empty(n), buffer.new_zeros(n)
+    entropy, prediction = buffer.new_empty(n), targets.label.new_empty(n)
+    second = torch.empty_like(buffer) if metrics else buffer
     for x, at in _blocks(logits):
         room = buffer[: len(x)]
         z, _ = _activate(x, opt, room, want_slope=False)
         at_label[at] = z.gather(1, targets.label[at][:, None])[:, 0]
-        if opt.label_smoothing:
-            sum_z[at] = z.sum(-1)
         top = z.amax(-1)
         below = torch.sub(z, torch.where(top == -torch.inf, 0, top)[:, None], out=room)
-        norm[at] = torch.stack((top, below.exp_().sum(-1)), -1)
+        if opt.label_smoothing:
+            sum_below[at] = -below.sum(-1)
+        if metrics:
+            prediction[at] = z.argmax(-1)
+        e = torch.exp(below, out=second[: len(x)])
+        norm[at] = torch.stack((top, e.sum(-1)), -1)
+        if metrics:
+            total = norm[at, 1]
+            entropy[at] = total.log() - _weighted(below, e) / total
     if targets.invalid is not None:
         at_label.masked_fill_(targets.invalid, 0)
     if targets.ignored is not None:
-        for x in (norm, at_label, sum_z):
+        for x in (norm, at_label, sum_below, entropy, prediction):
             x[targets.ignored] = 0
-    return norm.view(*labels.shape, 2), at_label.view(labels.shape), sum_z.view(labels.shape)
+    results = [
+        t.view(labels.shape) for t in (at_label, sum_below, *((entropy, prediction) if metrics else ()))
+    ]
+    return norm.view(*labels.shape, 2), *results
 
 
 def token_nll_backward(
@@ -207,11 +248,13 @@ def token_nll_backward(
     opt: Options,
     out: Tensor,
     classes: Tensor | None = None,
+    of_entropy: OfEntropy | None = None,
 ) -> None:
     targets = targets_of(labels, logits.shape[-1], opt, part=classes is not None)
     grad_nll, norm = grad_nll.flatten(), norm.view(-1, 2)
     direct = out.dtype == norm.dtype
     buffer = out if direct else _block_buffer(logits)
+    room = None if of_entropy is None else _block_buffer(logits)
     for x, at in _blocks(logits):
         grad = x if out is logits else out.view(-1, x.shape[-1])[at]
         rows = targets.rows(at)
@@ -220,11 +263,13 @@ def token_nll_backward(
             continue
         p = grad if direct else buffer[: len(x)]
         z, slope = _activate(x, opt, p, want_slope=True)
+        below = None if room is None else torch.sub(z, norm[at, :1], out=room[: len(x)])
         if classes is None:
             torch.softmax(z, -1, out=p)
         else:
             torch.sub(z, norm[at, :1], out=p).sub_(norm[at, 1:]).exp_()
-        _to_gradient(p, norm[at], slope, rows, grad_nll[at], opt, classes)
+        of_rows = None if of_entropy is None else OfEntropy(*(t.flatten()[at] for t in of_entropy))
+        _to_gradient(p, norm[at], slope, rows, grad_nll[at], opt, classes, of_rows, below)
         if not direct:
             grad.copy_(p)
 
@@ -257,6 +302,9 @@ def keep_largest(largest: Largest, chunk: Chunk, opt: Options) -> None:
 
 
 def scale_and_add(x: Tensor, a: Tensor, b: Tensor | None, u: Tensor, v: Tensor, out: Tensor) -> None:
+    if b is not None and devices.can_look(x) and x.dtype == out.dtype:
+        torch.addmm(x, u[:, None], v[None], beta=float(a), alpha=float(b), out=out)
+        return
     torch.mul(x, a, out=out)
     if b is not None:
         out.addmm_((b * u)[:, None].to(out.dtype), v[None])

@@ -7,15 +7,15 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from nvamp.engine.operator import is_ordinary
 
 
-def may_use_up(saved: Tensor, grad: Tensor) -> bool:
-    """Whether a backward, of this gradient, may overwrite what it saved.
+def may_use_up(saved: Tensor, *grads: Tensor | None) -> bool:
+    """Whether a backward, of these gradients, may overwrite what it saved.
 
     Not a compiled one, nor one that keeps the graph, nor one of a batch of gradients, nor one that is
     differentiated itself.
     """
-    if type(saved) is not Tensor or not is_ordinary(saved) or not is_ordinary(grad):
+    if type(saved) is not Tensor or not is_ordinary(saved):
         return False
-    if is_functorch_wrapped_tensor(grad):
+    if any(not is_ordinary(x) or is_functorch_wrapped_tensor(x) for x in grads if x is not None):
         return False
     return not _graph_is_kept() and not torch.is_grad_enabled()
 

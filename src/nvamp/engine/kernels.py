@@ -19,7 +19,17 @@ import triton
 import triton.language as tl
 
 # What differs from call to call, by alignment alone or by size, is not to make variants of a kernel.
-_FLAT = ("label_ptr", "nll_ptr", "norm_ptr", "grad_nll_ptr", "entropy_ptr", "correct_ptr", "classes_ptr")
+_FLAT = (
+    "label_ptr",
+    "nll_ptr",
+    "norm_ptr",
+    "grad_nll_ptr",
+    "entropy_ptr",
+    "grad_entropy_ptr",
+    "sum_below_ptr",
+    "prediction_ptr",
+    "classes_ptr",
+)
 
 
 @triton.jit
@@ -192,7 +202,6 @@ def _statistics(
     SCALED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     METRICS: tl.constexpr,
-    PART: tl.constexpr,
     ADJACENT: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -200,14 +209,12 @@ def _statistics(
     VECTOR: tl.constexpr,
 ):
     """One pass over a row: largest z, Σ exp(z − largest), z of the label; if asked for, Σ (z − anchor),
-    with PART Σ z, the entropy, and whether the label has the largest z.
+    the entropy, and the first class of the largest z.
     """
     x_ptr = logits_ptr + row
     x = tl.load(x_ptr + label * stride_vocab)
     at_label, _ = _z_and_slope(x, softcap, logit_scale, WIDE, CAPPED, SCALED)
     anchor = _anchor(at_label)
-    if PART:
-        anchor = tl.zeros_like(at_label)
     head, body = _whole_vectors(x_ptr, vocab, ADJACENT, VECTOR)
     edges = _edges(head, body, vocab, VECTOR)
     z_edges = _load_z(x_ptr + edges, edges >= 0, softcap, logit_scale, WIDE, CAPPED, SCALED)
@@ -217,25 +224,30 @@ def _statistics(
     total = tl.full((LANES,), 0, WIDE)  # Σ exp(z − top)
     total_z = tl.full((LANES,), 0, WIDE)  # Σ (z − anchor)
     weighted = tl.full((LANES,), 0, WIDE)  # Σ exp(z − top)·(z − top)
-    earlier = tl.full((LANES,), float("-inf"), WIDE)  # the largest z in the blocks before the label's
+    reached = tl.zeros((LANES,), tl.int32)  # the start of the block in which a lane first had its largest z
     whole = body // BLOCK * BLOCK  # a mask costs instructions: only the last block has one
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
         ptr = body_ptr + _offsets(start + columns, stride_vocab, ADJACENT)
         z, _slope = _z_and_slope(tl.load(ptr), softcap, logit_scale, WIDE, CAPPED, SCALED)
+        before = top
         top, total, weighted = _with_block(z, top, total, weighted, METRICS)
         if SMOOTHED:
             total_z += _lane_sum(z - anchor)
         if METRICS:
-            earlier = tl.where(head + start + BLOCK <= label, top, earlier)
+            reached = tl.where(top > before, start, reached)
     if whole < body:
         last = whole + columns
         ptr = body_ptr + _offsets(last, stride_vocab, ADJACENT)
         z_last = _load_z(ptr, last < body, softcap, logit_scale, WIDE, CAPPED, SCALED)
+        before = top
         top, total, weighted = _with_block(z_last, top, total, weighted, METRICS)
+        if METRICS:
+            reached = tl.where(top > before, whole, reached)
         if SMOOTHED:
             total_z += _lane_sum(tl.where(last < body, z_last - anchor, 0))
     # Now the lanes and the edges come together.
-    highest = tl.maximum(tl.max(top), tl.max(z_edges))
+    body_top, edges_top = tl.max(top), tl.max(z_edges)
+    highest = tl.maximum(body_top, edges_top)
     shift = _finite(highest)
     shrink = _exp(top - shift)
     e = _exp(z_edges - shift)
@@ -243,27 +255,28 @@ def _statistics(
     if SMOOTHED:
         sum_z += tl.sum(tl.where(edges >= 0, z_edges - anchor, 0))
     sum_e = tl.sum(total * shrink) + tl.sum(e)
-    entropy, correct = sum_e, sum_e == 0
+    entropy, prediction = sum_e, label
     if METRICS:
         weighted = shrink * (weighted + total * tl.where(total == 0, 0, top - shift))
         sum_weighted = tl.sum(weighted) + tl.sum(e * tl.maximum(z_edges - shift, -1e30))
         entropy = tl.log(sum_e) - sum_weighted / sum_e
-        # Of equals the first is the prediction: no earlier column may reach the label's.
-        c = (label - head) // BLOCK * BLOCK + tl.arange(0, BLOCK)
-        before = (c >= 0) & (c < body) & (head + c < label)
-        own = _load_z(
+        # The largest z of the body is in the first block in which a lane had it; of equals the first counts.
+        c = tl.min(tl.where(top == body_top, reached, whole)) + tl.arange(0, BLOCK)
+        z = _load_z(
             x_ptr + head + _offsets(c, stride_vocab, ADJACENT),
-            before,
+            c < body,
             softcap,
             logit_scale,
             WIDE,
             CAPPED,
             SCALED,
         )
-        tie = tl.maximum(tl.max(own), tl.max(tl.where(edges < label, z_edges, float("-inf"))))
-        tie = tl.maximum(tie, tl.max(earlier))
-        correct = (at_label == highest) & ((tie < at_label) | (label == 0)) & (sum_e == sum_e)
-    return highest, sum_e, at_label, sum_z, entropy, correct
+        in_body = tl.min(tl.where((c < body) & (z == tl.max(z)), head + c, vocab))
+        in_edges = tl.min(tl.where((edges >= 0) & (z_edges == edges_top), edges, vocab))
+        in_body = tl.where(body_top < edges_top, vocab, in_body)
+        in_edges = tl.where(edges_top < body_top, vocab, in_edges)
+        prediction = tl.minimum(tl.minimum(in_body, in_edges), vocab - 1).to(tl.int64)
+    return highest, sum_e, at_label, sum_z, entropy, prediction
 
 
 @triton.jit
@@ -295,24 +308,35 @@ def _factors(
     log_sum,
     weight,
     vocab,
+    entropy,
+    grad_entropy,
     label_smoothing,
     z_loss,
     WIDE: tl.constexpr,
     SMOOTHED: tl.constexpr,
     Z_LOSS: tl.constexpr,
+    ENTROPY: tl.constexpr,
 ):
-    """(a, b, c) of the gradient a·exp(z − top) − b − c·[v = y] of weight·loss, with respect to z."""
+    """(a, b, c, d) of the gradient (a + d·(z − top))·exp(z − top) − b − c·[v = y], with respect to z.
+
+    It is that of weight·loss, with ENTROPY of weight·loss + grad_entropy·entropy.
+    """
     # dloss/dz = p·(1 + 2·z_loss·lse) − (1 − label_smoothing)·[v = y] − label_smoothing/V
+    # dentropy/dz = −p·(log p + entropy)
     a = weight * _exp(-log_sum)
     b = tl.zeros_like(a)
     c = weight
+    d = tl.zeros_like(a)
     if Z_LOSS:
         a *= 1 + 2 * _number(z_loss, WIDE) * (top + log_sum)
+    if ENTROPY:
+        d = -grad_entropy * _exp(-log_sum)
+        a += d * (entropy - log_sum)
     if SMOOTHED:
         smoothing = _number(label_smoothing, WIDE)
         b = weight * smoothing / vocab
         c = weight * (1 - smoothing)
-    return a, b, c
+    return a, b, c, d
 
 
 @triton.jit
@@ -321,16 +345,22 @@ def _gradient(
     top,
     a,
     b,
+    d,
     softcap,
     logit_scale,
     WIDE: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    ENTROPY: tl.constexpr,
 ):
     """The gradient with respect to logits x, as if none of them was the label's."""
     z, slope = _z_and_slope(x, softcap, logit_scale, WIDE, CAPPED, SCALED)
-    g = a * _exp(z - top)
+    if ENTROPY:
+        below = z - top
+        g = (a + d * tl.maximum(below, -1e4)) * _exp(below)  # 0 long before −10⁴, and for −inf
+    else:
+        g = a * _exp(z - top)
     if SMOOTHED:
         g -= b
     if CAPPED or SCALED:
@@ -345,7 +375,8 @@ def nll_kernel(
     nll_ptr,
     norm_ptr,
     entropy_ptr,
-    correct_ptr,
+    prediction_ptr,
+    sum_below_ptr,
     inner,
     stride_outer,
     stride_inner,
@@ -370,8 +401,8 @@ def nll_kernel(
 ):
     """Losses and norm of logits [outer, inner, V]: a program a row, which it reads once.
 
-    With PART what they follow from: z of a label that is here to `nll`, Σ z to `entropy` if SMOOTHED, and to
-    `norm` Σ exp(z − largest) without the logarithm.
+    With PART what they follow from: z of a label that is here to `nll`, Σ (largest − z) to `sum_below` if
+    SMOOTHED, and to `norm` Σ exp(z − largest) without the logarithm.
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row).to(tl.int64)
@@ -379,24 +410,25 @@ def nll_kernel(
         tl.store(nll_ptr + row, 0)
         tl.store(norm_ptr + 2 * row, 0)
         tl.store(norm_ptr + 2 * row + 1, 0)
-        if METRICS or (PART and SMOOTHED):
-            tl.store(entropy_ptr + row, 0)
+        if PART and SMOOTHED:
+            tl.store(sum_below_ptr + row, 0)
         if METRICS:
-            tl.store(correct_ptr + row, 0)
+            tl.store(entropy_ptr + row, 0)
+            tl.store(prediction_ptr + row, 0)
         return
     valid = (label >= 0) & (label < vocab)
     label = tl.where(valid, label, 0)
     x_row = _row(row, inner, stride_outer, stride_inner)
-    top, total, at_label, sum_z, entropy, correct = _statistics(
+    top, total, at_label, sum_z, entropy, prediction = _statistics(
         x_ptr, x_row, label, vocab, stride_vocab, softcap, logit_scale,
-        WIDE, CAPPED, SCALED, SMOOTHED, METRICS, PART, ADJACENT, 1, BLOCK, LANES, VECTOR,
+        WIDE, CAPPED, SCALED, SMOOTHED, METRICS, ADJACENT, 1, BLOCK, LANES, VECTOR,
     )  # fmt: skip
     tl.store(norm_ptr + 2 * row, top)
     if PART:
         tl.store(norm_ptr + 2 * row + 1, total)
         tl.store(nll_ptr + row, tl.where(valid, at_label, 0))
         if SMOOTHED:
-            tl.store(entropy_ptr + row, sum_z)
+            tl.store(sum_below_ptr + row, vocab * (_finite(top) - _anchor(at_label)) - sum_z)
     else:
         log_sum = tl.log(total)
         tl.store(norm_ptr + 2 * row + 1, log_sum)
@@ -404,7 +436,7 @@ def nll_kernel(
         tl.store(nll_ptr + row, tl.where(valid, nll, float("nan")))
     if METRICS:
         tl.store(entropy_ptr + row, entropy)
-        tl.store(correct_ptr + row, correct & valid)
+        tl.store(prediction_ptr + row, prediction)
 
 
 @triton.jit(do_not_specialize=["inner", "ignore_index"], do_not_specialize_on_alignment=_FLAT)
@@ -414,6 +446,8 @@ def gradient_kernel(
     label_ptr,
     norm_ptr,
     grad_nll_ptr,
+    entropy_ptr,
+    grad_entropy_ptr,
     classes_ptr,
     inner,
     stride_outer,
@@ -433,6 +467,7 @@ def gradient_kernel(
     SCALED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     Z_LOSS: tl.constexpr,
+    ENTROPY: tl.constexpr,
     PART: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIKE: tl.constexpr,
@@ -440,11 +475,12 @@ def gradient_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Gradient of Σ grad_nll·nll with respect to logits [outer, inner, V], which may be `out`: a program a
-    block.
+    """Gradient of Σ grad_nll·nll, with ENTROPY of Σ grad_nll·nll + Σ grad_entropy·entropy, with respect to
+    logits [outer, inner, V], which may be `out`: a program a block.
 
     Its vectors are those of `out`; the logits have theirs at the same columns if the two are ALIKE, and are
-    read one at a time if not. With PART `norm` is that of the whole vocabulary, and its size is at `classes`.
+    read one at a time if not. With PART norm and entropy are those of the whole vocabulary, whose size is at
+    `classes`.
     """
     blocks = tl.cdiv(vocab, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -481,18 +517,26 @@ def gradient_kernel(
     x_ptr += x_row
     x_label = tl.load(x_ptr + label * stride_vocab, mask=here, other=0)
     top, log_sum = tl.load(norm_ptr + 2 * row), tl.load(norm_ptr + 2 * row + 1)
-    a, b, c = _factors(top, log_sum, weight, classes, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
+    entropy, grad_entropy = weight, weight
+    if ENTROPY:
+        entropy, grad_entropy = tl.load(entropy_ptr + row), tl.load(grad_entropy_ptr + row)
+    a, b, c, d = _factors(
+        top, log_sum, weight, classes, entropy, grad_entropy, label_smoothing, z_loss,
+        WIDE, SMOOTHED, Z_LOSS, ENTROPY,
+    )  # fmt: skip
     x = tl.load(body_ptr, mask=inside, other=0)
     x_edges = tl.load(x_ptr + edges, mask=edges >= 0, other=0)
     tl.debug_barrier()  # the logit of the label has been read by all before one overwrites it
-    g = _gradient(x, top, a, b, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED)
+    g = _gradient(x, top, a, b, d, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED, ENTROPY)
     tl.store(body_out_ptr, g.to(out_ptr.dtype.element_ty), mask=inside)
-    g = _gradient(x_edges, top, a, b, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED)
+    g = _gradient(x_edges, top, a, b, d, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED, ENTROPY)
     tl.store(out_ptr + edges, g.to(out_ptr.dtype.element_ty), mask=edges >= 0)
     if here:
         tl.debug_barrier()  # the label's column has been written as one of all
         _z_label, slope = _z_and_slope(x_label, softcap, logit_scale, WIDE, CAPPED, SCALED)
-        g_label = _gradient(x_label, top, a, b, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED)
+        g_label = _gradient(
+            x_label, top, a, b, d, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED, ENTROPY
+        )
         g_label -= c * slope
         tl.store(out_ptr + label * out_stride_vocab, g_label.to(out_ptr.dtype.element_ty))
 
@@ -541,14 +585,16 @@ def unit_gradient_kernel(
         return
     weight = tl.where((label >= 0) & (label < vocab), tl.full((), 1, WIDE), float("nan"))
     label = tl.where((label >= 0) & (label < vocab), label, 0)
-    top, total, at_label, sum_z, _entropy, _correct = _statistics(
+    top, total, at_label, sum_z, _entropy, _prediction = _statistics(
         logits_ptr, row * pitch, label, vocab, 1, softcap, logit_scale,
-        WIDE, CAPPED, SCALED, SMOOTHED, False, False, True, 3, BLOCK, LANES, VECTOR,
+        WIDE, CAPPED, SCALED, SMOOTHED, False, True, 3, BLOCK, LANES, VECTOR,
     )  # fmt: skip
     log_sum = tl.log(total)
     nll = _loss(top, log_sum, at_label, sum_z, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
     tl.store(nll_ptr + row, nll * weight)
-    a, b, c = _factors(top, log_sum, weight, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
+    a, b, c, d = _factors(
+        top, log_sum, weight, vocab, weight, weight, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS, False
+    )
     x_label = tl.load(x_ptr + label)
     x_edges = tl.load(x_ptr + edges, mask=edges >= 0, other=0)
     tl.debug_barrier()  # the logit of the label has been read by all before one overwrites it
@@ -556,17 +602,17 @@ def unit_gradient_kernel(
     if whole * BLOCK < body:
         last = whole * BLOCK + columns
         x_last = tl.load(body_ptr + last, mask=last < body, other=0)
-        g_last = _gradient(x_last, top, a, b, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED)
+        g_last = _gradient(x_last, top, a, b, d, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED, False)
         tl.store(body_ptr + last, g_last.to(narrow), mask=last < body)
     for block in range(whole):
         at = body_ptr + (whole - 1 - block) * BLOCK + columns
-        g = _gradient(tl.load(at), top, a, b, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED)
+        g = _gradient(tl.load(at), top, a, b, d, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED, False)
         tl.store(at, g.to(narrow))
-    g_edges = _gradient(x_edges, top, a, b, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED)
+    g_edges = _gradient(x_edges, top, a, b, d, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED, False)
     tl.store(x_ptr + edges, g_edges.to(narrow), mask=edges >= 0)
     tl.debug_barrier()  # the label's column has been written as one of all
     _z_label, slope = _z_and_slope(x_label, softcap, logit_scale, WIDE, CAPPED, SCALED)
-    g_label = _gradient(x_label, top, a, b, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED)
+    g_label = _gradient(x_label, top, a, b, d, softcap, logit_scale, WIDE, CAPPED, SCALED, SMOOTHED, False)
     tl.store(x_ptr + label, (g_label - c * slope).to(narrow))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nvamp.engine import devices
-from nvamp.engine.backend import Backend, Chunk, Largest
+from nvamp.engine.backend import Backend, Chunk, Largest, OfEntropy
 from nvamp.engine.hugepages import in_huge_pages
 from nvamp.engine.options import Head, Needs, Options, accumulate_dtype
 
@@ -160,15 +160,25 @@ class _Gradients:
     """Sums, over chunks, of the gradients of a head; empty tensors for those nobody needs."""
 
     def __init__(
-        self, rows: _Rows, needs: Needs, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
+        self, rows: _Rows, needs: Needs, hidden: Tensor, weight: Tensor, bias: Tensor, scale: float = 0.0
     ) -> None:
+        """`scale`: what is in `weight` is to be multiplied by; if 0, it may hold anything."""
         self.rows, self.needs = rows, needs
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.scale = scale
+
+    @classmethod
+    def empty(
+        cls, rows: _Rows, needs: Needs, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
+    ) -> "_Gradients":
         hidden, weight, *_ = rows.head
-        self.started = False
-        self.hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0, dtype=hidden_dtype)
-        self.weight = weight.new_empty(weight.shape if needs.weight else 0, dtype=weight_dtype)
-        in_huge_pages(self.weight)
-        self.bias = weight.new_zeros(len(weight) if needs.bias else 0, dtype=accumulate_dtype(weight.dtype))
+        return cls(
+            rows,
+            needs,
+            hidden.new_zeros(hidden.shape if needs.hidden else 0, dtype=hidden_dtype),
+            in_huge_pages(weight.new_empty(weight.shape if needs.weight else 0, dtype=weight_dtype)),
+            weight.new_zeros(len(weight) if needs.bias else 0, dtype=accumulate_dtype(weight.dtype)),
+        )
 
     def add(self, grad: Tensor, hidden: Tensor, at: slice) -> None:
         """Adds what the gradient [rows, V] by the logits of hidden [rows, D], the rows `at`, brings."""
@@ -179,37 +189,43 @@ class _Gradients:
             in_place = where is None and dtype == self.hidden.dtype
             total = self.hidden[at] if in_place else self.hidden.new_empty(hidden.shape, dtype=dtype)
             for i, part in enumerate(parts):
-                _add_product(total, grad[:, part], weight[part], started=i > 0)
+                _add_product(total, grad[:, part], weight[part], scale=float(i > 0))
             if where is not None:
                 self.hidden.index_copy_(0, where[at], total.to(self.hidden.dtype))
             elif not in_place:
                 self.hidden[at] = total
         if self.needs.weight:
             for part in parts:
-                _add_product(self.weight[part], grad[:, part].T, hidden, self.started)
-            self.started = True
+                _add_product(self.weight[part], grad[:, part].T, hidden, self.scale)
+            self.scale = 1.0
         if self.needs.bias:
             self.bias += grad.sum(0, dtype=self.bias.dtype)
 
+    def finish(self) -> None:
+        """Applies the scale if nothing was added."""
+        if self.scale == 0:
+            self.weight.zero_()
+        elif self.scale != 1:
+            self.weight *= self.scale
+
     def result(self, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """By hidden, by weight, and by bias, which is in the dtype of losses."""
-        if not self.started:
-            self.weight.zero_()
+        self.finish()
         return self.hidden, self.weight.to(weight_dtype), self.bias
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, started: bool) -> None:
-    """total += a @ b, where the total may be of a wider dtype; not `started`, it holds nothing yet."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """total = scale·total + a @ b, where the total may be of a wider dtype; if 0·, it may hold anything."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b, beta=int(started))
+        total.addmm_(a, b, beta=scale)
     elif _can_add_to_wider(total):
-        torch.addmm(total, a, b, beta=int(started), out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, beta=scale, out_dtype=total.dtype, out=total)
     else:  # no product there can be added to a wider sum
         for out, rows in zip(torch.split(total, 8192), torch.split(a, 8192), strict=True):
-            if started:
-                out += rows @ b
-            else:
+            if scale == 0:
                 out.copy_(rows @ b)
+            else:
+                torch.add(rows @ b, out, alpha=scale, out=out)
 
 
 def _can_add_to_wider(total: Tensor) -> bool:
@@ -221,18 +237,18 @@ def _can_add_to_wider(total: Tensor) -> bool:
 def token_nll(
     backend: Backend, head: Head, metrics: bool, accum_dtype: torch.dtype | None, opt: Options
 ) -> tuple[Tensor, ...]:
-    """(nll, norm) or, with `metrics`, (nll, norm, entropy, correct), [N, ...] each."""
+    """(nll, norm) or, with `metrics`, (nll, norm, entropy, prediction), [N, ...] each."""
     return _of_each_chunk(
         lambda logits, labels: backend.token_nll(logits, labels, metrics, opt), head, accum_dtype, opt
     )
 
 
 def part_statistics(
-    backend: Backend, head: Head, accum_dtype: torch.dtype | None, opt: Options
+    backend: Backend, head: Head, metrics: bool, accum_dtype: torch.dtype | None, opt: Options
 ) -> tuple[Tensor, ...]:
     """Those of the backend, where the weight is that of a part of the vocabulary; [N, ...] each."""
     return _of_each_chunk(
-        lambda logits, labels: backend.part_statistics(logits, labels, opt), head, accum_dtype, opt
+        lambda logits, labels: backend.part_statistics(logits, labels, metrics, opt), head, accum_dtype, opt
     )
 
 
@@ -255,6 +271,7 @@ def token_nll_backward(
     grad_nll: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    of_entropy: OfEntropy | None,
     head: Head,
     needs: Needs,
     accum_dtype: torch.dtype | None,
@@ -262,17 +279,24 @@ def token_nll_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of Σ grad_nll·nll by hidden, weight and bias, in their dtypes.
 
-    With `classes` the weight is that of a part of a vocabulary of that size, and `norm` of all of it.
+    `classes` and `of_entropy` are those of `Backend.token_nll_backward`.
     """
     rows = _Rows.of(head, opt, compact=devices.can_wait(head.hidden))
-    norm, grad_nll = rows.gather(norm), rows.gather(grad_nll)
+    norm, grad_nll, *entropies = (rows.gather(x) for x in (norm, grad_nll, *(of_entropy or ())))
     sum_dtype = _sum_dtype(head, len(rows.labels), accum_dtype)
-    grads = _Gradients(rows, needs, head.hidden.dtype, sum_dtype)
+    grads = _Gradients.empty(rows, needs, head.hidden.dtype, sum_dtype)
 
     def take_chunks() -> None:  # a function, so that the chunk is gone before the gradient is rounded
         for x, h, at in rows.chunks(rows.slices(accum_dtype)):
             backend.token_nll_backward(
-                grad_nll[at], x, rows.labels[at], norm[at], opt, out=x, classes=classes
+                grad_nll[at],
+                x,
+                rows.labels[at],
+                norm[at],
+                opt,
+                out=x,
+                classes=classes,
+                of_entropy=OfEntropy(*(e[at] for e in entropies)) if entropies else None,
             )
             grads.add(x, h, at)
 
@@ -281,30 +305,126 @@ def token_nll_backward(
     return hidden, weight, bias.to(weight.dtype)
 
 
-def unit_gradients(
-    backend: Backend, head: Head, needs: Needs, accum_dtype: torch.dtype | None, opt: Options
-) -> tuple[Tensor, ...]:
-    """nll [N]; of the largest its index, gradient [V] by its logits and hidden state [D]; gradients of Σ nll.
+class Units(NamedTuple):
+    """What the one pass leaves to its backward; tensors that nobody needs are empty."""
 
-    Those are by hidden and weight, in `held_dtype`, and by bias, in that of losses.
-    """
+    max_index: Tensor  # int64 [1]: the row of the largest loss
+    max_grad: Tensor  # [V]: the gradient of that loss with respect to its logits
+    max_hidden: Tensor  # [D]
+    grad_hidden: Tensor  # [N, D]: the gradients of Σ nll, these two in `held_dtype`
+    grad_weight: Tensor  # [V, D]
+    grad_bias: Tensor  # [V], in the dtype of losses
+
+
+def unit_gradients(
+    backend: Backend, head: Head, needs: Needs, few: int, accum_dtype: torch.dtype | None, opt: Options
+) -> tuple[Tensor, Units]:
+    """nll [N], and what the backward needs; the row of the largest is kept if `few` is 1."""
     rows = _Rows.of(head, opt, compact=devices.can_look(head.hidden))
     held = held_dtype(head.weight, accum_dtype)
     sum_dtype = torch.promote_types(held, _sum_dtype(head, len(rows.labels), accum_dtype))
-    grads = _Gradients(rows, needs, held, sum_dtype)
+    grads = _Gradients.empty(rows, needs, held, sum_dtype)
     slices = rows.slices(accum_dtype, one_pass=True)
-    largest = Largest.none(head, len(slices))
+    largest = Largest.none(head, len(slices)) if few == 1 else None
     losses = [grads.bias.new_empty(0)]
 
     def take_chunks() -> None:  # as above
         for i, (x, h, at) in enumerate(rows.chunks(slices)):
             labels = rows.labels[at]
             losses.append(backend.unit_gradient_(x, labels, opt))
-            backend.keep_largest(largest, Chunk(i, at.start, losses[-1], labels, x, h), opt)
+            if largest is not None:
+                backend.keep_largest(largest, Chunk(i, at.start, losses[-1], labels, x, h), opt)
             grads.add(x, h, at)
 
     take_chunks()
+    nll = rows.scatter(torch.cat(losses))
+    of_sum = grads.result(held)
+    if largest is None:
+        none = head.weight.new_empty(0)
+        return nll, Units(none.long(), none, none.clone(), *of_sum)
     index = largest.row[-1:]
     if rows.where is not None and len(rows.where):
         index = rows.where[index]
-    return rows.scatter(torch.cat(losses)), index[0], largest.grad, largest.hidden, *grads.result(held)
+    # No view: a fake tensor knows nothing of what else its memory holds.
+    return nll, Units(index.clone(), largest.grad, largest.hidden, *of_sum)
+
+
+def weighted_gradients(
+    backend: Backend,
+    grad_sum: Tensor,
+    grad_nll: Tensor | None,
+    units: Units,
+    head: Head,
+    needs: Needs,
+    few: int,
+    accum_dtype: torch.dtype | None,
+    opt: Options,
+    in_place: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of grad_sum·Σ nll + Σ grad_nll·nll by hidden, weight and bias, in their dtypes.
+
+    `grad_nll` [N] is 0 but for `few` rows; if that is one, but for the row of the largest loss. With
+    `in_place` the units are used up.
+    """
+    dtype = head.weight.dtype
+    if not (few and len(head.hidden)):
+        grad_nll = None
+
+    def room_for(unit: Tensor) -> Tensor:
+        return unit if in_place and unit.dtype == dtype else torch.empty_like(unit, dtype=dtype)
+
+    hidden = room_for(units.grad_hidden)
+    if needs.hidden:  # each of its rows is the gradient of one loss: any weights will do
+        scale = grad_sum if grad_nll is None else (grad_sum + grad_nll)[:, None]
+        torch.mul(units.grad_hidden, scale, out=hidden)
+    if in_place and hidden is not units.grad_hidden:
+        units.grad_hidden.untyped_storage().resize_(0)  # nobody looks at it again: room for the next
+    bias = units.grad_bias * grad_sum
+    if grad_nll is not None and few > 1:
+        weight = units.grad_weight if in_place else units.grad_weight.clone()
+        _scale_and_add_rows(backend, weight, bias, grad_sum, grad_nll, head, needs, few, accum_dtype, opt)
+        return hidden, weight.to(dtype), bias.to(dtype)
+    grad_max = None if grad_nll is None else grad_nll[units.max_index]
+    weight = room_for(units.grad_weight)
+    if needs.weight:
+        backend.scale_and_add(
+            units.grad_weight, grad_sum, grad_max, units.max_grad, units.max_hidden, out=weight
+        )
+    if needs.bias and grad_max is not None:
+        bias += grad_max * units.max_grad
+    return hidden, weight, bias.to(dtype)
+
+
+def _scale_and_add_rows(
+    backend: Backend,
+    weight: Tensor,
+    bias: Tensor,
+    grad_sum: Tensor,
+    grad_nll: Tensor,
+    head: Head,
+    needs: Needs,
+    few: int,
+    accum_dtype: torch.dtype | None,
+    opt: Options,
+) -> None:
+    """Makes weight [V, D] grad_sum·weight, and adds to it and to the bias the gradients of Σ grad_nll·nll.
+
+    The logits of the rows where `grad_nll` is not 0 are made again.
+    """
+    if devices.can_look(grad_nll):
+        at = grad_nll.nonzero()[:, 0]
+        scale = float(grad_sum)  # the first product applies it
+    else:
+        at = grad_nll.abs().topk(min(few, len(grad_nll)), sorted=False).indices
+        weight *= grad_sum
+        scale = 1.0
+    chosen = head._replace(hidden=head.hidden[at], labels=head.labels[at])
+    rows = _Rows.of(chosen, opt, compact=devices.can_look(head.hidden))
+    grad_nll = rows.gather(grad_nll[at])
+    grads = _Gradients(rows, needs._replace(hidden=False), weight.new_empty(0), weight, bias, scale)
+    for x, h, part in rows.chunks(rows.slices(accum_dtype, one_pass=True)):
+        labels = rows.labels[part]
+        _, norm = backend.token_nll(x, labels, False, opt)
+        backend.token_nll_backward(grad_nll[part], x, labels, norm, opt, out=x)
+        grads.add(x, h, part)
+    grads.finish()

@@ -3,9 +3,9 @@
 nvamp::token_nll             losses from logits; the backward recomputes the softmax
 nvamp::linear_token_nll      losses from hidden states; the backward recomputes the logits too: four
                              matrix products, and any weights
-nvamp::linear_nll_sum_max    sum and maximum of the losses from hidden states, in three products: the
-                             gradient of the sum is made while each chunk of logits is there, and the
-                             backward scales it and adds the rank-one gradient of the largest loss
+nvamp::linear_nll_sum        the losses and their sum from hidden states, in three products: the gradient
+                             of the sum is made while each chunk of logits is there; the backward scales
+                             it and adds the gradients of the few losses that weigh more
 
 The first two have twins for a vocabulary in parts, one on each rank. Between what they do, the parts are put
 together: `nvamp.engine.parts`.
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from nvamp.engine import linear
+from nvamp.engine.backend import OfEntropy
 from nvamp.engine.backends import load
 from nvamp.engine.checks import check_label_range
 from nvamp.engine.hugepages import in_huge_pages
 from nvamp.engine.inplace import is_of_leaf, may_use_up, no_overlap, saving_is_hooked
+from nvamp.engine.linear import Units
 from nvamp.engine.operator import fields_of, operator
 from nvamp.engine.options import Head, Needs, Options, accumulate_dtype
 
@@ -33,19 +35,24 @@ Tensors = tuple[Tensor, ...]
 _OPTIONS = f"str backend, {fields_of(Options)}"  # the last arguments of every operator that looks at logits
 _HEAD = fields_of(Head)
 _NEEDS = fields_of(Needs, prefix="needs_")
-_TOKENS = "(Tensor nll, Tensor norm, Tensor entropy, Tensor correct)"
+_TOKENS = "(Tensor nll, Tensor norm, Tensor entropy, Tensor prediction)"
+_OF_ENTROPY = "Tensor? entropy, Tensor? grad_entropy"  # both or none
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 
 def _tokens(nll: Tensor, norm: Tensor, *metrics: Tensor) -> Tensors:
     """Results of an operator that always has four."""
-    return nll, norm, *(metrics or (nll.new_empty(0), nll.new_empty(0, dtype=torch.bool)))
+    return nll, norm, *(metrics or _no_metrics(norm))
+
+
+def _no_metrics(norm: Tensor) -> Tensors:
+    return norm.new_empty(0), norm.new_empty(0, dtype=torch.int64)
 
 
 def _fake_tokens(x: Tensor, labels: Tensor, metrics: bool) -> Tensors:
     nll = x.new_empty(labels.shape, dtype=accumulate_dtype(x.dtype))
     entropy = torch.empty_like(nll) if metrics else nll.new_empty(0)
-    return nll, nll.new_empty(*labels.shape, 2), entropy, torch.empty_like(entropy, dtype=torch.bool)
+    return nll, nll.new_empty(*labels.shape, 2), entropy, torch.empty_like(entropy, dtype=torch.int64)
 
 
 def _fake_gradients(head: Head, needs: Needs, dtype: torch.dtype) -> Tensors:
@@ -60,6 +67,22 @@ def _as_is(x: Tensor) -> AbstractContextManager[object]:
     """Inside, no autocast: an operator computes in the dtypes that it was given."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _keep_entropy(ctx: Any, output: Tensors, metrics: bool) -> Tensor | None:
+    """The entropies, for the backward, if there are some: besides the losses only they have a gradient."""
+    _, norm, entropy, prediction = output
+    ctx.mark_non_differentiable(norm, prediction, *(() if metrics else (entropy,)))
+    return entropy if metrics else None
+
+
+def _or_zeros(grad_nll: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+    """The gradient with respect to the losses, which only one of the two may have."""
+    return torch.zeros_like(cast(Tensor, grad_entropy)) if grad_nll is None else grad_nll
+
+
+def _of_entropy(entropy: Tensor | None, grad: Tensor | None) -> OfEntropy | None:
+    return None if entropy is None or grad is None else OfEntropy(entropy, grad)
 
 
 def _refuse(*_: Any) -> Any:
@@ -90,7 +113,8 @@ def _(logits: Tensor, labels: Tensor, metrics: bool, *_: Any) -> Tensors:
 
 @operator(
     "nvamp::token_nll_backward",
-    f"(Tensor grad_nll, Tensor logits, Tensor labels, Tensor norm, Tensor? classes, {_OPTIONS}) -> Tensor",
+    f"(Tensor grad_nll, Tensor logits, Tensor labels, Tensor norm, Tensor? classes, {_OF_ENTROPY}, "
+    f"{_OPTIONS}) -> Tensor",
 )
 def token_nll_backward(
     grad_nll: Tensor,
@@ -98,12 +122,15 @@ def token_nll_backward(
     labels: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    entropy: Tensor | None,
+    grad_entropy: Tensor | None,
     backend: str,
     opt: Options,
 ) -> Tensor:
     grad = in_huge_pages(logits.new_empty(logits.shape))
     if logits.shape[-1]:
-        load(backend).token_nll_backward(grad_nll, logits, labels, norm, opt, out=grad, classes=classes)
+        of_entropy = _of_entropy(entropy, grad_entropy)
+        load(backend).token_nll_backward(grad_nll, logits, labels, norm, opt, grad, classes, of_entropy)
     return grad
 
 
@@ -121,35 +148,43 @@ def _token_nll_backward_(
     labels: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    entropy: Tensor | None,
+    grad_entropy: Tensor | None,
     backend: str,
     opt: Options,
 ) -> Tensor:
     """The gradient in the memory of the logits, so that whoever still needs them gets PyTorch's error."""
     grad = logits.detach()
     if logits.shape[-1]:
-        load(backend).token_nll_backward(grad_nll, grad, labels, norm, opt, out=grad, classes=classes)
+        of_entropy = _of_entropy(entropy, grad_entropy)
+        load(backend).token_nll_backward(grad_nll, grad, labels, norm, opt, grad, classes, of_entropy)
     torch.autograd.graph.increment_version(grad)
     return grad
 
 
 def _token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    logits, labels, _, inplace, ctx.backend, ctx.opt = inputs
+    logits, labels, metrics, inplace, ctx.backend, ctx.opt = inputs
     ctx.inplace = inplace and not saving_is_hooked()
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(logits, labels, output[1])
+    entropy = _keep_entropy(ctx, output, metrics)
+    ctx.save_for_backward(logits, labels, output[1], None, entropy)
 
 
-def _token_nll_autograd(ctx: Any, grad_nll: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    logits, labels, norm = ctx.saved_tensors
-    return (_logits_gradient(ctx, grad_nll, logits, labels, norm, None),)
+def _token_nll_autograd(
+    ctx: Any, grad_nll: Tensor | None, _norm: None, grad_entropy: Tensor | None, _prediction: None
+) -> tuple[Tensor]:
+    return _logits_gradient(ctx, grad_nll, grad_entropy)
 
 
-def _logits_gradient(
-    ctx: Any, grad_nll: Tensor, logits: Tensor, labels: Tensor, norm: Tensor, classes: Tensor | None
-) -> Tensor:
-    in_place = ctx.inplace and not is_of_leaf(logits) and may_use_up(logits, grad_nll) and no_overlap(logits)
+def _logits_gradient(ctx: Any, grad_nll: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor]:
+    logits, labels, norm, classes, entropy = ctx.saved_tensors
+    grads = [grad for grad in (grad_nll, grad_entropy) if grad is not None]
+    in_place = ctx.inplace and not is_of_leaf(logits) and no_overlap(logits)
+    in_place = in_place and all(may_use_up(logits, grad) for grad in grads)
     backward = _token_nll_backward_ if in_place else token_nll_backward
-    return cast(Tensor, backward(grad_nll, logits, labels, norm, classes, ctx.backend, ctx.opt))
+    entropies = (None, None) if grad_entropy is None else (entropy, grad_entropy)
+    grad_nll = _or_zeros(grad_nll, grad_entropy)
+    args = grad_nll, logits, labels, norm, classes, *entropies, ctx.backend, ctx.opt
+    return (cast(Tensor, backward(*args)),)
 
 
 token_nll.register_autograd(_token_nll_autograd, setup_context=_token_nll_setup)
@@ -177,13 +212,15 @@ def _(head: Head, metrics: bool, *_: Any) -> Tensors:
 
 @operator(
     "nvamp::linear_token_nll_backward",
-    f"(Tensor grad_nll, Tensor norm, Tensor? classes, {_HEAD}, {_NEEDS}, ScalarType? accum_dtype, "
-    f"{_OPTIONS}) -> ({_GRADIENTS})",
+    f"(Tensor grad_nll, Tensor norm, Tensor? classes, {_OF_ENTROPY}, {_HEAD}, {_NEEDS}, "
+    f"ScalarType? accum_dtype, {_OPTIONS}) -> ({_GRADIENTS})",
 )
 def linear_token_nll_backward(
     grad_nll: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    entropy: Tensor | None,
+    grad_entropy: Tensor | None,
     head: Head,
     needs: Needs,
     accum_dtype: torch.dtype | None,
@@ -192,14 +229,24 @@ def linear_token_nll_backward(
 ) -> Tensors:
     if not len(head.weight):
         return tuple(torch.zeros_like(x) for x in _fake_gradients(head, needs, head.weight.dtype))
+    of_entropy = _of_entropy(entropy, grad_entropy)
     with _as_is(head.hidden):
         return linear.token_nll_backward(
-            load(backend), grad_nll, norm, classes, head, needs, accum_dtype, opt
+            load(backend), grad_nll, norm, classes, of_entropy, head, needs, accum_dtype, opt
         )
 
 
 @linear_token_nll_backward.register_fake
-def _(grad_nll: Tensor, norm: Tensor, classes: Tensor | None, head: Head, needs: Needs, *_: Any) -> Tensors:
+def _(
+    grad_nll: Tensor,
+    norm: Tensor,
+    classes: Tensor | None,
+    entropy: Tensor | None,
+    grad_entropy: Tensor | None,
+    head: Head,
+    needs: Needs,
+    *_: Any,
+) -> Tensors:
     return _fake_gradients(head, needs, head.weight.dtype)
 
 
@@ -207,18 +254,24 @@ linear_token_nll_backward.register_autograd(_refuse)
 
 
 def _linear_token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    head, _, ctx.accum_dtype, ctx.backend, ctx.opt = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[1], None, *head)
+    head, metrics, ctx.accum_dtype, ctx.backend, ctx.opt = inputs
+    entropy = _keep_entropy(ctx, output, metrics)
+    ctx.save_for_backward(output[1], None, entropy, *head)
 
 
-def _linear_token_nll_autograd(ctx: Any, grad_nll: Tensor, *_: Any) -> list[Tensor | None]:
-    norm, classes, *head = ctx.saved_tensors
-    needs = Needs(*ctx.needs_input_grad[:3])
-    grads = linear_token_nll_backward(
-        grad_nll, norm, classes, Head(*head), needs, ctx.accum_dtype, ctx.backend, ctx.opt
-    )
-    return _present(grads, needs)
+def _linear_token_nll_autograd(
+    ctx: Any, grad_nll: Tensor | None, _norm: None, grad_entropy: Tensor | None, _prediction: None
+) -> list[Tensor | None]:
+    return _head_gradients(ctx, grad_nll, grad_entropy)
+
+
+def _head_gradients(ctx: Any, grad_nll: Tensor | None, grad_entropy: Tensor | None) -> list[Tensor | None]:
+    norm, classes, entropy, *tensors = ctx.saved_tensors
+    head, needs = Head(*tensors), Needs(*ctx.needs_input_grad[:3])
+    entropies = (None, None) if grad_entropy is None else (entropy, grad_entropy)
+    grad_nll = _or_zeros(grad_nll, grad_entropy)
+    args = head, needs, ctx.accum_dtype, ctx.backend, ctx.opt
+    return _present(linear_token_nll_backward(grad_nll, norm, classes, *entropies, *args), needs)
 
 
 def _present(grads: Tensors, needs: Needs) -> list[Tensor | None]:
@@ -228,27 +281,22 @@ def _present(grads: Tensors, needs: Needs) -> list[Tensor | None]:
 linear_token_nll.register_autograd(_linear_token_nll_autograd, setup_context=_linear_token_nll_setup)
 
 
-# nvamp::linear_nll_sum_max -----------------------------------------------------------------------------
-
-
-class Units(NamedTuple):
-    """What the one pass leaves to its backward: gradients of Σ nll, and the row of the largest loss."""
-
-    max_index: Tensor  # int64 []
-    max_grad: Tensor  # [V], with respect to its logits
-    max_hidden: Tensor  # [D]
-    grad_hidden: Tensor  # [N, D], or empty where nobody needs it; so are the next
-    grad_weight: Tensor  # [V, D]
-    grad_bias: Tensor  # [V]
+# nvamp::linear_nll_sum ---------------------------------------------------------------------------------
 
 
 @operator(
-    "nvamp::linear_nll_sum_max",
-    f"({_HEAD}, {_NEEDS}, bool use_up, ScalarType? accum_dtype, {_OPTIONS}) "
-    f"-> (Tensor sum, Tensor max, Tensor nll, {fields_of(Units)})",
+    "nvamp::linear_nll_sum",
+    f"({_HEAD}, {_NEEDS}, SymInt few, bool use_up, ScalarType? accum_dtype, {_OPTIONS}) "
+    f"-> (Tensor sum, Tensor nll, {fields_of(Units)})",
 )
-def linear_nll_sum_max(
-    head: Head, needs: Needs, use_up: bool, accum_dtype: torch.dtype | None, backend: str, opt: Options
+def linear_nll_sum(
+    head: Head,
+    needs: Needs,
+    few: int,
+    use_up: bool,
+    accum_dtype: torch.dtype | None,
+    backend: str,
+    opt: Options,
 ) -> Tensors:
     """`use_up`: the caller does not look at the gradients, so the backward may finish them in place.
 
@@ -256,118 +304,96 @@ def linear_nll_sum_max(
     """
     check_label_range(head.labels, len(head.weight), opt.ignore_index)
     with _as_is(head.hidden):
-        nll, index, *units = linear.unit_gradients(load(backend), head, needs, accum_dtype, opt)
-    index = index.clone()  # no view: a fake tensor knows nothing of what else its memory holds
-    # Where no row has a label, the first row is an ignored one: its loss is 0.
-    largest = nll.gather(0, index[None])[0] if len(nll) else nll.new_zeros(())
-    return nll.sum(), largest, nll, index, *units
+        nll, units = linear.unit_gradients(load(backend), head, needs, few, accum_dtype, opt)
+    return nll.sum(), nll, *units
 
 
-@linear_nll_sum_max.register_fake
-def _(head: Head, needs: Needs, use_up: bool, accum_dtype: torch.dtype | None, *_: Any) -> Tensors:
+@linear_nll_sum.register_fake
+def _(head: Head, needs: Needs, few: int, use_up: bool, accum_dtype: torch.dtype | None, *_: Any) -> Tensors:
     nll = _fake_tokens(head.hidden, head.labels, False)[0]
-    scalar = nll.new_empty(())
-    index = torch.empty_like(scalar, dtype=torch.int64)
-    of_max = head.weight.new_empty(len(head.weight)), head.hidden.new_empty(head.hidden.shape[1])
+    index = head.labels.new_empty(int(few == 1), dtype=torch.int64)
+    max_grad = head.weight.new_empty(len(head.weight) if few == 1 else 0)
+    max_hidden = head.hidden.new_empty(head.hidden.shape[1] if few == 1 else 0)
     hidden, weight, bias = _fake_gradients(head, needs, linear.held_dtype(head.weight, accum_dtype))
-    return scalar, torch.empty_like(scalar), nll, index, *of_max, hidden, weight, bias.to(nll.dtype)
+    return nll.new_empty(()), nll, index, max_grad, max_hidden, hidden, weight, bias.to(nll.dtype)
 
 
 @operator(
-    "nvamp::linear_nll_sum_max_backward",
-    f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor grad_sum, Tensor? grad_max, {fields_of(Units)}, "
-    f"{_NEEDS}, str backend) -> ({_GRADIENTS})",
+    "nvamp::linear_nll_sum_backward",
+    f"(Tensor grad_sum, Tensor? grad_nll, {fields_of(Units)}, {_HEAD}, {_NEEDS}, SymInt few, "
+    f"ScalarType? accum_dtype, {_OPTIONS}) -> (Tensor by_hidden, Tensor by_weight, Tensor by_bias)",
 )
-def linear_nll_sum_max_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+def linear_nll_sum_backward(
     grad_sum: Tensor,
-    grad_max: Tensor | None,
+    grad_nll: Tensor | None,
     units: Units,
+    head: Head,
     needs: Needs,
+    few: int,
+    accum_dtype: torch.dtype | None,
     backend: str,
+    opt: Options,
 ) -> Tensors:
-    """The first three are there for autograd, to refuse their second derivatives and not to miss them."""
-    return _scale_unit_gradients(False, grad_sum, grad_max, units, needs, backend)
+    return _weighted_gradients(False, grad_sum, grad_nll, units, head, needs, few, accum_dtype, backend, opt)
 
 
-@linear_nll_sum_max_backward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    grad_sum: Tensor,
-    grad_max: Tensor | None,
-    units: Units,
-    *_: Any,
-) -> Tensors:
+@linear_nll_sum_backward.register_fake
+def _(grad_sum: Tensor, grad_nll: Tensor | None, units: Units, head: Head, *_: Any) -> Tensors:
     grads = units.grad_hidden, units.grad_weight, units.grad_bias
-    return tuple(torch.empty_like(grad, dtype=hidden.dtype) for grad in grads)
+    return tuple(torch.empty_like(grad, dtype=head.weight.dtype) for grad in grads)
 
 
-linear_nll_sum_max_backward.register_autograd(_refuse)
+linear_nll_sum_backward.register_autograd(_refuse)
 
 
-def _scale_unit_gradients(
-    in_place: bool, grad_sum: Tensor, grad_max: Tensor | None, units: Units, needs: Needs, backend: str
+def _weighted_gradients(
+    in_place: bool,
+    grad_sum: Tensor,
+    grad_nll: Tensor | None,
+    units: Units,
+    head: Head,
+    needs: Needs,
+    few: int,
+    accum_dtype: torch.dtype | None,
+    backend: str,
+    opt: Options,
 ) -> Tensors:
-    """grad_sum·(unit gradients) + grad_max·(gradients of the largest loss), in the dtype of the inputs."""
-    dtype = units.max_hidden.dtype
-
-    def room_for(unit: Tensor) -> Tensor:
-        return unit if in_place and unit.dtype == dtype else torch.empty_like(unit, dtype=dtype)
-
-    hidden = room_for(units.grad_hidden)
-    if needs.hidden:
-        scale = grad_sum
-        if grad_max is not None:  # its row of the largest loss is the gradient of that loss already
-            rows = torch.arange(len(units.grad_hidden), device=units.max_index.device)
-            scale = (grad_sum + grad_max * (rows == units.max_index))[:, None]
-        torch.mul(units.grad_hidden, scale, out=hidden)
-    if in_place and hidden is not units.grad_hidden:
-        units.grad_hidden.untyped_storage().resize_(0)  # nobody looks at it again: room for the next
-    weight = room_for(units.grad_weight)
-    if needs.weight:
-        with _as_is(units.grad_weight):
-            load(backend).scale_and_add(
-                units.grad_weight, grad_sum, grad_max, units.max_grad, units.max_hidden, out=weight
-            )
-    bias = units.grad_bias * grad_sum
-    if needs.bias and grad_max is not None:
-        bias += grad_max * units.max_grad
-    return hidden, weight, bias.to(dtype)
+    with _as_is(head.hidden):
+        return linear.weighted_gradients(
+            load(backend), grad_sum, grad_nll, units, head, needs, few, accum_dtype, opt, in_place
+        )
 
 
-def _linear_nll_sum_max_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    head, ctx.needs, use_up, _, ctx.backend, _ = inputs
+def _linear_nll_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    head, ctx.needs, ctx.few, use_up, ctx.accum_dtype, ctx.backend, ctx.opt = inputs
     ctx.use_up = use_up and not saving_is_hooked()  # a hook may keep what it saves
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*output[3:], head.hidden, head.weight, head.bias)
+    ctx.mark_non_differentiable(*output[2 if ctx.few else 1 :])
+    ctx.save_for_backward(*head, *output[2:])
 
 
-def _linear_nll_sum_max_autograd(
-    ctx: Any, grad_sum: Tensor | None, grad_max: Tensor | None, *_: Any
+def _linear_nll_sum_autograd(
+    ctx: Any, grad_sum: Tensor | None, grad_nll: Tensor | None, *_: Any
 ) -> list[Tensor | None]:
-    *saved, hidden, weight, bias = ctx.saved_tensors  # once: checkpointing allows no second look
-    units = Units(*saved)
+    hidden, weight, bias, labels, *units = ctx.saved_tensors  # once: checkpointing allows no second look
     if grad_sum is None:
-        assert grad_max is not None
-        grad_sum = torch.zeros_like(grad_max)
-    args = (grad_sum, grad_max, units, ctx.needs, ctx.backend)
-    if ctx.use_up and may_use_up(units.max_index, grad_sum):
-        grads = _scale_unit_gradients(True, *args)
+        assert grad_nll is not None
+        grad_sum = grad_nll.new_zeros(())
+    args = (grad_sum, grad_nll, Units(*units), Head(hidden, weight, bias, labels))
+    rest = (ctx.needs, ctx.few, ctx.accum_dtype, ctx.backend, ctx.opt)
+    if ctx.use_up and may_use_up(units[0], grad_sum, grad_nll):
+        grads = _weighted_gradients(True, *args, *rest)
     else:
-        grads = linear_nll_sum_max_backward(hidden, weight, bias, *args)
+        grads = linear_nll_sum_backward(*args, *rest)
     return _present(grads, ctx.needs)
 
 
-linear_nll_sum_max.register_autograd(_linear_nll_sum_max_autograd, setup_context=_linear_nll_sum_max_setup)
+linear_nll_sum.register_autograd(_linear_nll_sum_autograd, setup_context=_linear_nll_sum_setup)
 
 
 # A vocabulary in parts --------------------------------------------------------------------------------
 
-_STATISTICS = "(Tensor norm, Tensor at_label, Tensor sum_z)"
+_STATISTICS = "(Tensor norm, Tensor at_label, Tensor sum_below, Tensor entropy, Tensor prediction)"
+_RESULTS = "(Tensor nll, Tensor entropy)"
 
 
 class Whole(NamedTuple):
@@ -376,98 +402,114 @@ class Whole(NamedTuple):
     norm: Tensor  # [..., 2]
     nll: Tensor  # [...]
     classes: Tensor  # int64 []: how many there are
+    entropy: Tensor | None  # [...]; None if nobody asked for it
 
 
-def _of_no_class(x: Tensor, labels: Tensor) -> Tensors:
+def _statistics(norm: Tensor, at_label: Tensor, sum_below: Tensor, *metrics: Tensor) -> Tensors:
+    """Results of an operator that always has five."""
+    return norm, at_label, sum_below, *(metrics or _no_metrics(norm))
+
+
+def _of_no_class(x: Tensor, labels: Tensor, metrics: bool) -> Tensors:
     """The statistics of an empty part."""
     zeros = x.new_zeros(labels.shape, dtype=accumulate_dtype(x.dtype))
-    return torch.stack((zeros - torch.inf, zeros), -1), zeros, zeros.clone()
+    norm = torch.stack((zeros - torch.inf, zeros), -1)
+    return _statistics(norm, zeros, zeros.clone(), *((zeros.clone(), zeros.long()) if metrics else ()))
 
 
-def _fake_statistics(x: Tensor, labels: Tensor) -> Tensors:
-    nll, norm, *_ = _fake_tokens(x, labels, False)
-    return norm, nll, torch.empty_like(nll)
+def _fake_statistics(x: Tensor, labels: Tensor, metrics: bool) -> Tensors:
+    nll, norm, *rest = _fake_tokens(x, labels, metrics)
+    return norm, nll, torch.empty_like(nll), *rest
 
 
 @operator(
     "nvamp::part_statistics",
-    f"(Tensor logits, Tensor labels, {_OPTIONS}) -> {_STATISTICS}",
+    f"(Tensor logits, Tensor labels, bool metrics, {_OPTIONS}) -> {_STATISTICS}",
 )
-def part_statistics(logits: Tensor, labels: Tensor, backend: str, opt: Options) -> Tensors:
+def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, backend: str, opt: Options) -> Tensors:
     if not logits.shape[-1]:
-        return _of_no_class(logits, labels)
-    return load(backend).part_statistics(logits, labels, opt)
+        return _of_no_class(logits, labels, metrics)
+    return _statistics(*load(backend).part_statistics(logits, labels, metrics, opt))
 
 
 @part_statistics.register_fake
-def _(logits: Tensor, labels: Tensor, *_: Any) -> Tensors:
-    return _fake_statistics(logits, labels)
+def _(logits: Tensor, labels: Tensor, metrics: bool, *_: Any) -> Tensors:
+    return _fake_statistics(logits, labels, metrics)
+
+
+def _results(whole: Whole) -> Tensors:
+    return whole.nll.clone(), whole.nll.new_empty(0) if whole.entropy is None else whole.entropy.clone()
+
+
+def _fake_results(whole: Whole) -> Tensors:
+    nll, entropy = torch.empty_like(whole.nll), whole.entropy
+    return nll, nll.new_empty(0) if entropy is None else torch.empty_like(entropy)
 
 
 @operator(
     "nvamp::part_nll",
-    f"(Tensor logits, Tensor labels, {fields_of(Whole)}, bool inplace_backward, {_OPTIONS}) -> Tensor",
+    f"(Tensor logits, Tensor labels, {fields_of(Whole)}, bool inplace_backward, {_OPTIONS}) -> {_RESULTS}",
 )
 def part_nll(
     logits: Tensor, labels: Tensor, whole: Whole, inplace_backward: bool, backend: str, opt: Options
-) -> Tensor:
-    return whole.nll.clone()
+) -> Tensors:
+    return _results(whole)
 
 
 @part_nll.register_fake
-def _(logits: Tensor, labels: Tensor, whole: Whole, *_: Any) -> Tensor:
-    return torch.empty_like(whole.nll)
+def _(logits: Tensor, labels: Tensor, whole: Whole, *_: Any) -> Tensors:
+    return _fake_results(whole)
 
 
-def _part_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _part_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     logits, labels, whole, inplace, ctx.backend, ctx.opt = inputs
     ctx.inplace = inplace and not saving_is_hooked()
-    ctx.save_for_backward(logits, labels, whole.norm, whole.classes)
+    if whole.entropy is None:
+        ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, labels, whole.norm, whole.classes, whole.entropy)
 
 
-def _part_nll_autograd(ctx: Any, grad_nll: Tensor) -> tuple[Tensor]:
-    return (_logits_gradient(ctx, grad_nll, *ctx.saved_tensors),)
-
-
-part_nll.register_autograd(_part_nll_autograd, setup_context=_part_nll_setup)
+part_nll.register_autograd(_logits_gradient, setup_context=_part_nll_setup)
 
 
 @operator(
     "nvamp::linear_part_statistics",
-    f"({_HEAD}, ScalarType? accum_dtype, {_OPTIONS}) -> {_STATISTICS}",
+    f"({_HEAD}, bool metrics, ScalarType? accum_dtype, {_OPTIONS}) -> {_STATISTICS}",
 )
 def linear_part_statistics(
-    head: Head, accum_dtype: torch.dtype | None, backend: str, opt: Options
+    head: Head, metrics: bool, accum_dtype: torch.dtype | None, backend: str, opt: Options
 ) -> Tensors:
     if not len(head.weight):
-        return _of_no_class(head.hidden, head.labels)
+        return _of_no_class(head.hidden, head.labels, metrics)
     with _as_is(head.hidden):
-        return linear.part_statistics(load(backend), head, accum_dtype, opt)
+        return _statistics(*linear.part_statistics(load(backend), head, metrics, accum_dtype, opt))
 
 
 @linear_part_statistics.register_fake
-def _(head: Head, *_: Any) -> Tensors:
-    return _fake_statistics(head.hidden, head.labels)
+def _(head: Head, metrics: bool, *_: Any) -> Tensors:
+    return _fake_statistics(head.hidden, head.labels, metrics)
 
 
 @operator(
     "nvamp::linear_part_nll",
-    f"({_HEAD}, {fields_of(Whole)}, ScalarType? accum_dtype, {_OPTIONS}) -> Tensor",
+    f"({_HEAD}, {fields_of(Whole)}, ScalarType? accum_dtype, {_OPTIONS}) -> {_RESULTS}",
 )
 def linear_part_nll(
     head: Head, whole: Whole, accum_dtype: torch.dtype | None, backend: str, opt: Options
-) -> Tensor:
-    return whole.nll.clone()
+) -> Tensors:
+    return _results(whole)
 
 
 @linear_part_nll.register_fake
-def _(head: Head, whole: Whole, *_: Any) -> Tensor:
-    return torch.empty_like(whole.nll)
+def _(head: Head, whole: Whole, *_: Any) -> Tensors:
+    return _fake_results(whole)
 
 
-def _linear_part_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _linear_part_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     head, whole, ctx.accum_dtype, ctx.backend, ctx.opt = inputs
-    ctx.save_for_backward(whole.norm, whole.classes, *head)
+    if whole.entropy is None:
+        ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(whole.norm, whole.classes, whole.entropy, *head)
 
 
-linear_part_nll.register_autograd(_linear_token_nll_autograd, setup_context=_linear_part_nll_setup)
+linear_part_nll.register_autograd(_head_gradients, setup_context=_linear_part_nll_setup)

@@ -13,7 +13,10 @@ from nvamp.engine.options import Head, Options, accumulate_dtype
 
 
 def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
-    """(nll,) or, with `metrics`, (nll, entropy, correct); arguments as in `nvamp.functional.token_nll`."""
+    """(nll,) or, with `metrics`, (nll, lse, entropy, prediction); arguments as in `functional.token_nll`.
+
+    The losses and the entropies are differentiable.
+    """
     valid, vocab = labels != opt.ignore_index, logits.shape[-1]
     if not (torch.compiler.is_compiling() or is_functorch_wrapped_tensor(labels)):  # no data to look at
         check_label_range(labels, vocab, opt.ignore_index)
@@ -29,19 +32,26 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
         nll = nll + torch.where(valid, opt.z_loss * z.logsumexp(-1).square(), 0)
     if not metrics:
         return (nll,)
-    p = z.detach().softmax(-1)
-    entropy = torch.where(valid, torch.special.entr(p).sum(-1), 0)
-    return nll, entropy, valid & (z.argmax(-1) == labels)
+    log_p = z.log_softmax(-1)
+    lowest = torch.finfo(log_p.dtype).min  # in place of −inf, whose product with p = 0 would be NaN
+    entropy = -(log_p.exp() * log_p.clamp(min=lowest)).sum(-1)
+    lse, prediction = z.detach().logsumexp(-1), z.argmax(-1)
+    return nll, *(torch.where(valid, x, 0) for x in (lse, entropy, prediction))
 
 
-def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, ...]:
     """Those of `Backend.part_statistics`, differentiable; a label of another part is below 0."""
     z = _z(logits, labels != opt.ignore_index, opt)
     padded = F.pad(z, (0, 1), value=-torch.inf)  # never empty
     top = padded.detach().amax(-1)
     below = padded - torch.where(top == -torch.inf, 0, top)[..., None]
     at_label = padded.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    return torch.stack((top, below.exp().sum(-1)), -1), torch.where(labels < 0, 0, at_label), z.sum(-1)
+    e = below.exp()
+    total = e.sum(-1)
+    some = torch.where(total == 0, 1, total)  # a part of no mass has an entropy of 0
+    entropy = some.log() - (e * below.clamp(min=torch.finfo(e.dtype).min)).sum(-1) / some
+    results = torch.stack((top, total), -1), torch.where(labels < 0, 0, at_label), -below[..., :-1].sum(-1)
+    return *results, entropy, padded.argmax(-1)
 
 
 def logits_of(head: Head, ignore_index: int) -> Tensor:

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from nvamp.engine import kernels
-from nvamp.engine.backend import Chunk, Largest
+from nvamp.engine.backend import Chunk, Largest, OfEntropy
 from nvamp.engine.options import Options, accumulate_dtype
 
 INTERPRETED = not isinstance(kernels.nll_kernel, triton.JITFunction)
@@ -150,43 +150,44 @@ def _alike(x: Tensor, out: Tensor) -> bool:
 
 
 def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
-    nll, norm, entropy, correct = _pass_over(logits, labels, opt, METRICS=metrics)
-    return (nll, norm, entropy, correct) if metrics else (nll, norm)
+    return _pass_over(logits, labels, None, metrics, opt)
 
 
-def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, ...]:
-    at_label, norm, sum_z, _ = _pass_over(logits, labels, opt, PART=True)
-    return norm, at_label, sum_z if opt.label_smoothing else torch.zeros_like(at_label)
+def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
+    sum_below = torch.zeros(labels.shape, dtype=accumulate_dtype(logits.dtype), device=labels.device)
+    at_label, norm, *rest = _pass_over(logits, labels, sum_below, metrics, opt)
+    return norm, at_label, sum_below, *rest
 
 
 def _pass_over(
-    logits: Tensor, labels: Tensor, opt: Options, METRICS: bool = False, PART: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """nll, norm, entropy and correct of `nll_kernel`; the last two mean nothing where not asked for."""
+    logits: Tensor, labels: Tensor, sum_below: Tensor | None, metrics: bool, opt: Options
+) -> tuple[Tensor, ...]:
+    """What `nll_kernel` makes of the rows: that of a part with `sum_below`, which it fills in."""
     wide, vocab = accumulate_dtype(logits.dtype), logits.shape[-1]
     nll = torch.empty(labels.shape, dtype=wide, device=labels.device)
     norm = nll.new_empty(*labels.shape, 2)
-    entropy = torch.empty_like(nll) if METRICS or PART else nll
-    correct = torch.empty_like(nll, dtype=torch.bool) if METRICS else nll
-    flat = [t.contiguous().flatten(0, labels.dim() - 1) for t in (labels, nll, norm, entropy, correct)]
-    sizes = reading(vocab, logits.dtype, opt.softcap is not None, labels.numel(), METRICS)
+    entropy = torch.empty_like(nll) if metrics else None  # None is no argument of the kernel at all
+    prediction = torch.empty_like(nll, dtype=torch.int64) if metrics else None
+    of_rows = (labels, nll, norm, entropy, prediction, sum_below)
+    flat = [None if t is None else t.contiguous().flatten(0, labels.dim() - 1) for t in of_rows]
+    sizes = reading(vocab, logits.dtype, opt.softcap is not None, labels.numel(), metrics)
     for x, rows in _planes(logits):
         launch(
             kernels.nll_kernel,
-            len(flat[0][rows]),
+            x.shape[0] * x.shape[1],
             sizes,
             x,
-            *(t[rows] for t in flat),
+            *(None if t is None else t[rows] for t in flat),
             x.shape[1],
             *_strides(x),
             vocab,
-            METRICS=METRICS,
-            PART=PART,
+            METRICS=metrics,
+            PART=sum_below is not None,
             ADJACENT=x.stride(-1) == 1,
             **sizes.lanes(logits.dtype),
             **options_of(opt, nll),
         )
-    return nll, norm, entropy, correct
+    return (nll, norm) if entropy is None or prediction is None else (nll, norm, entropy, prediction)
 
 
 def token_nll_backward(
@@ -197,24 +198,27 @@ def token_nll_backward(
     opt: Options,
     out: Tensor,
     classes: Tensor | None = None,
+    of_entropy: OfEntropy | None = None,
 ) -> None:
     vocab = logits.shape[-1]
     sizes = streaming(vocab, logits.dtype, opt.softcap is not None)
-    flat = [t.contiguous().flatten(0, labels.dim() - 1) for t in (labels, norm, grad_nll)]
+    of_rows = (labels, norm, grad_nll, *(of_entropy or (None, None)))
+    flat = [None if t is None else t.contiguous().flatten(0, labels.dim() - 1) for t in of_rows]
     for x, rows in _planes(logits):
         grad = x if out is logits else out.view(-1, vocab)[rows].view(x.shape)
         launch(
             kernels.gradient_kernel,
-            len(flat[0][rows]) * triton.cdiv(vocab, sizes.block),
+            x.shape[0] * x.shape[1] * triton.cdiv(vocab, sizes.block),
             sizes,
             x,
             grad,
-            *(t[rows] for t in flat),
+            *(None if t is None else t[rows] for t in flat),
             labels if classes is None else classes,
             x.shape[1],
             *_strides(x),
             *_strides(grad),
             vocab,
+            ENTROPY=of_entropy is not None,
             PART=classes is not None,
             ADJACENT=x.stride(-1) == grad.stride(-1) == 1,
             ALIKE=_alike(x, grad),

@@ -1,4 +1,4 @@
-"""What the loss is made of, in the logs of a `Trainer`: that of transformers, of TRL or of Axolotl."""
+"""What the loss is made of, in the logs of a `Trainer` of transformers, TRL or Axolotl."""
 
 import warnings
 from typing import Any
@@ -18,32 +18,34 @@ _MEANS = ("cross_entropy", "dispersion", "std", "hardest_share")
 def log_stats(trainer: Any, criterion: Loss | LinearLoss | TokenLoss) -> None:
     """Adds the components of the loss to everything that `trainer` logs, in training and in evaluation.
 
-    They go where its other values go: to `log_history`, to TensorBoard and whatever else `report_to` names.
-    Each is of all micro-batches since the last log, on all ranks, and a mean is weighted by their tokens:
+    They go where its other values go: to `log_history`, to TensorBoard and to whatever else `report_to`
+    names. The keys are the same for every objective, and begin with the name of this library. Each value
+    covers all micro-batches since the last log, on all ranks; a mean over micro-batches weighs each of them
+    by its number of tokens:
 
-        nvamp_cross_entropy   mean loss of a token, in nats
+        nvamp_cross_entropy   mean loss ℓ of a token, in nats, whatever its weight
         nvamp_dispersion      mean over micro-batches of their mean |ℓ − μ|/σ
         nvamp_std             mean over micro-batches of their σ, in nats
-        nvamp_hardest_share   mean over micro-batches of the part that the 1% of their tokens with the largest
-                              losses have of Σ |∂L/∂ℓ|
+        nvamp_hardest_share   mean over micro-batches of the part of Σ |∂L/∂ℓ| that falls to the 1% of their
+                              tokens with the largest losses
         nvamp_max             the largest loss, in nats
 
-    A micro-batch is that of one rank; of a criterion with a `process_group`, that of all its ranks, but for
+    A micro-batch is one rank's. With a `process_group` it is the one of all its ranks together, except for
     the share.
 
     Nothing waits for the device until the trainer logs. Then the values are read, on several ranks after one
-    all-gather of six numbers; all ranks have to log at the same steps, as those of a `Trainer` do.
+    all-gather of six numbers. All ranks must log at the same steps, as a `Trainer` does.
 
     Args:
-        trainer: a `transformers.Trainer` or what derives from it, made already. A callback cannot do this:
-            the ones that report come before those of a user.
-        criterion: the one that the trainer, or its model, computes; its `on_stats` is set.
+        trainer: a `transformers.Trainer`, or one derived from it. A callback could not do this, because
+            those that report run before a user's.
+        criterion: the one that the trainer, or its model, computes. Its `on_stats` is set.
 
     Warns:
-        UserWarning: at a log, where no loss of the criterion has been computed in training since the last.
+        UserWarning: at a log, if the criterion has not been called in training since the last one.
 
     Example:
-        criterion = NVAMPLoss()
+        criterion = Loss(Tail(share=0.05))
         trainer = Trainer(model, args, train_dataset=data, compute_loss_func=compute_loss_func(criterion))
         log_stats(trainer, criterion)
     """
@@ -62,7 +64,7 @@ def log_stats(trainer: Any, criterion: Loss | LinearLoss | TokenLoss) -> None:
 
 
 def _prefix(logs: dict[str, float]) -> str | None:
-    """Nothing for the logs of training steps, "eval_" or the like for an evaluation's, `None` for others."""
+    """The prefix of what an evaluation logs, such as "eval_"; "" in training, and `None` for other logs."""
     if "loss" in logs:
         return ""
     prefixes = (key.removesuffix("loss") for key in logs if key.endswith("_loss"))
@@ -70,7 +72,7 @@ def _prefix(logs: dict[str, float]) -> str | None:
 
 
 def _summary(tables: Tensor) -> dict[str, float]:
-    """What to log of the tables [ranks, 6] of all ranks; nothing where no token was scored."""
+    """The values to log, from the tables [ranks, 6] of all ranks; none if no token was scored."""
     tokens, *sums = tables[:, :-1].sum(0).tolist()
     if tokens == 0:
         return {}
@@ -81,7 +83,8 @@ def _summary(tables: Tensor) -> dict[str, float]:
 class _Meter:
     """Adds up the statistics of every call of a criterion, on its device.
 
-    A table [6] for training and one for evaluation: tokens, tokens times each of `_MEANS`, largest loss.
+    It holds a table [6] for training and one for evaluation: tokens, tokens times each of `_MEANS`, largest
+    loss.
     """
 
     def __init__(self) -> None:
@@ -89,7 +92,7 @@ class _Meter:
 
     def add(self, s: NVAMPStats) -> None:
         tokens = s.num_tokens.to(s.mean.dtype)
-        # The mean rather than s.cross_entropy, which is over the tokens of the whole step.
+        # s.mean and not s.cross_entropy, which is divided by the tokens of the whole step.
         sums = tokens * torch.stack((torch.ones_like(s.mean), s.mean, s.dispersion, s.std, s.hardest_share))
         table = torch.cat((sums, torch.where(tokens > 0, s.max, -torch.inf)[None]))
         training = torch.is_grad_enabled()
@@ -98,7 +101,7 @@ class _Meter:
         self._tables[training] = table
 
     def take(self, training: bool, device: torch.device) -> Tensor:
-        """The table of what came since the last call."""
+        """The table of everything since the last call."""
         if training and training not in self._tables:
             warnings.warn(
                 "log_stats: since the last log the trainer has not called the criterion", stacklevel=3

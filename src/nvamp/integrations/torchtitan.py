@@ -1,4 +1,4 @@
-"""NVAMP as a loss of torchtitan's configuration."""
+"""Any objective as a loss of torchtitan's configuration."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,58 +10,88 @@ from torchtitan.distributed.spmd_types import spmd_mesh_size
 
 from nvamp.distributed import ranks_of
 from nvamp.functional import token_nll
-from nvamp.losses import TokenNVAMPLoss
-from nvamp.objectives import Gradient
+from nvamp.integrations.columns import token_inputs
+from nvamp.losses import TokenLoss
+from nvamp.objectives.spec import parse_loss
 
-__all__ = ["NVAMPLoss"]
+__all__ = ["TitanLoss"]
 
 
-class NVAMPLoss(BaseLoss):  # type: ignore[misc]  # torchtitan is untyped here
-    """A torchtitan loss: what every rank gets of every micro-batch adds up to the loss of the step.
+class TitanLoss(BaseLoss):  # type: ignore[misc]  # torchtitan is untyped here
+    """Any objective for torchtitan: the losses of micro-batches and ranks add up to the loss of the step.
 
-    The statistics are those of the micro-batch of a rank, or of a chunk where `ChunkedLossWrapper` calls it.
-    `criterion.process_group` makes them those of several ranks, which hold different tokens:
+    Statistics are those of a rank's micro-batch, or of a chunk if `ChunkedLossWrapper` calls the loss. To
+    take them over several ranks that hold different tokens, set `criterion.process_group`:
     `trainer.loss_fn.criterion.process_group = trainer.parallel_dims.get_mesh("loss")`.
 
-    Logits that are a DTensor sharded over the vocabulary stay so. Those of `spmd_types`, plain tensors, are
-    gathered by torchtitan's own `compute_logprobs`. The configuration of the compiler is not followed: there
-    is nothing to fuse.
+    Logits that are a DTensor sharded over the vocabulary stay sharded. torchtitan's own `compute_logprobs`
+    gathers those of `spmd_types`, which are plain tensors. The configuration of the compiler is ignored,
+    because there is nothing to fuse.
+
+    Attributes:
+        criterion: the `nvamp.TokenLoss`.
 
     Example:
-        Trainer.Config(loss=NVAMPLoss.Config(gradient="token"), ...)
-        Trainer.Config(loss=ChunkedLossWrapper.Config(loss_fn=NVAMPLoss.Config()), ...)
+        Trainer.Config(loss=TitanLoss.Config(loss="nvamp:gradient=token"), ...)
+        Trainer.Config(loss=ChunkedLossWrapper.Config(loss_fn=TitanLoss.Config(loss="dft")), ...)
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseLoss.Config):  # type: ignore[misc]
-        """The options of `nvamp.TokenNVAMPLoss`."""
+        """Which loss.
 
-        alpha: float = 1.0
-        beta: float = 0.02
-        gamma: float = 0.001
-        eps: float = 1e-6
-        gradient: Gradient = "scalar"
+        Raises:
+            ValueError: a text that describes none.
+        """
+
+        loss: str = "nvamp"
+        """An objective as `nvamp.objectives.parse` reads it, with options of the loss of a token
+        (`nvamp.functional.TokenOptions`) among its own: `nvamp:gamma=0.04,tail=0.05,label_smoothing=0.1`."""
+
+        def __post_init__(self) -> None:
+            parse_loss(self.loss)
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
-        self.criterion = TokenNVAMPLoss(
-            config.alpha, config.beta, config.gamma, config.eps, gradient=config.gradient
-        )
+        objective, self._token_options = parse_loss(config.loss)
+        self.criterion = TokenLoss(objective)
 
     def __call__(
-        self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **kwargs: Any
+        self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **loss_inputs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and no metrics.
 
         Args:
             pred: logits [batch, seq, vocab].
-            labels: [batch, seq], shifted already, as torchtitan's data has them.
-            global_valid_tokens: of the whole step, on all ranks. Without it the loss is not divided by any
-                number of tokens, as those of torchtitan.
-            kwargs: what torchtitan hands to every loss; not used.
+            labels: [batch, seq], already shifted by torchtitan's data loader.
+            global_valid_tokens: the tokens of the whole step, on all ranks. Without it the loss is not
+                divided by any number of tokens, like torchtitan's own.
+            loss_inputs: what the objective needs of each token, `token_weight` for example, [batch, seq],
+                shifted as the labels are. Other names are ignored.
+
+        Raises:
+            NotImplementedError: a loss that `compute_logprobs` does not compute, on a vocabulary in parts of
+                `spmd_types`.
         """
-        gathers = not isinstance(pred, DTensor) and spmd_mesh_size("tp") > 1
-        nll = -compute_logprobs(pred, labels) if gathers else token_nll(pred, labels)
+        nll, entropy = self._losses(pred, labels)
         items = 1 if global_valid_tokens is None else global_valid_tokens
-        loss = self.criterion(nll, labels != IGNORE_INDEX, num_items_in_batch=items)
+        loss = self.criterion(
+            nll, labels != IGNORE_INDEX, items, entropy=entropy, **token_inputs(loss_inputs)
+        )
         group = self.criterion.process_group
         return loss / (1 if group is None else ranks_of(group).size), {}
+
+    def _losses(self, pred: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The losses [batch, seq] of the tokens, and the entropies if the objective needs them."""
+        needs_entropy = self.criterion.objective.needs_entropy
+        if not isinstance(pred, DTensor) and spmd_mesh_size("tp") > 1:
+            if needs_entropy or self._token_options:
+                needs = "the entropy" if needs_entropy else ", ".join(self._token_options)
+                raise NotImplementedError(
+                    f"the loss needs {needs}, which torchtitan does not compute of a vocabulary that "
+                    "spmd_types has split over ranks"
+                )
+            return -compute_logprobs(pred, labels), None
+        if not needs_entropy:
+            return token_nll(pred, labels, **self._token_options), None
+        nll, metrics = token_nll(pred, labels, return_metrics=True, **self._token_options)
+        return nll, metrics.entropy

@@ -1,12 +1,14 @@
-"""NVAMP as the loss of TRL's `SFTTrainer`."""
+"""Any objective as the loss of TRL's `SFTTrainer`."""
 
-from typing import Any
+from typing import Any, cast
 
 import trl
 from torch import Tensor
 
+from nvamp.apply import TokenInputs
 from nvamp.distributed import ranks_of
-from nvamp.losses import TokenNVAMPLoss
+from nvamp.integrations.columns import TOKEN_INPUTS, check_inputs, token_inputs
+from nvamp.losses import TokenLoss
 
 __all__ = ["SFTTrainer"]
 
@@ -14,28 +16,34 @@ __all__ = ["SFTTrainer"]
 class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped here
     """TRL's `SFTTrainer` with a criterion.
 
-    TRL's own forward gives the losses of the tokens without holding their logits, and what its metrics are
-    computed from: entropy and accuracy are logged as always, and no forward comes in addition. That forward
+    TRL's own forward computes the losses and entropies of the tokens without holding the logits, and the
+    criterion takes them from there: TRL logs its metrics as always, and there is no second forward. TRL
     applies a model's softcap and scale of the logits, finds the scored tokens in each layout of a batch, and
     adds the auxiliary loss of a mixture of experts.
 
     Micro-batches and ranks add up as in `nvamp.integrations.transformers.compute_loss_func`.
 
+    An objective may need columns of the batch: `token_weight`, `advantage`, `old_logprob`, `ref_logprob`,
+    [B, S] like the labels. They are shifted together with `labels`, and must be shifted already if there are
+    `shift_labels`. TRL's own collator and packing drop them, so they need `remove_unused_columns=False` in
+    `args` and a `data_collator` that pads them.
+
     Args:
-        criterion: what to compute of the losses of the tokens.
+        criterion: computes the loss from the losses of the tokens.
 
     The other arguments are those of `trl.SFTTrainer`.
 
     Raises:
-        ValueError: `args.loss_type` is not "nll", the loss of a token that the criterion is of; or another
-            option that would replace the criterion, sequence parallelism (Ulysses) among them.
-        RuntimeError: from `compute_loss`, where TRL computed a loss without the criterion.
+        ValueError: `args.loss_type` is not "nll", the loss of a token that the criterion needs; or another
+            option would replace the criterion, such as sequence parallelism (Ulysses).
+        TypeError: from `compute_loss`, a column that the criterion needs is not in the batch.
+        RuntimeError: from `compute_loss`, TRL computed a loss without the criterion.
 
     Example:
-        SFTTrainer(model, args=config, train_dataset=data, criterion=TokenNVAMPLoss())
+        SFTTrainer(model, args=config, train_dataset=data, criterion=TokenLoss(DFT()))
     """
 
-    def __init__(self, *args: Any, criterion: TokenNVAMPLoss, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, criterion: TokenLoss, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.loss_type != "nll":
             raise ValueError(f"loss_type must be 'nll' with a criterion, got {self.args.loss_type!r}")
@@ -53,29 +61,42 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped here
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's, with a model whose losses of tokens are made to add up to the criterion."""
+        """TRL's, except that the losses of the tokens which it sums add up to the criterion."""
+        own = token_inputs(inputs)
+        check_inputs(self.criterion, own)
+        if "shift_labels" not in inputs:  # TRL scores position t of the logits with label t+1
+            own = cast(TokenInputs, {name: cast(Tensor, x)[..., 1:] for name, x in own.items()})
         called = False
 
         def with_criterion(**kwargs: Any) -> Any:
             nonlocal called
             outputs = model(**kwargs)
             if kwargs.get("fused_lm_head"):
-                outputs.log_probs = self._summing_up_to_the_criterion(outputs, num_items_in_batch)
+                outputs.log_probs = self._adding_up_to_the_criterion(outputs, own, num_items_in_batch)
                 called = True
             return outputs
 
-        loss = super().compute_loss(with_criterion, inputs, return_outputs, num_items_in_batch)
+        batch = {name: x for name, x in inputs.items() if name not in TOKEN_INPUTS}
+        loss = super().compute_loss(with_criterion, batch, return_outputs, num_items_in_batch)
         if not called:
             raise RuntimeError(f"TRL {trl.__version__} computed a loss without calling the criterion")
         return loss
 
-    def _summing_up_to_the_criterion(self, outputs: Any, num_items_in_batch: Any) -> Tensor:
-        """What stands for `log_probs`, of which TRL divides the negative sum by the number of tokens."""
+    def _adding_up_to_the_criterion(
+        self, outputs: Any, inputs: TokenInputs, num_items_in_batch: Any
+    ) -> Tensor:
+        """What replaces `log_probs`: TRL divides its negative sum by the number of tokens."""
         tokens = num_items_in_batch
         if tokens is None:
             tokens = outputs.label_mask.sum()
         elif self.criterion.process_group is not None:
             tokens = tokens / ranks_of(self.criterion.process_group).size  # TRL multiplies by it
-        loss = self.criterion(-outputs.log_probs, outputs.label_mask, num_items_in_batch=num_items_in_batch)
+        loss = self.criterion(
+            -outputs.log_probs,
+            outputs.label_mask,
+            num_items_in_batch,
+            entropy=outputs.entropy,
+            **inputs,
+        )
         total: Tensor = -loss * tokens
         return total

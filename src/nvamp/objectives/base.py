@@ -44,13 +44,9 @@ class Batch(NamedTuple):
         """The result L = Σ values / M, if ∂L/∂ℓ is `weights` / M; [tokens] each."""
         n, total = self.sums(values)
         m, _ = self.items(n)
-        return Result(
-            total / m,
-            per_token=weights / m,
-            entropy_weights=None
-            if entropy_weights is None
-            else torch.where(self.valid, entropy_weights / m, 0),
-        )
+        if entropy_weights is not None:
+            entropy_weights = torch.where(self.valid, entropy_weights, 0) / m
+        return Result(total / m, per_token=weights / m, entropy_weights=entropy_weights)
 
 
 class Statistics(NamedTuple):
@@ -69,7 +65,7 @@ class Statistics(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Value and weights: ∂L/∂ℓ_i is `shared` + `per_token`_i if token i is valid, else 0.
+    """Value and weights: ∂L/∂ℓ_i is `shared` + `per_token`_i for every valid token i.
 
     An objective with `few_weights` keeps the two apart, `shared` for all tokens and `per_token` for few. Its
     gradient with respect to hidden states and weight is then made in one pass.
@@ -81,20 +77,19 @@ class Result(NamedTuple):
     entropy_weights: Tensor | None = None  # [tokens] ∂L/∂H, H the entropy of the prediction; None for 0
     statistics: Callable[[], Statistics] | None = None  # if the objective has computed them
 
-    def weights(self, valid: Tensor) -> Tensor:
-        """∂L/∂ℓ [tokens]."""
+    def weights(self) -> Tensor:
+        """∂L/∂ℓ of the valid tokens, [tokens] or a scalar; anything for the others."""
         if self.per_token is None:
             assert self.shared is not None
-            return torch.where(valid, self.shared, 0)
-        per_token = self.per_token if self.shared is None else self.per_token + self.shared
-        return torch.where(valid, per_token, 0)
+            return self.shared
+        return self.per_token if self.shared is None else self.per_token + self.shared
 
 
 @dataclass(frozen=True)
 class Objective:
     """Derive from it, as a frozen dataclass with the options as its fields, and define `evaluate`.
 
-    What else an objective says of itself, it says by a property, or by an attribute of its class.
+    The properties may be overridden too, also by attributes of the class: `inputs = ("advantage",)`.
     """
 
     def __post_init__(self) -> None:

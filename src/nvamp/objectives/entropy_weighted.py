@@ -17,9 +17,9 @@ class EntropyWeighted(Objective):
 
         L = Σ w(H) · ℓ / M
 
-        "eaft"   w = min(1, H/ln 20)^gamma: nothing to learn where the model is sure, right or wrong, so that
-                 fine-tuning does not overwrite what it knows
-        "mile"   w = (1 + H)^gamma: more to learn where the model is unsure
+        "eaft"   w = min(1, H/ln 20)^gamma: a token teaches little if the model is sure, right or wrong, so
+                 that fine-tuning does not overwrite what it knows
+        "mile"   w = (1 + H)^gamma: a token teaches more if the model is unsure
 
     with ℓ the losses and H the entropies (nats) of the valid tokens, and M = `num_items_in_batch`, by default
     their number. The weight of a token is w/M; no gradient flows through H.

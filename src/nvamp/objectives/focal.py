@@ -33,6 +33,6 @@ class Focal(Objective):
         ell, p = batch.nll, (-batch.nll).exp()
         miss = -torch.expm1(-ell)  # 1 − p
         power = miss**self.gamma
-        # d/dℓ (1 − p)^γ·ℓ = (1 − p)^γ·(1 + γ·p·ℓ/(1 − p)), where ℓ/(1 − p) → 1 for ℓ → 0
-        ratio = torch.where(miss > 0, p * ell / miss, 1)
-        return batch.mean(power * ell, power * (1 + self.gamma * ratio))
+        # d/dℓ (1 − p)^γ·ℓ = (1 − p)^γ + γ·p·ℓ·(1 − p)^γ/(1 − p), and ℓ/(1 − p) → 1 for ℓ → 0
+        ratio = torch.where(miss > 0, ell * power / miss, power)
+        return batch.mean(power * ell, power + self.gamma * p * ratio)

@@ -70,6 +70,10 @@ class NVAMP(Objective):
 
     def evaluate(self, batch: Batch) -> Result:
         s = statistics(batch, self.eps, self.moments)
+
+        def found() -> Statistics:  # without alpha, which nobody may want, they have no moments yet
+            return s if self.moments else statistics(batch, self.eps)
+
         # L = α·d·C + β·C + γ·X·(N/M)
         loss = (self.alpha * s.dispersion + self.beta) * s.cross_entropy
         penalty = None
@@ -77,14 +81,14 @@ class NVAMP(Objective):
             largest, penalty = self._penalty(batch, s)
             loss = loss + self.gamma * largest * s.share
         if self.mode == "detached":
-            return Result(loss, self.alpha * s.dispersion / s.num_items, statistics=lambda: s)
+            return Result(loss, self.alpha * s.dispersion / s.num_items, statistics=found)
         if self.mode == "scalar":
             shared = (self.alpha * s.dispersion + self.beta) / s.num_items
-            return Result(loss, shared, penalty, statistics=lambda: s)
+            return Result(loss, shared, penalty, statistics=found)
         per_token = self._token(batch, s) if self.mode == "token" else self._full(batch, s)
         if penalty is not None:
             per_token = per_token + penalty
-        return Result(loss, None, per_token, statistics=lambda: s)
+        return Result(loss, None, per_token, statistics=found)
 
     @property
     def mode(self) -> Gradient:

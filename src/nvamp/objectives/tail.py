@@ -20,7 +20,7 @@ class Tail(Objective):
     A token of T has the weight (1 + strength)/M, any other 1/M. The part of T is k times the CVaR of the
     losses, their mean beyond a quantile.
 
-    T is that of the tokens of a call: micro-batches have one each.
+    T is chosen among the tokens of a call, so each micro-batch has its own.
 
     Args:
         share: of the valid tokens that are in T, in [0, 1]; 0 for the largest loss alone.
@@ -42,15 +42,13 @@ class Tail(Objective):
     strength: float = option(1.0, between(0))
 
     def few_weights(self, tokens: int) -> int:
-        return most_tokens_of(self.share, tokens) if self.strength else 0
+        return most_tokens_of(self.share, tokens)
 
     def evaluate(self, batch: Batch) -> Result:
         n, total = batch.sums(batch.nll)
         m, _ = batch.items(n)
-        shared = torch.ones_like(n) / m
-        if not self.strength:
-            return Result(total / m, shared)
-        count = n.long()
-        tail = hardest(batch, tokens_of(self.share, count).clamp(min=1).minimum(count))
+        valid = n.long()
+        tail = hardest(batch, tokens_of(self.share, valid).clamp(min=1).minimum(valid))
         loss = (total + self.strength * (tail.k * tail.mean)) / m
+        shared = torch.ones_like(n) / m
         return Result(loss, shared, torch.where(tail.among, self.strength * shared, 0))

@@ -19,8 +19,8 @@ class Truncated(Objective):
     k = ⌊share·N⌋ tokens with the largest losses, ties by the lowest rank, then by the lowest index; never all
     of them. A token of T has the weight 0, and its loss may be infinite or NaN; any other token has 1/M.
 
-    T is that of the tokens of a call: micro-batches have one each. The paper drops whole sequences, by a
-    quantile that it estimates over past batches.
+    T is chosen among the tokens of a call, so each micro-batch has its own. The paper drops whole sequences,
+    above a quantile that it estimates from past batches.
 
     Args:
         share: of the valid tokens that are dropped, in [0, 1]; 0 is cross-entropy.

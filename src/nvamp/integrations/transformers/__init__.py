@@ -1,10 +1,11 @@
-"""NVAMP, or any other criterion, as the loss of a Hugging Face model or of the `Trainer`."""
+"""Any criterion as the loss of a Hugging Face model or of the `Trainer`."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from nvamp.integrations.columns import needs_of
 from nvamp.integrations.transformers.model_loss import Criterion, ModelLoss, share
 from nvamp.integrations.transformers.patching import patch, unpatch
 
@@ -20,23 +21,33 @@ class LossFunction(Protocol):
 
 
 def compute_loss_func(criterion: Criterion) -> LossFunction:
-    """`criterion` as the `compute_loss_func` of a `Trainer`, which then leaves the model's own loss out.
+    """`criterion` as the `compute_loss_func` of a `Trainer`; the model then computes no loss of its own.
 
-    Where the `Trainer` gives the number of tokens of the optimizer step, the loss of a criterion with a
+    If the `Trainer` gives the number of tokens of the optimizer step, the loss of a criterion with a
     `process_group` is divided by the size of the group; docs/transformers.md says why.
 
     Args:
-        criterion: called as `criterion(logits [B, S, V], labels [B, S], num_items_in_batch=...)`, gives a
-            scalar. The labels are not shifted; shifting them is the criterion's part, as `NVAMPLoss()` does.
+        criterion: called as `criterion(logits [B, S, V], labels [B, S], num_items_in_batch=...)`, returns a
+            scalar. It shifts the labels itself, as `nvamp.Loss` does.
+
+    Raises:
+        ValueError: the objective needs per-token inputs, `token_weight` for example. The `Trainer` gives this
+            function the labels and no other column of the batch; `loss_function` and `patch` see them.
 
     Example:
-        Trainer(model, args, train_dataset=data, compute_loss_func=compute_loss_func(NVAMPLoss()))
+        Trainer(model, args, train_dataset=data, compute_loss_func=compute_loss_func(Loss(NVAMP())))
 
-        # On several ranks; it is `TrainingArguments` that makes the group.
+        # On several ranks; TrainingArguments makes the group.
         args = TrainingArguments(...)
-        criterion = NVAMPLoss(process_group=torch.distributed.group.WORLD)
+        criterion = Loss(NVAMP(), process_group=torch.distributed.group.WORLD)
         Trainer(model, args, train_dataset=data, compute_loss_func=compute_loss_func(criterion))
     """
+    if needs := needs_of(criterion):
+        raise ValueError(
+            f"the criterion needs {', '.join(needs)}, but a Trainer gives compute_loss_func the labels and "
+            "no other column of the batch: use patch(model, LinearLoss(...)) or model.loss_function = "
+            "loss_function(Loss(...)), with remove_unused_columns=False in TrainingArguments"
+        )
 
     def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if labels is None:
@@ -48,22 +59,25 @@ def compute_loss_func(criterion: Criterion) -> LossFunction:
 
 
 def loss_function(criterion: Criterion) -> ModelLoss:
-    """`criterion` as `model.loss_function`: the model computes its logits, and this loss of them.
+    """`criterion` as `model.loss_function`: the model computes its logits, and this is its loss of them.
 
-    It is called as transformers' `ForCausalLMLoss` is, and with `num_items_in_batch` follows the convention
-    of `compute_loss_func`.
+    It is called as transformers' `ForCausalLMLoss` is, and treats `num_items_in_batch` as `compute_loss_func`
+    does. The columns `token_weight`, `advantage`, `old_logprob` and `ref_logprob` of the batch, [B, S] like
+    the labels, reach the criterion as keyword arguments, if the model hands its own on to its loss. A
+    `Trainer` keeps such columns only with `remove_unused_columns=False`.
 
     Args:
-        criterion: as for `compute_loss_func`. Batches with `shift_labels`, shifted before they were split
-            over ranks, need an `NVAMPLoss`.
+        criterion: as for `compute_loss_func`. For batches with `shift_labels`, which were shifted before they
+            were split over ranks, it must be a `nvamp.Loss`, and the columns above must be shifted too.
 
     Example:
-        model.loss_function = loss_function(NVAMPLoss())
+        model.loss_function = loss_function(Loss(TokenWeighted()))
+        loss = model(input_ids=tokens, labels=labels, token_weight=token_weight).loss
     """
     return ModelLoss(criterion)
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The logits [B, S, V] of what a model without labels returns: a `ModelOutput`, a dict or a tuple."""
+    """The logits [B, S, V] that a model returned, as a `ModelOutput`, a dict or a tuple without a loss."""
     logits: Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
     return logits

@@ -1,4 +1,4 @@
-"""What stands in for the logits of a patched model: how they would be made, and no more."""
+"""A stand-in for the logits of a patched model: it knows how they would be computed, and does not do it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# How a model begins that computes the cross-entropy of its logits itself.
+# The first operation of a model that computes the cross-entropy of its logits itself.
 _OF_ITS_OWN_LOSS = frozenset(
     ("view", "reshape", "flatten", "getitem", "transpose", "permute", "log_softmax", "cross_entropy")
 )
@@ -15,13 +15,13 @@ _OF_ITS_OWN_LOSS = frozenset(
 class DeferredLogits:
     """The logits of an output layer, not computed: `scale·x`, or `cap·tanh(scale·x)`, x = layer(hidden).
 
-    It takes what models do to their logits before the loss, scaling, soft-capping and casting, and becomes
-    the loss's `logit_scale` and `softcap`. Anything else raises a `NotImplementedError` that names it.
+    Models scale, soft-cap and cast their logits before the loss; these operations are recorded and become the
+    loss's `logit_scale` and `softcap`. Any other raises a `NotImplementedError` that names it.
 
     Attributes:
         hidden: [..., D], the input of the layer.
-        layer: a `torch.nn.Linear`. Its weight is read when the loss is computed, as it is then.
-        model: name of the model's class, for errors.
+        layer: a `torch.nn.Linear`; the loss reads its weight when it is computed.
+        model: the name of the model's class, for errors.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class DeferredLogits:
 
     @property
     def options(self) -> dict[str, float]:
-        """The options of a loss of x that make it one of these logits."""
+        """The options with which a loss of x is the loss of these logits."""
         if self._cap is not None:
             return {"softcap": self._cap, "logit_scale": self._scale * self._cap}
         return {} if self._scale == 1 else {"logit_scale": self._scale}
@@ -53,7 +53,7 @@ class DeferredLogits:
         return self.hidden.device
 
     def to(self, *args: Any, **kwargs: Any) -> "DeferredLogits":
-        """These: the loss is computed in float32 at least, where the hidden states are."""
+        """Itself: the loss is computed in at least float32, on the device of the hidden states."""
         return self
 
     def contiguous(self) -> "DeferredLogits":
@@ -73,7 +73,7 @@ class DeferredLogits:
         return self._scaled("/", divisor, -1.0)
 
     def _scaled(self, operation: str, number: Any, power: float) -> "DeferredLogits":
-        # A tensor may be a parameter, or wait on a device; a soft-cap below zero is none.
+        # A tensor may be a parameter, and its value may be on a device; a soft-cap is above zero.
         if not isinstance(number, int | float) or (self._cap is not None and number <= 0):
             what = type(number).__name__ if isinstance(number, Tensor) else repr(number)
             raise self._refusal(f"{operation} {what}")
@@ -98,7 +98,7 @@ class DeferredLogits:
         raise own._refusal(getattr(func, "__name__", str(func)))
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # a question, not an operation
+        if name.startswith("__"):  # Python asks whether there is one
             raise AttributeError(name)
         raise self._refusal(name)
 
@@ -106,14 +106,14 @@ class DeferredLogits:
         return self
 
     def _refusal(self, operation: str) -> NotImplementedError:
-        ways = "compute_loss_func(NVAMPLoss())"
+        ways = "compute_loss_func(Loss(...))"
         if operation in _OF_ITS_OWN_LOSS:
             ways += "; a model that computes its cross-entropy itself ignores model.loss_function"
         else:
-            ways += " or loss_function(NVAMPLoss())"
+            ways += " or loss_function(Loss(...))"
         return NotImplementedError(
             f"{self.model} needs its logits for {operation!r}, and a patched model has none in training: "
-            f"unpatch it, and take the path of logits, {ways}"
+            f"unpatch it and use a loss of logits, {ways}"
         )
 
 
@@ -124,6 +124,6 @@ def _refused(name: str) -> Callable[..., Any]:
     return refuse
 
 
-# Python looks these up in the class.
+# Python looks operators up in the class.
 for _name in ("add", "radd", "sub", "rsub", "neg", "pow", "matmul", "rtruediv", "getitem", "setitem", "iter"):
     setattr(DeferredLogits, f"__{_name}__", _refused(_name))

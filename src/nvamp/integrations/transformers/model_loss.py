@@ -6,16 +6,15 @@ from typing import Any, cast
 from torch import Tensor
 
 from nvamp.apply import TokenInputs
+from nvamp.integrations.columns import check_inputs, token_inputs
 from nvamp.losses import LinearLoss, Loss
 
 # (logits [B, S, V], labels [B, S], num_items_in_batch=...) -> scalar; it shifts the labels itself.
 Criterion = Callable[..., Tensor]
-# What a batch may have for an objective, beside its labels.
-TOKEN_INPUTS = tuple(TokenInputs.__annotations__)
 
 
 class ModelLoss:
-    """What `model.loss_function` calls, with a criterion of logits."""
+    """What `model.loss_function` calls: a criterion of logits."""
 
     def __init__(self, criterion: Criterion) -> None:
         self.criterion = criterion
@@ -34,10 +33,16 @@ class ModelLoss:
 
         Args:
             logits: [B, S, V].
-            labels: [B, S]; not looked at where there are `shift_labels`.
-            vocab_size: not used: it is V.
-            shift_labels: [B, S], for the logits at the same place.
-            kwargs: not used, as in transformers.
+            labels: [B, S]; ignored if there are `shift_labels`.
+            vocab_size: ignored: it is V.
+            shift_labels: [B, S], the label of the logits at the same place.
+            kwargs: what the batch holds for the objective, `token_weight` for example, [B, S]. It lies on the
+                grid of the labels that count: with `shift_labels` it must be shifted as they are, otherwise
+                it is shifted together with `labels`. Other names are ignored, as transformers does.
+
+        Raises:
+            TypeError: the objective needs something that the batch does not hold, or has no use for it.
+            ValueError: there are no labels, or `ignore_index` is not the criterion's.
         """
         own_index = getattr(self.criterion, "ignore_index", -100)
         if ignore_index not in (-100, own_index):
@@ -45,12 +50,16 @@ class ModelLoss:
         targets = labels if shift_labels is None else shift_labels
         if targets is None:
             raise ValueError("labels are missing: neither labels nor shift_labels were given")
-        if isinstance(num_items_in_batch, Tensor):  # of the first device, where a model lies on several
-            num_items_in_batch = num_items_in_batch.to(logits.device, non_blocking=True)
-        inputs = cast(TokenInputs, {name: kwargs[name] for name in TOKEN_INPUTS if name in kwargs})
-        value = self.value(
-            logits, targets.to(logits.device), shift_labels is not None, num_items_in_batch, inputs
-        )
+        inputs = token_inputs(kwargs)
+        check_inputs(self.criterion, inputs)
+        # A model on several devices computes its logits on the last, while the batch is on the first.
+        device = logits.device
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(device, non_blocking=True)
+        moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        inputs = cast(TokenInputs, moved)
+        shifted = shift_labels is not None
+        value = self.value(logits, targets.to(device), shifted, num_items_in_batch, inputs)
         return share(value, num_items_in_batch, self.criterion)
 
     def value(
@@ -68,12 +77,12 @@ class ModelLoss:
                 logits, labels, criterion._call(num_items_in_batch, inputs), **changed
             )
         if shifted:
-            raise TypeError(f"shift_labels need a Loss, got {criterion!r}, which shifts by itself")
+            raise TypeError(f"shift_labels need a Loss, got {criterion!r}, which shifts the labels itself")
         return criterion(logits, labels, num_items_in_batch=num_items_in_batch, **inputs)
 
 
 def share(value: Tensor, num_items_in_batch: Tensor | int | None, criterion: Criterion) -> Tensor:
-    """This rank's part of a loss that the `Trainer` adds up over ranks, where it gives a number of tokens."""
+    """This rank's part of a loss that the `Trainer` adds up over ranks, if it gave a number of tokens."""
     group = getattr(criterion, "process_group", None)
     if group is None or num_items_in_batch is None:
         return value

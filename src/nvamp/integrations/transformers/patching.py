@@ -1,4 +1,4 @@
-"""The linear path for a transformers model: its own forward, whose output layer computes no logits."""
+"""The linear path for a transformers model: its own forward, with an output layer that computes no logits."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,29 +19,34 @@ def patch(model: Any, criterion: LinearLoss) -> None:
     """Makes a causal language model compute `criterion` from its hidden states, without logits, in training.
 
     In training and with labels the model runs its own forward, but its output layer computes nothing: the
-    loss takes hidden states and weight. `logits` of the output is then None. In evaluation, or without
-    labels, the model is what it was; a loss in evaluation is that of `NVAMPLoss` with the same options.
+    loss is computed from hidden states and weight, and `logits` of the output is None. In evaluation, or
+    without labels, the model is what it was; its loss in evaluation is `nvamp.Loss` with the same objective
+    and options.
 
-    A second patch replaces the criterion; `unpatch` takes all of it back.
+    The columns `token_weight`, `advantage`, `old_logprob` and `ref_logprob` of the batch, [B, S] like the
+    labels, reach the criterion: they are shifted together with `labels`, and must be shifted already if there
+    are `shift_labels`. A `Trainer` keeps such columns only with `remove_unused_columns=False`.
+
+    A second patch replaces the criterion; `unpatch` restores the model.
 
     Args:
-        model: a `PreTrainedModel` with a `torch.nn.Linear` as output layer, whose loss is transformers'
-            `ForCausalLMLoss`, or a `PeftModel` of one. Not yet prepared by Accelerate.
-        criterion: without `softcap` and `logit_scale` where the model has its own, which are taken over.
+        model: a `PreTrainedModel` with a `torch.nn.Linear` as output layer and transformers'
+            `ForCausalLMLoss` as loss, or a `PeftModel` of one. Not yet prepared by Accelerate.
+        criterion: without `softcap` and `logit_scale` if the model has its own, which are then used.
 
     Raises:
-        TypeError: a model, output layer or criterion that this is not for.
+        TypeError: the model, its output layer or the criterion is of another kind.
 
     A model that needs its logits for something else raises a `NotImplementedError` in training: see
     docs/architectures.md.
 
     Example:
-        patch(model, LinearNVAMPLoss())
+        patch(model, LinearLoss(Tail(share=0.05)))
         Trainer(model, args, train_dataset=data).train()
     """
     if not isinstance(criterion, LinearLoss):
         raise TypeError(
-            f"criterion must be a LinearLoss, such as LinearNVAMPLoss(), got {type(criterion).__name__}"
+            f"criterion must be a LinearLoss, such as LinearLoss(NVAMP()), got {type(criterion).__name__}"
         )
     model = _base_model(model)
     before = model.__dict__.get("_loss_function")
@@ -56,12 +61,12 @@ def patch(model: Any, criterion: LinearLoss) -> None:
 
 
 def unpatch(model: Any) -> None:
-    """Makes a patched model what it was before; any other is left as it is."""
+    """Makes a patched model what it was before; leaves any other model as it is."""
     model = _base_model(model)
     patched = [module for module in model.modules() if isinstance(module, _Patched)]
     for module in patched:
         if "_nvamp_unpatched" not in vars(type(module)):
-            raise TypeError(f"{type(module).__name__} is sharded: unpatch a model before that")
+            raise TypeError(f"{type(module).__name__} is sharded: unpatch a model before it is sharded")
     for module in patched:
         module.__class__ = module._nvamp_unpatched
     loss = vars(model).get("_loss_function")
@@ -72,7 +77,7 @@ def unpatch(model: Any) -> None:
 
 
 class _LinearModelLoss(ModelLoss):
-    """The loss of a patched model, of deferred logits in training and of logits elsewhere."""
+    """The loss of a patched model: of deferred logits in training, of logits otherwise."""
 
     criterion: LinearLoss
 
@@ -90,16 +95,17 @@ class _LinearModelLoss(ModelLoss):
     ) -> Any:
         criterion = self.criterion
         if isinstance(logits, DeferredLogits):
-            layer, changed = logits.layer, dict[str, object](self._own_options(logits))
+            layer = logits.layer
+            changed: dict[str, object] = {**self._own_options(logits)}
             if shifted:
                 changed["shift"] = False
             call = criterion._call(num_items_in_batch, inputs)
             return criterion._of_hidden(logits.hidden, layer.weight, labels, layer.bias, call, **changed)
         if any(call.loss is self for call in _state.calls):
             raise NotImplementedError(
-                "the logits in the loss are not of the output layer that was patched: where that has been "
-                "replaced, patch again; where the model has several, unpatch it, and set model.loss_function "
-                "= loss_function(NVAMPLoss(...))"
+                "the loss got logits that are not from the patched output layer: if the layer has been "
+                "replaced, patch again; if the model has several, unpatch it and set model.loss_function = "
+                "loss_function(Loss(...))"
             )
         return super().value(logits, labels, shifted, num_items_in_batch, inputs)
 
@@ -114,7 +120,7 @@ class _LinearModelLoss(ModelLoss):
 
 
 class _Call(NamedTuple):
-    """A forward of a patched model that is to compute no logits."""
+    """A forward of a patched model during which no logits are computed."""
 
     model: str
     loss: _LinearModelLoss
@@ -122,10 +128,10 @@ class _Call(NamedTuple):
 
 
 class _State(threading.local):
-    """The calls under way in this thread. Not a ContextVar: `torch.compile` cannot trace one."""
+    """The calls under way in this thread. It is no ContextVar because `torch.compile` cannot trace one."""
 
     def __init__(self) -> None:
-        # In every thread, and not in the class: what a compiled first call put there would fail its guards.
+        # Set here and not in the class: an attribute that a compiled first call adds would fail its guards.
         self.calls: tuple[_Call, ...] = ()
 
 
@@ -143,9 +149,9 @@ def _under_way(call: _Call) -> Iterator[None]:
 
 
 class _Patched:
-    """A patched module is of a class of its own, with the name of the one that it was of.
+    """The base of the class that a patched module gets, which has the name of its former class.
 
-    So copies, replicas and pickles of it are patched as well, and the module itself has not changed.
+    So copies, replicas and pickles of it are patched too, and the module itself does not change.
     """
 
     _nvamp_unpatched: type
@@ -167,7 +173,7 @@ def _new_patched(base: Any) -> Any:
 
 def _subclass(base: Any, forward: Any) -> Any:
     wraps(base.forward)(forward)
-    # Not `__wrapped__`: Accelerate, when it takes its own wrappers off, would go on to the unpatched forward.
+    # Without `__wrapped__`, which Accelerate would follow to the unpatched forward when it unwraps a model.
     del forward.__wrapped__
     forward.__signature__ = signature(base.forward)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
@@ -176,7 +182,7 @@ def _subclass(base: Any, forward: Any) -> Any:
 
 @cache
 def _patched_layer(base: Any) -> Any:
-    """The class `base` of an output layer, which in a call under way defers its logits."""
+    """The class `base` of an output layer, except that it defers its logits during a call."""
 
     def forward(self: Any, hidden: Tensor) -> Any:
         for call in _state.calls:
@@ -189,7 +195,7 @@ def _patched_layer(base: Any) -> Any:
 
 @cache
 def _patched_model(base: Any) -> Any:
-    """The class `base` of a model, which in training and with labels computes no logits."""
+    """The class `base` of a model, except that in training and with labels it computes no logits."""
     position = list(signature(base.forward).parameters).index("labels") - 1
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -205,17 +211,17 @@ def _patched_model(base: Any) -> Any:
 
 
 def _without_logits(outputs: Any, model: str) -> Any:
-    """The outputs without logits, as those of a model that has none: None is not in a tuple or a dict."""
+    """The outputs without their logits: a tuple or a dict does not hold None for them."""
     mapping = isinstance(outputs, Mapping)
     if outputs.get("loss") is None if mapping else isinstance(outputs[0], DeferredLogits):
-        raise NotImplementedError(f"{model} computed no loss of its logits, and a patched model needs one")
+        raise NotImplementedError(f"{model} computed no loss of its logits; a patched model needs one")
     if mapping:
         return type(outputs)(**{k: v for k, v in outputs.items() if not isinstance(v, DeferredLogits)})
     return tuple(value for value in outputs if not isinstance(value, DeferredLogits))
 
 
 def _base_model(model: Any) -> Any:
-    """The transformers model: that of a `PeftModel` is within."""
+    """The transformers model itself, which a `PeftModel` wraps."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "loss_function"):
@@ -234,12 +240,12 @@ def _check_model(model: Any, own_loss: Any) -> None:
     if "forward" in model.__dict__:
         raise TypeError(
             f"the forward of this {name} has been replaced, as Accelerate does for mixed precision or for "
-            "several devices: patch the model before"
+            "several devices: patch the model before it is prepared"
         )
 
 
 def _output_layers(model: Any) -> list[Any]:
-    """The modules that may make the logits: several where PEFT trains a copy of the output layer."""
+    """The modules that may compute the logits: several if PEFT trains a copy of the output layer."""
     layer = model.get_output_embeddings()
     layers = [layer]
     if hasattr(layer, "modules_to_save"):
@@ -249,12 +255,12 @@ def _output_layers(model: Any) -> list[Any]:
             kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
             raise TypeError(
                 f"the output layer of {type(model).__name__} must be a plain torch.nn.Linear, got {kind}: "
-                "take the path of logits, compute_loss_func(NVAMPLoss()) or, if the model computes its loss "
-                "by model.loss_function, loss_function(NVAMPLoss())"
+                "use a loss of logits, compute_loss_func(Loss(...)) or, if the model computes its loss with "
+                "model.loss_function, loss_function(Loss(...))"
             )
     return layers
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether it does what a `torch.nn.Linear` does: not if quantized, adapted, or wrapped by Accelerate."""
+    """Whether it computes what a `torch.nn.Linear` does: not quantized, adapted, or wrapped by Accelerate."""
     return getattr(type(layer), "forward", None) is nn.Linear.forward and "forward" not in vars(layer)
