@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
 except KeyboardInterrupt:
     raise SystemExit(130) from None
 
-_LOSSES = f"One of {', '.join(KNOWN)}, with options after a colon: nvamp:gamma=0.04,tail=0.05."
+_LOSSES = f"One of {', '.join(KNOWN)}, with options after a colon: focal:gamma=3, ce:label_smoothing=0.1."
 
 app = typer.Typer(
     name="nvamp",

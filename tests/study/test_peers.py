@@ -130,11 +130,12 @@ def test_ctrl_c_keeps_the_finished_runs_of_all_ranks(settings: Settings, tmp_pat
     assert "KeyboardInterrupt" not in err
 
 
-def test_a_mistake_is_told_once(tmp_path: Path) -> None:
+def test_a_mistake_is_reported_once(tmp_path: Path) -> None:
     process = torchrun(NVAMP, ["compare", "--loss", "bogus", "--out", str(tmp_path / "out")])
     shown, err = ended(process)
     assert process.returncode != 0
-    assert said(err) == ["nvamp: --loss bogus: unknown loss 'bogus', known are ce, nvamp, focal, dft"]
+    (line,) = said(err)
+    assert line.startswith("nvamp: --loss bogus: unknown objective 'bogus', known are ce, nvamp, ")
     assert shown == ""
     assert list(tmp_path.iterdir()) == []
 

@@ -14,6 +14,7 @@ import nvamp.study.store
 from nvamp.study import StudyError
 from nvamp.study.compare import Settings, prepare
 from nvamp.study.inspect.score import inspect_text
+from nvamp.study.losses import MODES, parse_losses
 from nvamp.study.models import load_model
 from nvamp.study.store import finite, write_json
 from tests.study.conftest import study
@@ -54,9 +55,10 @@ def test_held_out_text_is_read_by_the_first_model_of_each_loss(settings: Setting
     assert data
     page = json.loads(data[1])
     assert page["text"] == prepare(settings).excerpt
+    assert [loss["name"] for loss in page["losses"]] == ["dft", *MODES]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "dft-seed0")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "models" / "dft-seed0")
-    again = inspect_text(model, tokenizer, page["text"])
+    again = inspect_text(model, tokenizer, page["text"], parse_losses(["dft"]))
     assert page["statistics"]["mean"] == pytest.approx(float(again.statistics.mean), rel=1e-6)
     assert page["statistics"]["mean"] == pytest.approx(
         results["runs"][2]["metrics"]["cross_entropy"], rel=0.1

@@ -55,7 +55,11 @@ const weight = (i, loss) => total(loss, (term) => term.weights[i]);
 function valuesOf(view) {
   if (view === "nll") return nll;
   if (view === "z") return z;
-  return Float64Array.from(nll, (_, i) => weight(i, losses.get(view)));
+  const found = new Float64Array(nll.length);
+  for (const { now, weights } of losses.get(view).terms) {
+    for (let i = 0; i < found.length; i++) found[i] += now * weights[i];
+  }
+  return found;
 }
 
 // Whether a loss weighs more than a few tokens unlike the others.

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nvamp.objectives import NVAMP, Batch, Objective
+from nvamp import TokenLoss
+from nvamp.functional import token_weights
+from nvamp.objectives import NVAMP, Objective
 from nvamp.objectives.spec import LossSpec
 
 COEFFICIENTS = ("alpha", "beta", "gamma")
@@ -44,12 +46,13 @@ def weigh(spec: LossSpec, ell: NDArray[np.float32], entropy: NDArray[np.float32]
         ell: [tokens] their losses in nats, with the token options of `spec`.
         entropy: [tokens] the entropies of their predictions in nats; not read if the objective needs none.
     """
-    nll, valid = torch.from_numpy(ell).double(), torch.ones(len(ell), dtype=torch.bool)
+    nll = torch.from_numpy(ell).double()
+    given = torch.from_numpy(entropy).double() if spec.objective.needs_entropy else None
     terms = []
     for name, coefficient, objective in _terms(spec.objective):
-        entropies = torch.from_numpy(entropy).double() if objective.needs_entropy else None
-        result = objective.evaluate(Batch(nll, valid, entropy=entropies))
-        terms.append(Term(name, coefficient, float(result.loss), result.weights().expand_as(nll).numpy()))
+        value = TokenLoss(objective)(nll, entropy=given).item()
+        weights = token_weights(objective, nll, entropy=given).numpy()
+        terms.append(Term(name, coefficient, value, weights))
     return Weights(spec, terms)
 
 
