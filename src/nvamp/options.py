@@ -44,7 +44,7 @@ def between(low: float, high: float = math.inf, *, open_low: bool = False) -> Ch
         wanted = "finite"
 
     def check(name: str, value: object) -> float:
-        if not isinstance(value, Real) or isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, got {value!r}")
         value = cast(float, value)  # a NumPy number is as good
         if not (low < value if open_low else low <= value) or not value <= high or abs(value) == math.inf:
