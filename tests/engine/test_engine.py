@@ -137,6 +137,21 @@ def test_weights_of_a_few_losses_alone(few: int, backend: str) -> None:
 @with_few
 @with_fused
 @pytest.mark.usefixtures("device_kind")
+def test_a_few_rows_that_weigh_nothing_more(few: int, backend: str) -> None:
+    p = make_problem()
+    inputs = p.hidden, p.weight, p.bias
+    expected = gradients(lambda h, w, b: 0.3 * p.exact(h @ w.T + b).sum(), *inputs)
+
+    def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        total, nll = linear_nll_sum(h, w, p.labels, b, few=few, backend=backend)
+        return 0.3 * total + (0 * nll).sum()
+
+    torch.testing.assert_close(gradients(loss, *inputs), expected, **TIGHT)
+
+
+@with_few
+@with_fused
+@pytest.mark.usefixtures("device_kind")
 def test_no_rows_at_all(few: int, backend: str) -> None:
     p = make_problem(n=0)
     extra = torch.zeros(0, dtype=torch.float64)
