@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from nvamp.engine import TokenMetrics, chunked, linear, operator, triton
 from nvamp.functional import linear_token_nll, token_nll
 from tests import oracle
-from tests.engine.problems import DTYPES, IGNORED, OPTIONS, Problem, gradients, layouts, make_problem
+from tests.engine.problems import IGNORED, OPTIONS, Problem, gradients, layouts, make_problem
 from tests.engine.test_engine import NO_WORSE, TIGHT, with_backend, with_fused, with_options
 from tests.strategies import Case, cases, examples
 
@@ -76,7 +76,7 @@ def test_gradients_by_hidden_and_weight(backend: str, options: dict[str, Any]) -
 
 @with_fused
 def test_gradcheck(backend: str) -> None:
-    p = make_problem(n=5, d=3, v=7)
+    p = make_problem(n=3, d=2, v=5)
     options: Any = {"backend": backend, **OPTIONS["all"], "return_metrics": True}
 
     def results(nll: Tensor, metrics: TokenMetrics) -> tuple[Tensor, Tensor]:
@@ -124,21 +124,18 @@ def test_any_batch(case: Case) -> None:
 
 
 @with_backend
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.usefixtures("rows_at_a_time")
 def test_predictions_are_the_first_of_equals(backend: str, dtype: torch.dtype) -> None:
     """Wherever a row begins in memory, and wherever vectors and blocks of it end."""
     g = torch.Generator().manual_seed(0)
-    for v in (1, 2, 15, 61, 130):
-        x = torch.randint(-2, 2, (4, 5, v), generator=g).to(dtype)
-        x[0, 0], x[0, 1], x[0, 2] = (
-            0,
-            -torch.inf,
-            torch.tensor(1.0).where(torch.arange(v) > v // 2, -torch.inf),
-        )
+    for v in (1, 15, 61):
+        x = torch.randint(-2, 2, (2, 5, v), generator=g).to(dtype)
+        x[0, 0] = 0
+        x[0, 1] = torch.tensor(1.0).where(torch.arange(v) >= v // 2, -torch.inf)
         labels = x.argmax(-1)
-        labels[2] = (labels[2] + 1) % v
-        labels[3, 4] = IGNORED
+        labels[1, :2] = (labels[1, :2] + 1) % v
+        labels[1, 4] = IGNORED
         expected = x.argmax(-1).masked_fill(labels == IGNORED, 0)
         for name, same in layouts(x).items():
             _, metrics = token_nll(same, labels, return_metrics=True, backend=backend)

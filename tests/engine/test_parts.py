@@ -369,10 +369,10 @@ def test_metrics_of_any_parts(backend: str, data: st.DataObject) -> None:
 @with_backend
 def test_predictions_are_the_first_of_equals(backend: str) -> None:
     """Of several parts that have the largest z, that of the first."""
-    x = torch.randint(-1, 1, (200, 6), generator=torch.Generator().manual_seed(0)).double()
+    x = torch.randint(-1, 1, (60, 6), generator=torch.Generator().manual_seed(0)).double()
     x[:3] = torch.tensor([[-torch.inf] * 5 + [0.0], [-torch.inf, -1, -1, -torch.inf, -1, -1], [1.0] * 6])
-    x[3] = torch.nan
-    labels, shards = torch.zeros(200, dtype=torch.int64), x.split([2, 0, 3, 1], -1)
+    x[3, 3] = torch.nan
+    labels, shards = torch.zeros(60, dtype=torch.int64), x.split([2, 0, 3, 1], -1)
     found = on_ranks(
         4,
         lambda ranks: parts.token_nll(shards[ranks.rank], labels, True, False, backend, Options(), ranks)[3],

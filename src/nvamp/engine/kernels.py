@@ -259,7 +259,8 @@ def _statistics(
     if METRICS:
         weighted = shrink * (weighted + total * tl.where(total == 0, 0, top - shift))
         sum_weighted = tl.sum(weighted) + tl.sum(e * tl.maximum(z_edges - shift, -1e30))
-        entropy = tl.log(sum_e) - sum_weighted / sum_e
+        some = tl.where(sum_e == 0, 1, sum_e)  # a part may have no mass
+        entropy = tl.log(some) - sum_weighted / some
         # The largest z of the body is in the first block in which a lane had it; of equals the first counts.
         c = tl.min(tl.where(top == body_top, reached, whole)) + tl.arange(0, BLOCK)
         z = _load_z(
