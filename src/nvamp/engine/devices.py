@@ -1,4 +1,4 @@
-"""What may be asked of the device that a tensor lives on."""
+"""Which questions code may ask of the device of a tensor."""
 
 import torch
 from torch import Tensor

@@ -300,7 +300,7 @@ def linear_nll_sum(
 ) -> Tensors:
     """`use_up`: the caller does not read the gradients, so the backward may finish them in place.
 
-    That saves a copy of the weight. A compiled backward, or one that keeps the graph, does not do so.
+    That saves a copy of the weight. A backward that is compiled or keeps the graph does not do so.
     """
     check_label_range(head.labels, len(head.weight), opt.ignore_index)
     with _as_is(head.hidden):
