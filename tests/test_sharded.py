@@ -259,12 +259,12 @@ def what_does_not_fit_is_refused(rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     hidden, weight, _, labels = head(torch.float32, 20)
     x = distribute_tensor(hidden @ weight.T, mesh, [Shard(2)])
-    with pytest.raises(ValueError, match="vocab_group is for plain tensors"):
+    with pytest.raises(ValueError, match="vocab_group must be None if logits are a DTensor"):
         token_nll(x, labels, vocab_group=mesh)
     with pytest.raises(ValueError, match=r"logits must be replicated, or Shard\(2\) over one dimension"):
         token_nll(x.redistribute(placements=[Shard(1)]), labels)
     h, w = (distribute_tensor(t, mesh, [Replicate()]) for t in (hidden, weight))
-    with pytest.raises(TypeError, match="weight must be a DTensor where hidden is one"):
+    with pytest.raises(TypeError, match="weight must be a DTensor if hidden is one"):
         linear_token_nll(h, weight, labels)
     with pytest.raises(ValueError, match="hidden must be replicated, got Shard"):
         linear_token_nll(h.redistribute(placements=[Shard(0)]), w, labels)

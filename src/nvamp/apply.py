@@ -1,9 +1,8 @@
 """The bridge from the engine and an objective to a loss: its value, its gradient, its statistics, its ranks.
 
-The engine computes the losses of the tokens, differentiable in any weights; the objective says from their
-values what the loss is and which weight each of them gets; here the two become one tensor to call `backward`
-of. Everything else, modules and functions, is a face of the three functions `of_logits`, `of_hidden` and
-`of_tokens`.
+The engine computes the losses of the tokens, differentiable with any weights. The objective turns their
+values into the loss and a weight for each token. This module combines the two in one tensor with a
+`backward`. All modules and functions of the library call one of `of_logits`, `of_hidden` and `of_tokens`.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,23 +37,23 @@ Items = Tensor | float | None  # num_items_in_batch
 
 
 class TokenInputs(TypedDict, total=False):
-    """What an objective may need of each token beside its loss: real numbers, on the grid of the labels.
+    """What an objective may need for each token beside its loss: real numbers, shaped like the labels.
 
-    They are shifted together with the labels. No gradient flows to them, and where a token does not count
-    they may hold anything.
+    They are shifted together with the labels. No gradient flows to them, and they may hold anything for a
+    token that does not count.
     """
 
     token_weight: Tensor | None  # how much the token counts
-    advantage: Tensor | None  # of the action that the token is
-    old_logprob: Tensor | None  # of the policy that drew the token, nats
-    ref_logprob: Tensor | None  # of the reference policy, nats
+    advantage: Tensor | None  # the advantage of the token as an action
+    old_logprob: Tensor | None  # under the policy that drew the token, nats
+    ref_logprob: Tensor | None  # under the reference policy, nats
 
 
 class NVAMPStats(NamedTuple):
-    """What a loss was made of. Scalar tensors without gradient, on the device of the loss; losses in nats.
+    """The statistics of a loss: scalar tensors without gradient, on the device of the loss; losses in nats.
 
-    With a `process_group` they are those of all its ranks; but the last three and the index are of the tokens
-    of this one. They are the same for every objective.
+    With a `process_group` they cover all its ranks, except that `max_index` and the last three cover the
+    tokens of this rank. Every objective has the same ones.
     """
 
     cross_entropy: Tensor  # Σ ℓ / num_items_in_batch
@@ -66,14 +65,14 @@ class NVAMPStats(NamedTuple):
     num_tokens: Tensor  # int64: valid tokens
     min_weight: Tensor  # the smallest ∂L/∂ℓ of a valid token
     max_weight: Tensor  # the largest
-    hardest_share: Tensor  # the part of Σ |∂L/∂ℓ| that the hardest 1% of the tokens, rounded up, have
+    hardest_share: Tensor  # the share of Σ |∂L/∂ℓ| on the hardest 1% of the tokens, rounded up
 
 
 Listener = Callable[[NVAMPStats], None]
 
 
 class Call(NamedTuple):
-    """What a call of a loss has, beside its tensors and its options."""
+    """The arguments of one call of a loss, beside its tensors and its options."""
 
     num_items_in_batch: Items
     inputs: TokenInputs
@@ -86,7 +85,7 @@ T = TypeVar("T")
 Chosen = TypeVar("Chosen")
 
 
-# The three faces ---------------------------------------------------------------------------------------
+# The three entry points --------------------------------------------------------------------------------
 
 
 def of_logits(
@@ -170,7 +169,7 @@ def of_tokens(
     process_group: "Group | None",
     call: Call,
 ) -> Loss:
-    """The loss of losses [...] that something else has computed."""
+    """The loss from per-token losses [...] computed elsewhere."""
     return _loss(
         objective, nll, lambda: _given(objective, nll, valid, entropy, call.inputs), process_group, None, call
     )
@@ -184,7 +183,7 @@ def weights_of_tokens(
     process_group: "Group | None",
     call: Call,
 ) -> Tensor:
-    """The weights ∂L/∂ℓ of losses nll [...], shaped like them."""
+    """The weights ∂L/∂ℓ for losses nll [...], shaped like them."""
     ranks = _ranks_of(process_group)
 
     def given() -> tuple[_Losses, Items]:
@@ -206,7 +205,7 @@ class _Losses(NamedTuple):
     ignore_index: int  # the label of those that do not count
     inputs: Mapping[str, Tensor] = {}  # [tokens] each
     entropy: Tensor | None = None  # [tokens], with gradient
-    total: Tensor | None = None  # Σ nll, with gradient; then nll has that of a few tokens only
+    total: Tensor | None = None  # Σ nll, with gradient; if set, only a few tokens of nll have a gradient
 
     @classmethod
     def of(
@@ -217,7 +216,7 @@ class _Losses(NamedTuple):
         inputs: Mapping[str, Tensor],
         total: Tensor | None = None,
     ) -> "_Losses":
-        """From what the engine returns, [...]."""
+        """The losses from results of the engine, [...]."""
         nll, entropy = (found, None) if isinstance(found, Tensor) else (found[0], found[1].entropy.flatten())
         return cls(nll.flatten(), targets.flatten(), ignore_index, inputs, entropy, total)
 
@@ -227,7 +226,7 @@ class _Losses(NamedTuple):
         return self.labels if self.labels.dtype == torch.bool else self.labels != self.ignore_index
 
     def batch(self, items: Items, ranks: Ranks) -> Batch:
-        """As an objective sees them."""
+        """The losses as an objective sees them."""
         entropy = None if self.entropy is None else self.entropy.detach()
         return Batch(self.nll.detach(), self.valid, items, ranks, self.inputs, entropy)
 
@@ -240,7 +239,7 @@ def _loss(
     backend: str | None,
     call: Call,
 ) -> Loss:
-    """Value, gradient and statistics: everything that a call of a loss returns."""
+    """The result of a call of a loss: its value with its gradient and, if asked for, its statistics."""
     ranks, stats_wanted = _ranks_of(process_group), call.return_stats or call.on_stats is not None
     losses, items = _together(
         objective, ranks, x, stats_wanted, lambda: (losses_of_x(), _items(call.num_items_in_batch))
@@ -256,7 +255,7 @@ def _loss(
 
 
 def _judge(objective: Objective, losses: _Losses, items: Items, ranks: Ranks, backend: str | None) -> Result:
-    """Loss and weights, without gradient: by one kernel if it serves, else as the objective says."""
+    """Loss and weights, without gradient: from one kernel if it applies, else from the objective."""
     ell = losses.nll.detach()
     if fused.serves(objective, ell, backend, ranks):
         apart = losses.total is not None
@@ -268,7 +267,7 @@ def _terms(losses: _Losses, result: Result, ranks: Ranks) -> list[tuple[Tensor, 
     """Pairs (x, w): the gradient of the loss is that of Σ x·w at constant w."""
     terms: list[tuple[Tensor, Tensor | None]]
     if losses.total is None:
-        # What a weight is elsewhere does not matter: the losses of those tokens have no gradient.
+        # The weights of other tokens do not matter: their losses have no gradient.
         terms = [(losses.nll, result.weights().expand_as(losses.nll))]
     else:
         terms = [(losses.total, result.shared), (losses.nll, result.per_token)]
@@ -281,7 +280,7 @@ def _terms(losses: _Losses, result: Result, ranks: Ranks) -> list[tuple[Tensor, 
 def _value_with_gradient(value: Tensor, terms: list[tuple[Tensor, Tensor]]) -> Tensor:
     """A tensor with this value and the gradient of Σ x·w over the terms (x, w), at constant w."""
     if has_transforms() or torch.compiler.is_compiling():
-        for x, weight in terms:  # the same, for those who look inside
+        for x, weight in terms:  # the same in operations that a transform or a compiler can see
             of = torch.where(weight == 0, 0, x * weight).sum()  # a loss without weight may be infinite
             value = value + (of - of.detach())
         return value
@@ -293,7 +292,7 @@ class _ValueWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *terms: Tensor) -> Tensor:
         ctx.save_for_backward(*terms[1::2])
-        return value.detach()  # no input, which would make the loss a view that nobody may change in place
+        return value.detach()  # an input as it is would make the loss a view, not to be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -301,12 +300,12 @@ class _ValueWithGradient(torch.autograd.Function):
 
 
 def _few_in_one_pass(objective: Objective, labels: Tensor, process_group: "Group | None") -> int | None:
-    """How many tokens may have a weight of their own in a linear path of one pass; None for two passes."""
+    """How many tokens may have their own weight if the linear path takes one pass; None for two passes."""
     tokens = labels.numel()
     few = objective.few_weights(tokens)
     if few is None or few <= 1:
         return few
-    if process_group is not None:  # a rank may have more than its share of the hardest
+    if process_group is not None:  # one rank may have more than its share of the hardest tokens
         return tokens if can_look(labels) else None
     return few if 2 * few <= tokens else None  # they take two products more: 3 + 2·few/tokens, or 4
 
@@ -323,9 +322,9 @@ def _ranks_of(process_group: "Group | None") -> Ranks:
 
 
 def _together(objective: Objective, ranks: Ranks, x: object, stats: bool, losses: Callable[[], T]) -> T:
-    """losses(), of the tensor x. If that raises an error, this rank first takes part in what comes next.
+    """losses(), computed from the tensor x. If it raises, this rank first takes part in later collectives.
 
-    The other ranks get a loss of NaN. Without that they would wait for this one for ever.
+    The other ranks then get a loss of NaN. Otherwise they would wait for this rank for ever.
     """
     try:
         return losses()
@@ -353,13 +352,13 @@ def _items(num_items_in_batch: Items) -> Items:
 
 
 def _of(options: type[Chosen], o: LogitsOptions | LinearOptions, **changed: object) -> Chosen:
-    """Those of the options that a class has."""
+    """The options that the class `options` has, some of them `changed`."""
     chosen = {name: o[name] for name in DECLARED[options]} | changed  # type: ignore[literal-required]
     return cast(Chosen, chosen)
 
 
 def _shifted(x: Tensor, shift: bool, fill: int = 0) -> Tensor:
-    """What each row goes with: with `shift` the x [..., S] of the row after it, and `fill` for the last."""
+    """The x [..., S] that belongs to each row: with `shift` the next one, and `fill` for the last row."""
     return pad(x[..., 1:], (0, 1), value=fill)[..., : x.shape[-1]] if shift else x
 
 
@@ -389,13 +388,13 @@ def _targets(
 def _inputs(
     objective: Objective, given: TokenInputs, grid: Tensor, valid: Tensor, dtype: torch.dtype, shift: bool
 ) -> dict[str, Tensor]:
-    """The per-token inputs of an objective [tokens], checked against the grid [...] of the labels."""
+    """The per-token inputs of an objective [tokens], checked against the shape [...] of the labels."""
     possible, name_of = (*objective.inputs, *objective.optional_inputs), type(objective).__name__
     inputs = {name: x for name, x in given.items() if x is not None}
     for name in inputs:
         if name not in possible:
-            takes = ", ".join(possible) or "no inputs of tokens"
-            raise TypeError(f"{name} has no use: {name_of} takes {takes}")
+            takes = ", ".join(possible) or "no per-token inputs"
+            raise TypeError(f"{name} is not an input of {name_of}, which takes {takes}")
     for name in objective.inputs:
         if name not in inputs:
             raise TypeError(
@@ -417,8 +416,8 @@ def _check_input(name: str, x: object, grid: Tensor) -> None:
         raise TypeError(f"{name} must be real, got {x.dtype}")
     if x.shape != grid.shape:
         raise ValueError(
-            f"{name} must lie on the grid of the labels, {list(grid.shape)}, the number for a token at the "
-            f"place of its label, and is shifted with them; got {list(x.shape)}"
+            f"{name} must have the shape of the labels, {list(grid.shape)}, with each number at the place of "
+            f"its label, got {list(x.shape)}"
         )
     if x.device != grid.device:
         raise ValueError(f"{name} must be on the device of the labels, {grid.device}, got {x.device}")
@@ -427,7 +426,7 @@ def _check_input(name: str, x: object, grid: Tensor) -> None:
 def _given(
     objective: Objective, nll: Tensor, valid: Tensor | None, entropy: Tensor | None, inputs: TokenInputs
 ) -> _Losses:
-    """Losses [...] of the caller's, in the dtype of their statistics, and what comes with them."""
+    """The caller's losses [...] in the dtype of statistics, with their inputs and entropies."""
     check_floating("nll", nll)
     if valid is not None and not isinstance(valid, Tensor):
         raise TypeError(f"valid must be a tensor or None, got {type(valid).__name__}")
@@ -487,7 +486,7 @@ def _stats(batch: Batch, result: Result) -> NVAMPStats:
 
 
 def _hardest_share(ell: Tensor, valid: Tensor, weights: Tensor) -> Tensor:
-    """The share of the sum of `weights` that the hardest hundredth of the valid tokens, rounded up, have."""
+    """The share of the sum of `weights` on the hardest hundredth of the valid tokens, rounded up."""
     hardest_first = torch.where(valid, ell, -torch.inf).argsort(descending=True, stable=True)
     hardest = torch.arange(ell.numel(), device=ell.device) < (valid.sum() + 99) // 100
     total = weights.sum()

@@ -1,4 +1,4 @@
-"""What ranks exchange, a batch or a vocabulary of which each has a part, with PyTorch's own collectives."""
+"""The exchange between ranks that share a batch or a vocabulary, with PyTorch's own collectives."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,8 @@ Group = dist.ProcessGroup | DeviceMesh
 def ranks_of(group: Group) -> Ranks:
     """The ranks of a process group, or of a device mesh of one dimension.
 
-    Each of its functions is one all-reduce, which does not wait for the device. `objective.statistics` on it
-    takes two forward, of 4·size and of 3 numbers, and none backward.
+    Each function of the result is one all-reduce, which does not wait for the device. `objectives.statistics`
+    takes two in the forward, of 4·size and of 3 numbers, and none in the backward.
     """
     process_group = group.get_group() if isinstance(group, DeviceMesh) else group
     rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
@@ -38,9 +38,9 @@ def ranks_of(group: Group) -> Ranks:
 
 
 def abandon(ranks: Ranks, dtype: torch.dtype, device: torch.device) -> None:
-    """Takes part in the collectives of `objective.statistics` with NaN: the others get a loss of NaN.
+    """Takes part in the collectives of `objectives.statistics` with NaN, so that all ranks get a loss of NaN.
 
-    For a rank that is about to raise an error: who waits for it would wait for ever.
+    A rank calls it before it raises an error, because the others would wait for it for ever.
     """
     ranks.gather(torch.full((4,), torch.nan, dtype=dtype, device=device))
     ranks.total(torch.full((3,), torch.nan, dtype=dtype, device=device))

@@ -1,6 +1,6 @@
-"""`DTensor` arguments of the losses, taken for what a rank has of them.
+"""`DTensor` arguments of the losses, reduced to the part that a rank has.
 
-Apart from `nvamp.distributed` because PyTorch takes a second to import them.
+This is not in `nvamp.distributed` because PyTorch takes a second to import `DTensor`.
 """
 
 import torch.distributed as dist
@@ -19,27 +19,27 @@ def local_logits(
     if not isinstance(logits, DTensor):
         return logits, labels, vocab_group
     if vocab_group is not None:
-        raise ValueError("vocab_group is for plain tensors: logits that are a DTensor have their own mesh")
+        raise ValueError("vocab_group must be None if logits are a DTensor, which has its own mesh")
     return logits.to_local(), labels, _group_of_shards("logits", logits, logits.ndim - 1)
 
 
 def local_head(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, vocab_group: Group | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Group | None]:
-    """The same with plain tensors in place of DTensors.
+    """The same for the linear path: plain tensors in place of DTensors, and the group of the vocabulary.
 
-    A weight of which the rank has a part stays one where the hidden states are replicated DTensors, or where
-    `vocab_group` says that they are the same on all its ranks. Else every rank has hidden states of its own,
-    as under FSDP, and the weight is gathered: one all-gather, and one reduce-scatter of its gradient, which
-    is the mean over the ranks.
+    A rank keeps its part of the weight if the hidden states are replicated DTensors, or if `vocab_group` says
+    that they are the same on all its ranks. Otherwise every rank has its own hidden states, as under FSDP,
+    and the weight is gathered: one all-gather, and one reduce-scatter of its gradient, which is the mean over
+    the ranks.
     """
     if isinstance(labels, DTensor):
         labels = _replicated("labels", labels)
     if isinstance(hidden, DTensor):
         if vocab_group is not None:
-            raise ValueError("vocab_group is for plain tensors: hidden that is a DTensor has its own mesh")
+            raise ValueError("vocab_group must be None if hidden is a DTensor, which has its own mesh")
         if not isinstance(weight, DTensor):
-            raise TypeError("weight must be a DTensor where hidden is one, got a plain tensor")
+            raise TypeError("weight must be a DTensor if hidden is one, got a plain tensor")
         hidden, vocab_group = _replicated("hidden", hidden), _group_of_shards("weight", weight, 0)
     elif vocab_group is None:
         return hidden, _gathered(weight), labels, None if bias is None else _gathered(bias), None
@@ -68,7 +68,7 @@ def _replicated(name: str, x: DTensor) -> Tensor:
 
 
 def _group_of_shards(name: str, x: DTensor, vocab_dim: int) -> dist.ProcessGroup | None:
-    """Of the one dimension of the mesh over which `vocab_dim` of x is sharded; None where none is."""
+    """The group of the one mesh dimension over which `vocab_dim` of x is sharded; None if there is none."""
     group = None
     for dim, placement in enumerate(x.placements):
         if isinstance(placement, Replicate):

@@ -48,13 +48,13 @@ class _Fields(TypedDict, total=False):
 
 
 class NVAMPOptions(_Fields, LogitsOptions, total=False):
-    """Keyword arguments of `nvamp_loss`, those of `nvamp.NVAMPLoss`, and its `on_stats`."""
+    """Keyword arguments of `nvamp_loss`: the arguments of `nvamp.NVAMPLoss`, and its `on_stats`."""
 
     on_stats: Listener | None
 
 
 class LinearNVAMPOptions(_Fields, LinearOptions, total=False):
-    """Keyword arguments of `linear_nvamp_loss`, those of `nvamp.LinearNVAMPLoss`, and its `on_stats`."""
+    """Keyword arguments of `linear_nvamp_loss`: those of `nvamp.LinearNVAMPLoss`, and its `on_stats`."""
 
     on_stats: Listener | None
 
@@ -85,7 +85,7 @@ def nvamp_loss(
     return_stats: bool = False,
     **options: Unpack[NVAMPOptions],
 ) -> Tensor | tuple[Tensor, NVAMPStats]:
-    """`nvamp.NVAMPLoss` as a function: its options are keyword arguments here."""
+    """`nvamp.NVAMPLoss` as a function, with its options as keyword arguments."""
     objective, ignore_index, on_stats, rest = _parted(options)
     o = cast(LogitsOptions, check_options(LogitsOptions, rest, "nvamp_loss"))
     call = Call(num_items_in_batch, {}, return_stats, on_stats)
@@ -124,7 +124,7 @@ def linear_nvamp_loss(
     return_stats: bool = False,
     **options: Unpack[LinearNVAMPOptions],
 ) -> Tensor | tuple[Tensor, NVAMPStats]:
-    """`nvamp.LinearNVAMPLoss` as a function: its options are keyword arguments here."""
+    """`nvamp.LinearNVAMPLoss` as a function, with its options as keyword arguments."""
     objective, ignore_index, on_stats, rest = _parted(options)
     o = cast(LinearOptions, check_options(LinearOptions, rest, "linear_nvamp_loss"))
     call = Call(num_items_in_batch, {}, return_stats, on_stats)
@@ -154,17 +154,17 @@ def token_weights(
 ) -> Tensor:
     """The weight `∂L/∂ℓ` that an objective gives each token, from the losses `nll` [...] in nats.
 
-    From the losses of a first pass without gradient over all micro-batches, it is the exact weight of each
-    token in a second one that accumulates gradients; see docs/distributed.md.
+    Given the losses of a first pass without gradient over all micro-batches, it returns the exact weight of
+    each token for a second pass that accumulates gradients; see docs/distributed.md.
 
     Args:
         objective: one of `nvamp.objectives`.
         nll: [...] losses of the tokens.
         valid: [...] bool, which of them count; all by default. The others get 0.
-        entropy: [...] of the predictions in nats, if the objective needs it.
-        process_group: the ranks that hold the batch together. The sum of the gradients of all ranks is then
-            the gradient of the batch; for a mean, as DDP makes, multiply by their number.
-        **inputs: what the objective needs of each token, shaped like `nll`.
+        entropy: [...] entropies of the predictions in nats, if the objective needs them.
+        process_group: the ranks that share the batch. The sum of the gradients of all ranks is then the
+            gradient of the batch. DDP takes the mean: multiply the weights by the number of ranks.
+        **inputs: what the objective needs for each token, shaped like `nll`.
 
     Returns:
         [...] in float32, or float64 for float64 losses.

@@ -1,6 +1,6 @@
-"""NVAMP as one kernel, for losses that lie on one GPU: its operator, and when it serves.
+"""NVAMP as one kernel, for losses on one GPU: its operator, and when it applies.
 
-nvamp::objective    the loss, what it was made of, and the weights of the tokens
+nvamp::objective    the loss, its statistics, and the weights of the tokens
 """
 
 from typing import Any, NamedTuple, TypeGuard
@@ -15,9 +15,9 @@ from nvamp.objectives.base import Objective, Result, Statistics
 from nvamp.objectives.nvamp import NVAMP
 from nvamp.ranks import ALONE, Ranks
 
-THREADS = 1024  # of the one program
-BLOCK_BYTES = 16 * THREADS  # of losses, that it takes at a time
-SCALARS = 11  # what the kernel says of a batch; the first are `Statistics`, then the two weights
+THREADS = 1024  # in the one program
+BLOCK_BYTES = 16 * THREADS  # losses that it takes at a time
+SCALARS = 11  # numbers that the kernel returns: `Statistics` first, then the two weights
 
 
 class Coefficients(NamedTuple):
@@ -30,7 +30,7 @@ class Coefficients(NamedTuple):
 
 
 def serves(objective: Objective, nll: Tensor, backend: str | None, ranks: Ranks) -> TypeGuard[NVAMP]:
-    """Whether the losses of a batch [tokens] are to be judged here."""
+    """Whether the kernel can evaluate this objective on losses [tokens]."""
     return (
         isinstance(objective, NVAMP)
         and not objective.tail
@@ -48,10 +48,10 @@ def evaluate(
     ignore_index: int,
     apart: bool = True,
 ) -> Result:
-    """`NVAMP.evaluate` of losses [tokens], of which those count whose label is not `ignore_index`.
+    """`NVAMP.evaluate` for losses [tokens]; tokens whose label is `ignore_index` do not count.
 
-    Labels [tokens] are int64, int32 or bool. The losses of tokens that do not count may be anything. Unless
-    the weights are to be `apart`, `per_token` holds what all tokens share as well.
+    Labels [tokens] are int64, int32 or bool. The losses of tokens that do not count may be anything. Without
+    `apart`, `per_token` includes the weight that all tokens share.
     """
     items, number = None, None
     if isinstance(num_items_in_batch, Tensor):

@@ -1,20 +1,20 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
-"""The objective as one Triton kernel: `nvamp.objective` in one program, for losses that lie on one GPU.
+"""NVAMP as one Triton kernel: `nvamp.objectives.NVAMP` in one program, for losses on one GPU.
 
-As PyTorch's operations it is a hundred launches on a few thousand numbers: to issue them takes longer than
-the passes over the logits. One program of 1024 threads takes a few microseconds for 8192 losses.
+PyTorch's operations make a hundred launches on a few thousand numbers, and issuing them takes longer than the
+passes over the logits. One program of 1024 threads takes a few microseconds for 8192 losses.
 """
 
 import triton
 import triton.language as tl
 
-# What differs from call to call is not to make variants of the kernel: for one program it is fast enough.
+# These differ from call to call and are not to make variants of the kernel; one program is fast without them.
 _POINTERS = ("nll_ptr", "label_ptr", "items", "loss_ptr", "scalars_ptr", "index_ptr", "weight_ptr")
 
 
 @triton.jit
 def _number(x, IN_MEMORY: tl.constexpr, WIDE: tl.constexpr):
-    """A number of the caller's: a float32, or what lies in memory in any dtype."""
+    """A number from the caller: a float32, or one in memory in any dtype."""
     if IN_MEMORY:
         return tl.load(x).to(WIDE)
     else:
@@ -23,7 +23,7 @@ def _number(x, IN_MEMORY: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _divide(x, y):
-    """x/y as IEEE has it; Triton's own division of float32 is an approximation."""
+    """x/y rounded as IEEE demands; Triton's own division of float32 is an approximation."""
     if x.dtype == tl.float32:
         return tl.div_rn(x, y)
     else:
@@ -45,7 +45,7 @@ def _sign(x):
 
 @triton.jit
 def _losses(nll_ptr, label_ptr, start, tokens, ignore_index, BLOCK: tl.constexpr):
-    """Losses of a block of tokens, where they are, and which of them count."""
+    """The losses of a block of tokens, their indices, and which of them count."""
     at = start + tl.arange(0, BLOCK)
     inside = at < tokens
     label = tl.load(label_ptr + at, mask=inside, other=0).to(tl.int64)
@@ -86,10 +86,10 @@ def objective_kernel(
 ):
     """The loss, its statistics and the weights of all tokens, in one program.
 
-    nll and weights are [tokens] in WIDE; APART, the weights are without the one that all tokens share, in the
-    modes where there is one. Labels are integers or bool; `ignore_index` marks those that do not count, whose
+    nll and weights are [tokens] in WIDE. With APART the weights leave out the one that all tokens share, in
+    the modes that have one. Labels are integers or bool; tokens with `ignore_index` do not count, and their
     losses may be anything. `scalars` are N, M, N/M, C, μ, σ, d, mean sign and X, then the weight that all
-    tokens share and the one that the largest adds. Integers are exact up to 2²⁴ in float32.
+    tokens share and the extra weight of the largest. Integers are exact up to 2²⁴ in float32.
     """
     count = tl.zeros((BLOCK,), tl.int32)
     total = tl.zeros((BLOCK,), WIDE)
@@ -115,7 +115,7 @@ def objective_kernel(
         m = tl.where(m < 1, 1.0, m)
         share = _divide(n, m)
 
-    # The mean is taken of ℓ − X, so that the deviations of equal losses are exact zeros.
+    # The mean is computed from ℓ − X, so that the deviations of equal losses are exact zeros.
     below = tl.zeros((BLOCK,), WIDE)
     for start in tl.range(0, tokens, BLOCK):
         ell, at, valid = _losses(nll_ptr, label_ptr, start, tokens, ignore_index, BLOCK)
@@ -160,7 +160,7 @@ def objective_kernel(
     tl.store(scalars_ptr + 9, shared)
     tl.store(scalars_ptr + 10, at_max)
 
-    # scalar     (α·d + β)/M + γ·(N/M)·[i = argmax], of which all tokens share the first
+    # scalar     (α·d + β)/M + γ·(N/M)·[i = argmax]; all tokens share the first term
     # token      (α·|z_i| + β)/M + γ·(N/M)·[i = argmax]
     # detached   α·d/M, which all tokens share
     # full       scalar + α·C·[(s_i − mean s) − d·z_i]/(N·σ), s_i = sign(ℓ_i − μ)

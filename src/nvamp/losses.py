@@ -1,4 +1,4 @@
-"""The losses as modules: any objective, of logits, of hidden states, or of losses computed elsewhere."""
+"""The losses as modules: any objective, from logits, hidden states, or losses computed elsewhere."""
 
 import copy
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class _Criterion(nn.Module):
-    """An objective, and how the losses of the tokens are computed; all of it may be changed at any time."""
+    """An objective, and how the losses of the tokens are computed. Both may be changed at any time."""
 
     objective: Objective
     on_stats: Listener | None
@@ -48,7 +48,7 @@ class _Criterion(nn.Module):
             setattr(self, name, options.get(name, option.default))
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Checks an option before it is kept, so that a wrong one is refused where it is given."""
+        """Checks an option before it is kept, so that a wrong one fails where it is set."""
         if name in DECLARED[self._declared]:
             value = DECLARED[self._declared][name].check(name, value)
         elif name == "ignore_index":
@@ -94,12 +94,12 @@ class _TokenCriterion(_Criterion):
     backend: str | None
 
     def _of_logits(self, logits: Tensor, labels: Tensor, call: Call, **changed: object) -> apply.Loss:
-        """The loss of logits; `changed` are options that are others in this call."""
+        """The loss of logits; `changed` replaces options for this call."""
         options = cast(LogitsOptions, self._options(LogitsOptions) | changed)
         return apply.of_logits(self.objective, logits, labels, self.ignore_index, options, call)
 
     def _options(self, of: type) -> dict[str, object]:
-        """The options of the class `of`: this criterion's, or the default of one that it does not have."""
+        """The options of the class `of`, with the default for an option that this criterion does not have."""
         return {name: getattr(self, name, option.default) for name, option in DECLARED[of].items()}
 
 
@@ -107,23 +107,23 @@ class Loss(_TokenCriterion):
     """The loss of logits under an objective.
 
     Args:
-        objective: what the losses of the tokens become, one of `nvamp.objectives`.
+        objective: one of `nvamp.objectives`, which turns the losses of the tokens into one number.
         ignore_index: the label of tokens that do not count.
         shift: score position t against label t+1, as causal language models need; `False` for labels that are
             shifted already.
         label_smoothing, z_loss, softcap, logit_scale: the loss of a token; see
             `nvamp.functional.TokenOptions`.
         inplace_backward: let the backward overwrite the logits; see `nvamp.functional.token_nll`.
-        process_group: the ranks that hold the batch together, a `ProcessGroup` or a `DeviceMesh` of one
-            dimension. Every rank gets the loss of the whole batch, and a gradient whose mean over the ranks,
-            which is what DDP and FSDP make, is the gradient of the whole batch; see docs/distributed.md.
-        vocab_group: the ranks that hold the vocabulary together, tensor parallel, each a part of it; see
+        process_group: the ranks that share the batch, a `ProcessGroup` or a `DeviceMesh` of one dimension.
+            Every rank gets the loss of the whole batch. The mean of the gradients over the ranks, which DDP
+            and FSDP take, is the gradient of the whole batch; see docs/distributed.md.
+        vocab_group: the tensor-parallel ranks that share the vocabulary, each with a part of it; see
             `nvamp.functional.token_nll`.
-        backend: of the engine, "triton", "chunked" or "reference"; `None` for the best one of the device.
+        backend: the engine's backend, "triton", "chunked" or "reference"; `None` for the best on the device.
 
     Attributes:
-        on_stats: if set, called with the `NVAMPStats` of every loss. So the statistics can be had of a loss
-            that a trainer or a model computes; `nvamp.integrations.stats.log_stats` does.
+        on_stats: if set, called with the `NVAMPStats` of every loss. It gives access to the statistics of a
+            loss that a trainer or a model computes, as in `nvamp.integrations.stats.log_stats`.
 
     All arguments are attributes too, and may be changed between calls.
 
@@ -159,10 +159,10 @@ class Loss(_TokenCriterion):
         Args:
             logits: [batch, seq, vocab], or any [..., seq, vocab], of any floating dtype and strides.
             labels: [batch, seq] int64, int32 or uint8; each in [0, vocab) or `ignore_index`.
-            num_items_in_batch: the tokens of the whole optimizer step, over which the losses of its
-                micro-batches are to add up. By default those of this call.
+            num_items_in_batch: the number of tokens in the whole optimizer step, so that the losses of its
+                micro-batches add up. The default is the number in this call.
             return_stats: return `(loss, NVAMPStats)`.
-            **inputs: what the objective needs of each token, `token_weight` for example, shaped like the
+            **inputs: what the objective needs for each token, `token_weight` for example, shaped like the
                 labels; see `nvamp.functional.TokenInputs`.
 
         Raises:
@@ -198,10 +198,10 @@ class Loss(_TokenCriterion):
 class LinearLoss(_TokenCriterion):
     """`Loss` of `hidden @ weight.T + bias`, without ever holding all logits.
 
-    An objective whose weights are one number for all tokens, and others for a few of them, takes three matrix
-    products: its gradients are made in the forward. Such are cross-entropy, `Tail`, and NVAMP with `gradient`
-    "scalar" or "detached". Any other, and all of them in float16, where the gradient of a sum could overflow,
-    takes four: the backward makes the logits again. So does a `vocab_group`.
+    Three matrix products are enough for an objective that gives all tokens the same weight, except a few: the
+    forward computes the gradients. Cross-entropy, `Tail`, and NVAMP with `gradient` "scalar" or "detached"
+    are of this kind. All other objectives take four, because the backward computes the logits again. So do a
+    `vocab_group` and float16, in which the gradient of a sum could overflow.
 
     Args:
         accum_dtype: the dtype in which the gradient of the weight is added up; see
@@ -236,7 +236,7 @@ class LinearLoss(_TokenCriterion):
         return_stats: bool = False,
         **inputs: Unpack[TokenInputs],
     ) -> Tensor | tuple[Tensor, NVAMPStats]:
-        """The loss, a scalar; arguments and errors not named here are those of `Loss`.
+        """The loss, a scalar; other arguments and the errors are as in `Loss`.
 
         Args:
             hidden: [batch, seq, features], the last hidden states.
@@ -256,7 +256,7 @@ class LinearLoss(_TokenCriterion):
         call: Call,
         **changed: object,
     ) -> apply.Loss:
-        """The loss; `changed` are options that are others in this call."""
+        """The loss; `changed` replaces options for this call."""
         options = cast(LinearOptions, self._options(LinearOptions) | changed)
         return apply.of_hidden(self.objective, hidden, weight, labels, bias, self.ignore_index, options, call)
 
@@ -290,10 +290,10 @@ class LinearLoss(_TokenCriterion):
 
 
 class TokenLoss(_Criterion):
-    """`Loss` of per-token losses that something else has computed, such as a trainer's own fused head.
+    """`Loss` of per-token losses computed elsewhere, for example by a trainer's own fused head.
 
     Args:
-        objective: what the losses become.
+        objective: one of `nvamp.objectives`, which turns the losses of the tokens into one number.
         process_group: as in `Loss`.
 
     Example:
@@ -321,7 +321,8 @@ class TokenLoss(_Criterion):
         Args:
             nll: [...] losses of the tokens in nats, with their gradient.
             valid: [...] bool, which of them count; all by default. The others may hold anything.
-            entropy: [...] of the predictions in nats, with its gradient, if the objective needs it.
+            entropy: [...] entropies of the predictions in nats, with their gradient, if the objective needs
+                them.
             num_items_in_batch, return_stats, inputs: as in `Loss`; inputs are shaped like `nll`.
 
         Raises:
@@ -374,7 +375,7 @@ class _Field(Generic[T]):
 
 
 class _NVAMP(_Criterion):
-    """The options of NVAMP as attributes, which may be scheduled: `criterion.gamma = 0.2`."""
+    """The options of NVAMP as attributes, which a schedule may set: `criterion.gamma = 0.2`."""
 
     alpha = _Field[float]()
     beta = _Field[float]()
@@ -423,7 +424,7 @@ class NVAMPLoss(_NVAMP, Loss):
 class LinearNVAMPLoss(_NVAMP, LinearLoss):
     """NVAMP loss of hidden states and the weight of the output layer: `LinearLoss(NVAMP(...))`.
 
-    The arguments are those of `NVAMPLoss`, but for the options of `LinearLoss` in place of those of `Loss`.
+    The arguments are as in `NVAMPLoss`, with the options of `LinearLoss` in place of those of `Loss`.
 
     Example:
         >>> loss = LinearNVAMPLoss()(hidden, lm_head.weight, labels)
@@ -446,9 +447,9 @@ class LinearNVAMPLoss(_NVAMP, LinearLoss):
 
 
 class TokenNVAMPLoss(_NVAMP, TokenLoss):
-    """NVAMP loss of per-token losses that something else has computed: `TokenLoss(NVAMP(...))`.
+    """NVAMP loss of per-token losses computed elsewhere: `TokenLoss(NVAMP(...))`.
 
-    The arguments are those of `NVAMPLoss` that concern the objective.
+    The arguments are those of `NVAMPLoss` that concern the objective, and `process_group`.
 
     Example:
         >>> loss = TokenNVAMPLoss()(-logprobs, labels != -100)

@@ -1,6 +1,6 @@
-"""The options of the losses: each is declared here once, with its type, its default and its check.
+"""The options of the losses. Each is declared here once, with its type, its default and its check.
 
-An objective declares its own options the same way, as the fields of its dataclass: see `number`.
+An objective declares its own options the same way, as the fields of its dataclass: see `option`.
 """
 
 import inspect
@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from nvamp.distributed import Group
 
-# The numbers that float32 can hold, and that do not come to 0 in it.
+# The smallest and the largest positive number that float32 can hold without rounding to 0 or inf.
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 IGNORE_INDEX = -100
 
@@ -25,7 +25,7 @@ Check = Callable[[str, object], object]  # (name, value) -> the value to keep; o
 
 
 class Option(NamedTuple):
-    """What an option is if nobody gives it, and what it may be."""
+    """The default of an option, and the check of its value."""
 
     default: object
     check: Check
@@ -79,7 +79,7 @@ def flag(name: str, value: object) -> bool:
 
 
 def optional(check: Check) -> Check:
-    """What `check` lets through, or None."""
+    """None, or anything that `check` lets through."""
     return lambda name, value: None if value is None else check(name, value)
 
 
@@ -123,8 +123,8 @@ class TokenOptions(TypedDict, total=False):
 
         loss = logsumexp(z) − (1 − label_smoothing)·z[y] − label_smoothing·mean(z) + z_loss·logsumexp(z)²
 
-    `label_smoothing` is in [0, 1]; `z_loss` is at least 0, PaLM (arXiv 2204.02311) has 1e-4; `softcap` is
-    above 0, Gemma 2 (arXiv 2408.00118) has 30; `logit_scale` is not 0.
+    `label_smoothing` is in [0, 1]; `z_loss` is at least 0, and 1e-4 in PaLM (arXiv 2204.02311); `softcap` is
+    above 0, and 30 in Gemma 2 (arXiv 2408.00118); `logit_scale` is not 0.
     """
 
     label_smoothing: Annotated[float, Option(0.0, between(0, 1))]
@@ -134,13 +134,13 @@ class TokenOptions(TypedDict, total=False):
 
 
 class EngineOptions(TokenOptions, total=False):
-    """Keyword arguments of everything that computes the losses of tokens."""
+    """Keyword arguments of all functions that compute the losses of tokens."""
 
     backend: Annotated[str | None, Option(None, optional(_backend))]
 
 
 class PartOptions(EngineOptions, total=False):
-    """The same if the vocabulary may lie in parts on several ranks."""
+    """The same for functions that take a vocabulary in parts on several ranks."""
 
     vocab_group: Annotated["Group | None", Option(None, optional(_group))]
 
@@ -164,7 +164,7 @@ class LinearNLLOptions(LinearSumOptions, PartOptions, total=False):
 
 
 class BatchOptions(TypedDict, total=False):
-    """Keyword arguments that say how the tokens of a batch lie."""
+    """Keyword arguments for the layout of a batch."""
 
     shift: Annotated[bool, Option(True, flag)]
     process_group: Annotated["Group | None", Option(None, optional(_group))]
@@ -204,7 +204,7 @@ DECLARED: dict[type, dict[str, Option]] = {
 
 
 def check_options(of: type, options: Mapping[str, object], caller: str) -> dict[str, object]:
-    """All options of the class `of`: those given, checked, and the defaults of the others.
+    """All options of the class `of`: the given ones, checked, and the defaults of the others.
 
     Raises:
         TypeError: an option that `caller` does not have, or one of another type.
@@ -221,7 +221,7 @@ def check_options(of: type, options: Mapping[str, object], caller: str) -> dict[
 
 
 def spelled_out(options: type) -> Callable[[F], F]:
-    """Shows `**options` as the options that they are, to `help` and whatever else reads a signature."""
+    """Lists the single options in place of `**options` in the signature, for `help` and other readers."""
 
     def spell_out(function: F) -> F:
         own = inspect.signature(function)

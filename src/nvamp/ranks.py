@@ -1,6 +1,6 @@
-"""The ranks that share a batch or a vocabulary, as one of them sees the others.
+"""The ranks that share a batch or a vocabulary, seen from one of them.
 
-Nothing here knows `torch.distributed`: `nvamp.distributed` makes `Ranks` of a process group.
+Nothing here needs `torch.distributed`: `nvamp.distributed` makes `Ranks` from a process group.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Ranks(NamedTuple):
-    """Some ranks. By default there is one, and it has everything."""
+    """A set of ranks. By default there is one, and it has everything."""
 
     rank: int = 0
     size: int = 1

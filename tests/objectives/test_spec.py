@@ -67,7 +67,7 @@ def test_texts(text: str, o: Objective) -> None:
         ("tilted:t=0", "t must not be 0"),
         ("entropy:kind=neither", "kind must be one of eaft, mile, got 'neither'"),
         ("token_weighted:normalize=1", "normalize must be true or false, got '1'"),
-        ("ce:label_smoothing=0.1", "label_smoothing is no option of an objective"),
+        ("ce:label_smoothing=0.1", "expected options of an objective, got label_smoothing"),
     ],
 )
 def test_wrong_texts(text: str, message: str) -> None:

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 
 class TokenMetrics(NamedTuple):
-    """What else a pass over the logits finds out about each token, shaped like the labels.
+    """What a pass over the logits finds out about each token beside its loss, shaped like the labels.
 
-    All of it is about the prediction, softmax(z) of the z of `TokenOptions`. Only the entropy has a gradient.
+    The prediction is softmax(z), with the z of `TokenOptions`. Only the entropy has a gradient.
     """
 
     correct: Tensor  # bool: the prediction is the label; False where ignored
@@ -78,25 +78,26 @@ def token_nll(
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
     """Negative log-likelihood of every label, `logsumexp(logits) − logits[label]`, in nats.
 
-    Differentiable by the logits with any weight per token, at the memory of one gradient: a loss of your own
-    is arithmetic on the result.
+    The result is differentiable with respect to the logits with any weight per token, at the memory of one
+    gradient: a loss of your own is arithmetic on it.
 
     Args:
         logits: [..., V], float16, bfloat16, float32 or float64, of any strides. Ignored rows may hold
             anything.
         labels: [...] int64, int32 or uint8, in [0, V) or `ignore_index`, for the logits at the same place:
-            there is no shift here.
+            nothing is shifted here.
         ignore_index: the label of tokens that do not count: loss and gradient are 0.
         return_metrics: also return `TokenMetrics`, from the same pass.
-        inplace_backward: let the backward write the gradient over the logits, which saves its memory: after
-            it they hold their gradient. Where another backward needs them, PyTorch raises its error of a
-            tensor modified in place. No effect on logits that are leaves, views of leaves or DTensors, or
-            overlap themselves, with `retain_graph=True`, where saving tensors is hooked, as under activation
+        inplace_backward: let the backward write the gradient over the logits, which saves the memory of a
+            gradient. If another backward needs the logits, PyTorch raises its error for a tensor modified in
+            place. The option has no effect on logits that are leaves, views of leaves or DTensors or that
+            overlap themselves, with `retain_graph=True`, if saved tensors are hooked, as under activation
             checkpointing, under `torch.compile`, and on `"reference"`.
-        vocab_group: the ranks that have the logits together, each those of some classes, in their order;
-            labels are of the whole vocabulary, and the same on all of them. So are then the losses, and the
-            gradient is that by the rank's own logits. It takes three all-reduces of at most three numbers a
-            token. Logits that are a DTensor sharded over its last dimension say so themselves.
+        vocab_group: the ranks that share the vocabulary. Each has the logits of some classes, in the order of
+            the ranks; the labels index the whole vocabulary and are the same on all ranks. The losses are
+            then the same on all ranks too, and each rank gets the gradient with respect to its own logits. It
+            takes three all-reduces of at most three numbers a token. Logits that are a DTensor sharded over
+            the last dimension need no `vocab_group`.
         backend: `"triton"`, `"chunked"`, `"reference"`, or `None` for the best one of the device.
         **options: see `TokenOptions`.
 
@@ -105,8 +106,8 @@ def token_nll(
 
     Raises:
         TypeError: a dtype that does not fit.
-        ValueError: a shape, device or option that does not fit; on a CPU also a label out of range, which on
-            other devices, where a look would wait for the device, gives a loss and a gradient of NaN.
+        ValueError: a shape, device or option that does not fit, and on a CPU a label out of range. On other
+            devices, where a check would wait for the device, such a label gives a loss and a gradient of NaN.
     """
     o = cast(NLLOptions, check_options(NLLOptions, options, "token_nll"))
     vocab_group = o["vocab_group"]
@@ -165,24 +166,24 @@ def linear_token_nll(
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
     """`token_nll(hidden @ weight.T + bias, labels)`, with one chunk of the logits in memory at a time.
 
-    The backward computes the logits again: four matrix products in all, less those for inputs that need no
+    The backward computes the logits again. That makes four matrix products, fewer if an input needs no
     gradient. Under autocast the inputs are cast as `torch.nn.functional.linear` casts them.
 
     Args:
         hidden: [..., D], the last hidden states.
-        weight: [V, D], that of the output layer, in the dtype of `hidden`.
+        weight: [V, D], the weight of the output layer, in the dtype of `hidden`.
         labels: [...] int64, int32 or uint8, in [0, V) or `ignore_index`, for the hidden state at the same
             place.
         bias: [V] or None.
-        accum_dtype: in which the gradients by the weight of the chunks are added up: float32, or that of the
-            weight, which saves memory and rounds at every chunk. By default float32 on an accelerator, and on
-            a CPU where there are many chunks.
-        vocab_group: the ranks that have the weight and the bias together, each the rows of some classes, in
-            their order; hidden and labels are the same on all of them. A weight that is a DTensor sharded
-            over its rows is taken so where `hidden` is a replicated DTensor. With plain `hidden`, which every
-            rank has of its own, it is gathered, as under FSDP; see docs/distributed.md.
-        reduce_grad_hidden: with `vocab_group`, add up the gradients by `hidden` of its ranks, which is
-            another all-reduce; `False` for who does that elsewhere, as in a reduce-scatter of a sequence.
+        accum_dtype: the dtype in which the gradient of the weight is added up over the chunks: float32, or
+            the weight's own, which saves memory and rounds at every chunk. The default is float32 on an
+            accelerator, and on a CPU if there are many chunks.
+        vocab_group: the ranks that share the weight and the bias. Each has the rows of some classes, in the
+            order of the ranks; hidden and labels are the same on all ranks. A weight that is a DTensor
+            sharded over its rows counts as shared if `hidden` is a replicated DTensor. If `hidden` is plain,
+            every rank has its own, as under FSDP, and the weight is gathered; see docs/distributed.md.
+        reduce_grad_hidden: with `vocab_group`, sum the gradient of `hidden` over the ranks, which takes
+            another all-reduce. Give `False` if that is done elsewhere, as in a reduce-scatter of a sequence.
 
     The other arguments, the result and the errors are those of `token_nll`.
     """
@@ -221,7 +222,7 @@ def _ranks_of(vocab_group: "Group") -> Ranks:
 
 
 def can_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> bool:
-    """Whether `linear_nll_sum` is of use: there is a gradient to take, in a dtype with room for it.
+    """Whether `linear_nll_sum` is of use: a gradient is needed, in a dtype with room for it.
 
     The gradient of a sum over a whole batch overflows float16.
     """
@@ -243,17 +244,16 @@ def linear_nll_sum(
 ) -> tuple[Tensor, Tensor]:
     """The sum of the losses, and the losses [...]; the gradient of the sum is taken in the forward.
 
-    So it takes three matrix products in place of the four of `linear_token_nll`, for holding the gradients of
-    `hidden` and `weight` until the backward. What a backward may ask of the losses is limited:
+    This takes three matrix products instead of the four of `linear_token_nll`, but holds the gradients of
+    `hidden` and `weight` until the backward, and limits the weights of single losses:
 
     Args:
-        few: the gradient by the losses is 0 but for at most so many rows. 0: the losses have no gradient.
-            1: it is that of the largest loss, the first if tied, whose row is kept. More: any rows; the
-            backward computes their logits again and adds their part of the gradient of the weight, two
-            products of as many rows. Elsewhere than on a CPU the rows beyond the first `few`, by magnitude,
-            are not looked for.
+        few: how many rows at most may have a gradient with respect to their losses. 0: none. 1: only the
+            largest loss, the first if tied; its row is kept. More: any rows; the backward computes their
+            logits again and adds their part to the gradient of the weight, two products of that many rows.
+            Outside a CPU, rows beyond the `few` largest gradients by magnitude are silently dropped.
 
-    The other arguments and the errors are those of `linear_token_nll`; there is no `"reference"` of it.
+    The other arguments and the errors are those of `linear_token_nll`; `"reference"` does not have it.
     """
     o = cast(LinearSumOptions, check_options(LinearSumOptions, options, "linear_nll_sum"))
     head, accum_dtype = _head(hidden, weight, labels, bias), o["accum_dtype"]
@@ -269,7 +269,7 @@ def linear_nll_sum(
 
 
 def _opt(ignore_index: int, o: TokenOptions) -> Options:
-    """The options of the loss of a token, as operators take them; they have been checked."""
+    """The checked options of the loss of a token, as operators take them."""
     token_options: Any = {name: o[name] for name in DECLARED[TokenOptions]}  # type: ignore[literal-required]
     return Options(check_ignore_index("ignore_index", ignore_index), **token_options)
 
@@ -281,7 +281,7 @@ def _with_lse(nll: Tensor, norm: Tensor, entropy: Tensor, prediction: Tensor) ->
 def _result(
     labels: Tensor, ignore_index: int, nll: Tensor, *metrics: Tensor
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
-    """Shaped like the labels: the losses and, if there are lse, entropy and prediction, these as metrics."""
+    """The losses, shaped like the labels, and `TokenMetrics` if lse, entropy and prediction are given."""
     if not metrics:
         return nll.view(labels.shape)
     nll, lse, entropy, prediction = (x.view(labels.shape) for x in (nll, *metrics))
@@ -291,7 +291,7 @@ def _result(
 
 
 def _head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, part: bool = False) -> Head:
-    """The arguments of the linear path: checked, flat, and cast as autocast casts those of `linear`."""
+    """The arguments of the linear path: checked, flat, and cast as autocast casts them for `linear`."""
     check_linear(hidden, weight, bias)
     hidden, weight = hidden.to(_autocast_dtype(hidden)), weight.to(_autocast_dtype(weight))
     bias = None if bias is None else bias.to(_autocast_dtype(bias))
@@ -301,7 +301,7 @@ def _head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, p
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that x has in a matrix product, where autocast may be on."""
+    """The dtype that x has in a matrix product, with or without autocast."""
     device = x.device.type
     # Not `is_autocast_available`, which PyTorch 2.11 cannot compile.
     on = device != "meta" and torch.is_autocast_enabled(device)

@@ -9,9 +9,9 @@ from nvamp.engine.options import Head, Options, accumulate_dtype
 
 
 class Largest(NamedTuple):
-    """The row of the largest loss so far, the first of equals: found without a look at the data.
+    """The row of the largest loss so far, the first of equals, found without waiting for the device.
 
-    Entry i of `loss` and `row` is that of chunks 0 to i − 1, so that a kernel overwrites nothing it reads.
+    Entry i of `loss` and `row` covers chunks 0 to i − 1, so that a kernel overwrites nothing it reads.
     """
 
     loss: Tensor  # [chunks + 1], −inf before there is one
@@ -32,7 +32,7 @@ class Largest(NamedTuple):
 class Chunk(NamedTuple):
     """Some rows of the linear path, once their logits have become gradients."""
 
-    number: int  # of chunks before it
+    number: int  # how many chunks came before it
     start: int  # its first row
     nll: Tensor  # [rows]
     labels: Tensor  # [rows]
@@ -41,39 +41,39 @@ class Chunk(NamedTuple):
 
 
 class OfEntropy(NamedTuple):
-    """Entropies of rows as `Backend.token_nll` gave them, and the gradients with respect to them."""
+    """The entropies of rows, as `Backend.token_nll` returned them, and the gradients with respect to them."""
 
     entropy: Tensor  # [...]
     grad: Tensor  # [...]
 
 
 class Backend(Protocol):
-    """Losses, `norm` and the gradients by losses are float32, float64 for float64.
+    """Losses, `norm` and the gradients with respect to losses are float32, or float64 for float64 logits.
 
-    `norm` [..., 2] is of each row the largest z, and log Σ exp(z − largest). Their sum is the log-sum-exp,
-    but of large logits its rounding would be the error of a softmax made from it.
+    `norm` [..., 2] has the largest z of each row and log Σ exp(z − largest). Their sum is the log-sum-exp;
+    they stay apart because the rounding of a large sum would be the error of a softmax made from it.
 
-    Labels are int32 or int64. One out of range gives NaN, unless the logits are those of a part of the
-    vocabulary: there it is a label of another part. Rows with `ignore_index` may hold anything; their losses,
+    Labels are int32 or int64. A label out of range gives NaN, unless the logits are a part of the vocabulary:
+    then the label belongs to another part. Rows with `ignore_index` may hold anything; their losses,
     entropies, predictions and gradients are 0.
     """
 
     def token_nll(self, logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
-        """(nll, norm), with `metrics` (nll, norm, entropy, prediction), of logits [..., V] of any strides.
+        """(nll, norm), with `metrics` (nll, norm, entropy, prediction), from logits [..., V] of any strides.
 
-        The prediction is the class of the largest z, the first of equals, in int64; in a row that has NaN it
-        is any class.
+        The prediction is the class of the largest z, the first of equals, in int64; in a row with NaN it may
+        be any class.
         """
 
     def part_statistics(
         self, logits: Tensor, labels: Tensor, metrics: bool, opt: Options
     ) -> tuple[Tensor, ...]:
-        """(norm, z of the label or 0 if it is in another part, Σ (largest − z)) of a part of the vocabulary.
+        """(norm, z of the label or 0 if it is in another part, Σ (largest − z)) for a part of the vocabulary.
 
-        `norm` is here the largest z and Σ exp(z − largest), without the logarithm, which adds up over parts.
-        The last sum is 0 unless there is label smoothing; if the largest z is −inf, it is subtracted from 0.
-        With `metrics` there are two more, entropy and prediction as if the part were all: if its Σ exp is 0,
-        the entropy may be anything.
+        `norm` here is the largest z and Σ exp(z − largest), without the logarithm, so that it adds up over
+        parts. The last sum is 0 without label smoothing, and Σ (0 − z) if the largest z is −inf. `metrics`
+        adds the entropy and the prediction, as if the part were the whole; if Σ exp is 0, the entropy may be
+        anything.
         """
 
     def token_nll_backward(
@@ -87,14 +87,15 @@ class Backend(Protocol):
         classes: Tensor | None = None,
         of_entropy: OfEntropy | None = None,
     ) -> None:
-        """Writes the gradient of Σ grad_nll·nll by logits [..., V] to `out`: contiguous, or the logits.
+        """Writes the gradient of Σ grad_nll·nll with respect to logits [..., V] to `out`.
 
-        With `of_entropy` it is the gradient of Σ grad_nll·nll + Σ grad·entropy. With `classes` the logits are
-        those of a part of a vocabulary of that size; `norm` and the entropies are of all of it.
+        `out` is contiguous, or the logits themselves. With `of_entropy` it gets the gradient of
+        Σ grad_nll·nll + Σ grad·entropy. With `classes` the logits are a part of a vocabulary of that size,
+        and `norm` and the entropies describe the whole vocabulary.
         """
 
     def unit_gradient_(self, logits: Tensor, labels: Tensor, opt: Options) -> Tensor:
-        """nll of logits [rows, V], which become the gradient of Σ nll; what lies between rows may change."""
+        """Returns nll and turns logits [rows, V] into the gradient of Σ nll; what pads rows may change."""
 
     def keep_largest(self, largest: Largest, chunk: Chunk, opt: Options) -> None:
         """Takes the next chunk into account."""

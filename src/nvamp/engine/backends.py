@@ -1,4 +1,4 @@
-"""Which backends there are, and which of them serves which tensor."""
+"""The list of backends, and the choice of one for a tensor."""
 
 from importlib.util import find_spec
 from typing import cast
@@ -9,7 +9,7 @@ from nvamp.engine import chunked
 from nvamp.engine.backend import Backend
 
 NAMES = ("reference", "chunked", "triton")
-# The first that can serve tensors of a device, unless the caller says otherwise.
+# Without a choice of the caller, the first of these that is installed.
 OF_DEVICE = {"cuda": ("triton", "chunked")}  # ROCm calls its devices cuda too
 HAS_TRITON = find_spec("triton") is not None
 
@@ -30,7 +30,7 @@ def backend_for(x: Tensor, backend: str | None) -> str:
 
 
 def load(name: str) -> Backend:
-    """A backend of the engine by its name; `"reference"` is none: autograd differentiates it."""
+    """The backend with this name. `"reference"` is not one of them: autograd differentiates it."""
     if name == "triton":
         from nvamp.engine import triton  # only here: it needs the package of that name
 

@@ -1,4 +1,4 @@
-"""Checks of the engine's arguments; none of them waits for a device."""
+"""Checks of the engine's arguments. None of them waits for a device."""
 
 import torch
 from torch import Tensor
@@ -30,9 +30,9 @@ def check_logits(logits: Tensor, part: bool = False) -> None:
 
 
 def check_labels(labels: Tensor, x: Tensor, name: str) -> Tensor:
-    """The labels, unless they are no class indices for x [..., features], called `name`, or live elsewhere.
+    """Raises unless labels are class indices for x [..., features], called `name`, on its device.
 
-    As uint8, which PyTorch takes too, an `ignore_index` of −100 would be 156: these become int64.
+    Returns the labels, uint8 as int64: uint8, which PyTorch takes too, cannot hold an `ignore_index` of −100.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
@@ -49,7 +49,7 @@ def check_labels(labels: Tensor, x: Tensor, name: str) -> Tensor:
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises unless these are floating-point tensors, hidden [..., D] with two dimensions and D > 0."""
+    """Raises unless all are floating-point tensors and hidden is [..., D] with two dimensions and D > 0."""
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     if bias is not None:
@@ -59,7 +59,7 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: bool = False) -> None:
-    """Raises unless floating-point hidden [..., D], weight [V, D] and bias [V] make logits."""
+    """Raises unless hidden [..., D], weight [V, D] and bias [V] fit together in shape, dtype and device."""
     if weight.dim() != 2 or (weight.shape[0] == 0 and not part) or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must have shape [vocabulary, {hidden.shape[-1]}] for hidden {list(hidden.shape)}, "
@@ -75,9 +75,9 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: bool =
 
 
 def check_transforms(backend: str, *inputs: Tensor | None) -> None:
-    """Raises where derivatives are asked for that the operators of a fused backend do not have.
+    """Raises if the caller asks for derivatives that the operators of a fused backend do not have.
 
-    Of forward mode PyTorch would say nothing: it drops the tangents, which makes the derivative 0.
+    PyTorch would not report forward mode: it drops the tangents, which makes the derivative 0.
     """
     if backend == "reference" or torch.compiler.is_compiling():
         return
@@ -90,7 +90,7 @@ def check_transforms(backend: str, *inputs: Tensor | None) -> None:
 
 
 def has_transforms() -> bool:
-    """Whether a transform of `torch.func` is running, or forward mode, or `torch.jit.trace`."""
+    """Whether a transform of `torch.func`, forward mode or `torch.jit.trace` is active."""
     if torch.compiler.is_compiling():
         return False
     in_forward_mode = forward_ad._current_level >= 0
@@ -105,7 +105,7 @@ def _has_tangent(x: Tensor | None) -> bool:
 
 
 def check_accum_dtype(accum_dtype: torch.dtype | None, weight: Tensor) -> None:
-    """Raises unless products of the weight's dtype can be added up in this one."""
+    """Raises unless products in the dtype of the weight can be added up in `accum_dtype`."""
     possible = (weight.dtype, accumulate_dtype(weight.dtype))
     if accum_dtype is not None and accum_dtype not in possible:
         names = " or ".join(str(dtype) for dtype in dict.fromkeys(possible))
@@ -113,7 +113,7 @@ def check_accum_dtype(accum_dtype: torch.dtype | None, weight: Tensor) -> None:
 
 
 def check_label_range(labels: Tensor, vocab: int | Tensor, ignore_index: int) -> None:
-    """Raises where a look costs nothing and a label is neither in [0, vocab) nor `ignore_index`."""
+    """Raises if a label is neither in [0, vocab) nor `ignore_index`; on a CPU only, so that nothing waits."""
     if not devices.can_look(labels):
         return
     invalid = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))

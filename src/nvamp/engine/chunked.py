@@ -1,8 +1,7 @@
 """Backend `chunked`: plain PyTorch on any device, one block of rows at a time.
 
-A block is so small that it stays in the cache of a CPU while several operations pass over it, and so large
-that it fills a GPU. Softmax is recomputed in the backward; nothing of the size of the logits is kept beside
-them.
+A block is small enough to stay in the cache of a CPU while several operations pass over it, and large enough
+to fill a GPU. The backward recomputes the softmax; nothing else of the size of the logits is kept.
 """
 
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ MiB = 2**20
 
 
 def block_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of a block: its softmax fills a core's share of cache on a CPU, and 256 MiB elsewhere."""
+    """Rows of a block. Its softmax then fills a core's share of cache on a CPU, and 256 MiB elsewhere."""
     threads = torch.get_num_threads() if device.type == "cpu" else 256
     return max(threads * MiB // (vocab * accumulate_dtype(dtype).itemsize), threads)
 
@@ -28,26 +27,26 @@ def block_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 class Targets(NamedTuple):
-    """Labels [tokens] that are safe to gather with, and what is wrong with the ones that were not."""
+    """Labels [tokens] that are safe to gather with, and which of them had to be replaced, and why."""
 
-    label: Tensor  # int64 in [0, V); 0 where there is none
-    ignored: Tensor | None  # bool, None where known to be nowhere
-    invalid: Tensor | None  # bool, None where known to be nowhere
+    label: Tensor  # int64 in [0, V); 0 for a replaced one
+    ignored: Tensor | None  # bool; None if known to be all False
+    invalid: Tensor | None  # bool; None if known to be all False
 
     def rows(self, where: slice) -> "Targets":
         return Targets(*(None if t is None else t[where] for t in self))  # type: ignore[arg-type]
 
     @property
     def none(self) -> bool:
-        """No row has a label, as where prompts are masked. False where it cannot look."""
+        """Whether no row has a label, as in a masked prompt. False if a check would wait for the device."""
         return self.ignored is not None and devices.can_look(self.ignored) and bool(self.ignored.all())
 
 
 def targets_of(labels: Tensor, vocab: int, opt: Options, part: bool = False) -> Targets:
     """`Targets` of labels [...], flattened.
 
-    Of a `part` of the vocabulary the labels of others are the invalid ones. Else, where one can look, labels
-    out of range were refused before.
+    For a `part` of the vocabulary the invalid labels are those of other parts. Otherwise a CPU has none:
+    labels out of range were refused before.
     """
     labels = labels.flatten().long()
     ignored = labels == opt.ignore_index
@@ -63,7 +62,7 @@ def targets_of(labels: Tensor, vocab: int, opt: Options, part: bool = False) -> 
 def _activate(x: Tensor, opt: Options, out: Tensor, want_slope: bool) -> tuple[Tensor, Tensor | None]:
     """z of a block [rows, V] of logits x, and with `softcap` dz/dx (without the scale) if wanted.
 
-    z is x itself where it may be, else `out`.
+    z is x itself if nothing changes it, else `out`.
     """
     if x.dtype == out.dtype and opt.logit_scale == 1 and opt.softcap is None:
         return x, None
@@ -78,11 +77,11 @@ def _activate(x: Tensor, opt: Options, out: Tensor, want_slope: bool) -> tuple[T
 
 
 def _losses(z: Tensor, targets: Targets, opt: Options, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses [rows] and norm [rows, 2] of a block z [rows, V]; leaves softmax(z) in `out`, which may be z."""
+    """Losses [rows] and norm [rows, 2] of a block z [rows, V]. `out`, which may be z, gets softmax(z)."""
     top = z.amax(-1)
     below_top = top - z.gather(1, targets.label[:, None])[:, 0]
     if opt.label_smoothing:
-        z = torch.sub(z, top[:, None], out=out)  # what all of them have in common would cost the mean digits
+        z = torch.sub(z, top[:, None], out=out)  # the common part of all z would cost the mean digits
         below_top = _smoothed(below_top, -z.mean(-1), opt)
     # The largest probability is 1 / Σ exp(z − top).
     log_sum = -torch.softmax(z, -1, out=out).amax(-1).log_()
@@ -97,17 +96,17 @@ def _losses(z: Tensor, targets: Targets, opt: Options, out: Tensor) -> tuple[Ten
 
 
 def _smoothed(at_label: Tensor, mean: Tensor, opt: Options) -> Tensor:
-    """Both are inf if a logit is −inf: no difference of the two may be taken, as `torch.lerp` would."""
+    """The smoothed loss. Both may be inf, so `torch.lerp`, which takes their difference, would give NaN."""
     return (1 - opt.label_smoothing) * at_label + opt.label_smoothing * mean
 
 
 def _weighted(below: Tensor, p: Tensor) -> Tensor:
-    """Σ p·(z − largest z) [rows] of a block; z − largest z, `below`, is used up for it."""
+    """Σ p·(z − largest z) [rows] of a block; overwrites `below`, which is z − largest z."""
     return _without_inf(below).mul_(p).sum(-1)
 
 
 def _without_inf(below: Tensor) -> Tensor:
-    """z − largest z with a number for −inf, in place: exp of it is 0 long before −10⁴, and times −inf NaN."""
+    """z − largest z in place, with −10⁴ for anything less: exp is 0 there, and 0 times −inf would be NaN."""
     return below.clamp_(min=-1e4)
 
 
@@ -122,10 +121,11 @@ def _to_gradient(
     of_entropy: OfEntropy | None = None,
     below: Tensor | None = None,
 ) -> None:
-    """Makes of the softmax p [rows, V] of a block, in place, the gradient of Σ grad_nll·nll by its logits.
+    """Turns the softmax p [rows, V] of a block, in place, into the gradient of Σ grad_nll·nll.
 
-    With `classes` the block is of a part of a vocabulary of that size. With `of_entropy` the gradient of
-    Σ grad·entropy is added; `below`, z − largest z [rows, V], is used up for it.
+    The gradient is with respect to the logits of the block. With `classes` the block is a part of a
+    vocabulary of that size. `of_entropy` adds the gradient of Σ grad·entropy and overwrites `below`,
+    z − largest z [rows, V].
     """
     # dnll/dz = p·(1 + 2·z_loss·lse) − (1 − label_smoothing)·[v = y] − label_smoothing/V
     w = (grad_nll * opt.logit_scale)[:, None]
@@ -151,7 +151,7 @@ def _to_gradient(
 
 
 def _blocks(logits: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """Blocks [rows, V] of logits [..., V] of any strides, never copied, and where they lie among all rows."""
+    """Blocks [rows, V] of logits [..., V] of any strides, never copied, and the slice of rows of each."""
     rows = block_rows(logits.shape[-1], logits.dtype, logits.device)
     start = 0
     for matrix in _matrices(logits):
@@ -196,7 +196,7 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
             below = torch.sub(z, top[:, None], out=room[: len(x)])
         nll[at], norm[at] = _losses(z, rows, opt, p)
         if metrics:
-            # Σ p is 1 but for rounding. Digits of the entropy and of its gradient depend on it.
+            # Σ p is 1 up to rounding; uncorrected, that would cost the entropy and its gradient digits.
             total = p.sum(-1)
             norm[at, 1] += total - 1
             entropy[at] = norm[at, 1] - _weighted(below, p) / total

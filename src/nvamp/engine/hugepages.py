@@ -2,7 +2,7 @@
 
 Writing to fresh memory costs one page fault per page. For a gradient of 250 MiB in pages of 4 KiB that took
 longer than the arithmetic (`python -m benchmarks.cpu --only hugepages` measures it); in pages of 2 MiB it
-all but vanishes. Linux gives huge pages to whoever asks where it is set to `madvise`, a common default.
+all but vanishes. Linux grants huge pages on request if it is set to `madvise`, a common default.
 """
 
 import ctypes
@@ -16,9 +16,9 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:
-    """`fresh`, a tensor not yet written to; on a CPU under Linux its memory is asked for in huge pages.
+    """Asks for huge pages for `fresh`, a tensor not yet written to, on a CPU under Linux; returns it.
 
-    It is a request: where the system declines, nothing changes.
+    If the system declines, nothing changes.
     """
     if _LIBC is not None and fresh.device.type == "cpu" and fresh.nbytes >= _WORTHWHILE:
         start = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

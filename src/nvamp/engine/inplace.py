@@ -1,4 +1,4 @@
-"""When a backward may work in place: on logits, or on what its own forward saved."""
+"""The conditions under which a backward may work in place, on logits or on what its own forward saved."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,9 @@ from nvamp.engine.operator import is_ordinary
 
 
 def may_use_up(saved: Tensor, *grads: Tensor | None) -> bool:
-    """Whether a backward, of these gradients, may overwrite what it saved.
+    """Whether a backward that receives `grads` may overwrite what its forward saved.
 
-    Not a compiled one, nor one that keeps the graph, nor one of a batch of gradients, nor one that is
-    differentiated itself.
+    It may not if it is compiled, keeps the graph, handles a batch of gradients or is itself differentiated.
     """
     if type(saved) is not Tensor or not is_ordinary(saved):
         return False
@@ -21,21 +20,21 @@ def may_use_up(saved: Tensor, *grads: Tensor | None) -> bool:
 
 
 def saving_is_hooked() -> bool:
-    """Whether what is saved now goes through hooks, as under checkpointing: it is not protected then.
+    """Whether saved tensors now go through hooks, as under checkpointing, which leaves them unprotected.
 
-    Autograd looks for changes only of tensors that it saved itself.
+    Autograd detects changes only in tensors that it saved itself.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _graph_is_kept() -> bool:
-    """Whether the running backward has `retain_graph=True`; yes where PyTorch does not say."""
+    """Whether the running backward has `retain_graph=True`; True if PyTorch does not report it."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())
 
 
 def is_of_leaf(x: Tensor) -> bool:
-    """Whether x is a leaf, such as a parameter, or lies in the memory of one."""
+    """Whether x is a leaf, such as a parameter, or a view of one."""
     return x.is_leaf or (x._base is not None and x._base.is_leaf)
 
 

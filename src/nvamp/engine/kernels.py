@@ -18,7 +18,7 @@ float32, which every GPU has, or for float64 logits as pointers to a float64.
 import triton
 import triton.language as tl
 
-# What differs from call to call, by alignment alone or by size, is not to make variants of a kernel.
+# These differ from call to call by alignment or size, which is not to make variants of a kernel.
 _FLAT = (
     "label_ptr",
     "nll_ptr",
@@ -34,7 +34,7 @@ _FLAT = (
 
 @triton.jit
 def _exp(x):
-    """exp x. In float32 two instructions fewer than `tl.exp`, and as exact."""
+    """exp x. In float32 it takes two instructions fewer than `tl.exp` and is as exact."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
@@ -100,9 +100,9 @@ def _offsets(columns, stride_vocab, ADJACENT: tl.constexpr):
 
 @triton.jit
 def _body(ptr, row, head, ALIGNED: tl.constexpr, VECTOR: tl.constexpr):
-    """Where the whole vectors of the row at an offset begin. Triton has to be told that it is a boundary.
+    """The start of the whole vectors of the row at an offset, declared to Triton as a boundary.
 
-    It is told twice: for AMD's GPUs it looks at offsets alone, and takes `ptr` for what it is.
+    It is declared twice: for AMD's GPUs Triton considers offsets alone, and takes `ptr` as it is.
     """
     start = row + head
     if ALIGNED:
@@ -164,19 +164,19 @@ def _load_z(ptr, there, softcap, logit_scale, WIDE: tl.constexpr, CAPPED: tl.con
 
 @triton.jit
 def _finite(x):
-    """x, or 0 for −inf: to subtract from what may be −inf too."""
+    """x, or 0 for −inf, safe to subtract from something that may be −inf too."""
     return tl.where(x == float("-inf"), 0, x)
 
 
 @triton.jit
 def _anchor(at_label):
-    """What is taken off every z before they are added up: what they have in common would cost digits."""
+    """What is subtracted from every z before they are added up: their common part would cost digits."""
     return tl.where(tl.abs(at_label) < float("inf"), at_label, 0)
 
 
 @triton.jit
 def _with_block(z, top, total, weighted, METRICS: tl.constexpr):
-    """Largest z, Σ exp(z − largest) and Σ exp(z − largest)·(z − largest) of each lane, with a block more."""
+    """Adds a block to each lane's largest z, Σ exp(z − largest) and Σ exp(z − largest)·(z − largest)."""
     higher = tl.maximum(top, tl.max(tl.max(z, 2), 0))
     shift = _finite(higher)
     below = z - shift[None, :, None]
@@ -208,8 +208,8 @@ def _statistics(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One pass over a row: largest z, Σ exp(z − largest), z of the label; if asked for, Σ (z − anchor),
-    the entropy, and the first class of the largest z.
+    """One pass over a row: largest z, Σ exp(z − largest) and z of the label; if SMOOTHED, Σ (z − anchor);
+    with METRICS, the entropy and the first class of the largest z.
     """
     x_ptr = logits_ptr + row
     x = tl.load(x_ptr + label * stride_vocab)
@@ -320,7 +320,7 @@ def _factors(
 ):
     """(a, b, c, d) of the gradient (a + d·(z − top))·exp(z − top) − b − c·[v = y], with respect to z.
 
-    It is that of weight·loss, with ENTROPY of weight·loss + grad_entropy·entropy.
+    It is the gradient of weight·loss, with ENTROPY of weight·loss + grad_entropy·entropy.
     """
     # dloss/dz = p·(1 + 2·z_loss·lse) − (1 − label_smoothing)·[v = y] − label_smoothing/V
     # dentropy/dz = −p·(log p + entropy)
@@ -402,8 +402,8 @@ def nll_kernel(
 ):
     """Losses and norm of logits [outer, inner, V]: a program a row, which it reads once.
 
-    With PART what they follow from: z of a label that is here to `nll`, Σ (largest − z) to `sum_below` if
-    SMOOTHED, and to `norm` Σ exp(z − largest) without the logarithm.
+    With PART it writes what they follow from: to `nll` the z of a label that is here, to `sum_below`
+    Σ (largest − z) if SMOOTHED, and to `norm` Σ exp(z − largest) without the logarithm.
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row).to(tl.int64)
@@ -479,8 +479,8 @@ def gradient_kernel(
     """Gradient of Σ grad_nll·nll, with ENTROPY of Σ grad_nll·nll + Σ grad_entropy·entropy, with respect to
     logits [outer, inner, V], which may be `out`: a program a block.
 
-    Its vectors are those of `out`; the logits have theirs at the same columns if the two are ALIKE, and are
-    read one at a time if not. With PART norm and entropy are those of the whole vocabulary, whose size is at
+    Its vectors follow `out`. The logits have theirs at the same columns if the two are ALIKE, and are read
+    one at a time if not. With PART norm and entropy describe the whole vocabulary, whose size is at
     `classes`.
     """
     blocks = tl.cdiv(vocab, BLOCK)
@@ -508,7 +508,7 @@ def gradient_kernel(
         classes = tl.load(classes_ptr)
     else:
         weight = tl.where(here, weight, float("nan"))
-    # The label's column is one of this program: of its block, or of the edges.
+    # The label's column is in this program's block or in the edges.
     in_block = (label >= head + start) & (label < tl.minimum(head + start + BLOCK, head + body))
     in_edges = (start == 0) & ((label < head) | (label >= head + body))
     here = here & (in_block | in_edges)
@@ -566,7 +566,7 @@ def unit_gradient_kernel(
     """Losses of logits [rows, V], which become the gradient of their sum: a program a row.
 
     It reads the row twice, the second time backwards: what it read last is still in the cache. The first time
-    the next two blocks are on their way while one is worked on: no other program is there to fill the wait.
+    the next two blocks load while one is worked on, as no other program is there to fill the wait.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr = x_ptr
@@ -640,11 +640,10 @@ def keep_largest_kernel(
     ignore_index,
     BLOCK: tl.constexpr,
 ):
-    """Copies the gradient [V] and hidden state [D] of a chunk's largest loss if it beats those of the chunks
-    before.
+    """Copies the gradient [V] and hidden state [D] of a chunk's largest loss if it beats all chunks before.
 
-    The largest loss of chunks 0 to i − 1 is at `loss` + i, its row at `index` + i: every program reads there
-    what none of this launch writes. NaN and inf are alike; the first of equals stays.
+    The largest loss of chunks 0 to i − 1 is at `loss` + i, its row at `index` + i, so that no program reads
+    what this launch writes. NaN and inf are alike; the first of equals stays.
     """
     best = tl.full((), float("-inf"), loss_ptr.dtype.element_ty)
     best_row = tl.zeros((), tl.int32)

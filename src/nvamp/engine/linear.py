@@ -1,6 +1,6 @@
 """The linear path: one chunk of logits at a time, each turned into its gradient in place.
 
-All of it is matrix products of PyTorch's own; what is done to the rows of a chunk is the backend's.
+The matrix products are PyTorch's own; the backend handles the rows of a chunk.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,11 +28,11 @@ def chunk_rows(
 ) -> int:
     """Rows of a chunk of logits of hidden [N, D] and weight [V, D]: enough for an efficient matrix product.
 
-    On a CPU, room is for a row of logits, a copy of its hidden state and a gradient of that. On an
+    On a CPU a row takes room for its logits, a copy of its hidden state and the gradient of that. On an
     accelerator each chunk reads and writes the float32 gradient of the weight once, so few chunks are best. A
-    chunk may take what the backward takes anyway once it is gone, `spare_bytes`, or 512 MiB if that is more,
-    rounded up to what fills a card with tiles of a product. With `accum_dtype` that of the weight, memory
-    comes first: a chunk is as large as `hidden`.
+    chunk may take `spare_bytes`, which the backward needs anyway once the chunk is gone, or 512 MiB if that
+    is more, rounded up to fill a card with tiles of a product. If `accum_dtype` is the dtype of the weight,
+    memory comes first: a chunk is as large as `hidden`.
     """
     vocab, features = weight.shape
     if devices.can_look(weight):
@@ -46,8 +46,8 @@ def chunk_rows(
 def spare_bytes(hidden: Tensor, weight: Tensor, one_pass: bool) -> int:
     """Memory that the end of the backward takes beyond what is held while chunks pass, on an accelerator.
 
-    At the end the gradient of the weight is there twice, as a sum in float32 and rounded. In one pass that of
-    `hidden` is held in float32 while chunks pass, and is rounded and freed before that.
+    The end holds the gradient of the weight twice, as a sum in float32 and rounded. One pass holds the
+    gradient of `hidden` in float32 while chunks pass, and rounds and frees it before that.
     """
     wide = accumulate_dtype(weight.dtype)
     if wide == weight.dtype:
@@ -56,10 +56,10 @@ def spare_bytes(hidden: Tensor, weight: Tensor, one_pass: bool) -> int:
 
 
 def held_dtype(weight: Tensor, accum_dtype: torch.dtype | None) -> torch.dtype:
-    """Of the gradients by hidden and weight between the one pass and its backward.
+    """The dtype of the gradients of hidden and weight between the one pass and its backward.
 
-    On an accelerator that of the sum, so that they are rounded once, after they are scaled. On a CPU, where
-    products are rounded anyway, that of the inputs.
+    An accelerator keeps the dtype of the sum, so that they are rounded once, after they are scaled. A CPU
+    rounds products anyway and keeps the dtype of the inputs.
     """
     if devices.can_look(weight):
         return weight.dtype
@@ -67,7 +67,7 @@ def held_dtype(weight: Tensor, accum_dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _sum_dtype(head: Head, rows: int, accum_dtype: torch.dtype | None) -> torch.dtype:
-    """In which the gradients by the weight of all chunks are added up."""
+    """The dtype in which the gradient of the weight is added up over all chunks."""
     if accum_dtype is not None:
         return accum_dtype
     dtype = head.weight.dtype
@@ -150,19 +150,19 @@ def _parts(weight: Tensor) -> list[slice]:
 
 
 def _even(n: int, most: int) -> int:
-    """Rows of a chunk: as few chunks as `most` rows allow, all alike, in whole tiles where they are large."""
+    """Rows of a chunk: as few chunks as `most` rows allow, all alike, in whole tiles if they are large."""
     rows = -(-n // max(-(-n // most), 1))
     whole = -(-rows // TILE) * TILE
     return whole if 8 * TILE <= whole <= most else rows
 
 
 class _Gradients:
-    """Sums, over chunks, of the gradients of a head; empty tensors for those nobody needs."""
+    """Sums, over chunks, of the gradients of a head; empty tensors for gradients that are not needed."""
 
     def __init__(
         self, rows: _Rows, needs: Needs, hidden: Tensor, weight: Tensor, bias: Tensor, scale: float = 0.0
     ) -> None:
-        """`scale`: what is in `weight` is to be multiplied by; if 0, it may hold anything."""
+        """`scale` multiplies what `weight` holds already; if it is 0, `weight` may hold anything."""
         self.rows, self.needs = rows, needs
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.scale = scale
@@ -181,7 +181,7 @@ class _Gradients:
         )
 
     def add(self, grad: Tensor, hidden: Tensor, at: slice) -> None:
-        """Adds what the gradient [rows, V] by the logits of hidden [rows, D], the rows `at`, brings."""
+        """Adds the part of hidden [rows, D], the rows `at`, from the gradient [rows, V] of their logits."""
         weight, where = self.rows.head.weight, self.rows.where
         parts = _parts(weight)
         if self.needs.hidden:
@@ -209,13 +209,13 @@ class _Gradients:
             self.weight *= self.scale
 
     def result(self, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """By hidden, by weight, and by bias, which is in the dtype of losses."""
+        """The gradients of hidden, weight and bias; the last is in the dtype of losses."""
         self.finish()
         return self.hidden, self.weight.to(weight_dtype), self.bias
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """total = scale·total + a @ b, where the total may be of a wider dtype; if 0·, it may hold anything."""
+    """total = scale·total + a @ b. The total may have a wider dtype; if scale is 0, it may hold anything."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=scale)
     elif _can_add_to_wider(total):
@@ -246,7 +246,7 @@ def token_nll(
 def part_statistics(
     backend: Backend, head: Head, metrics: bool, accum_dtype: torch.dtype | None, opt: Options
 ) -> tuple[Tensor, ...]:
-    """Those of the backend, where the weight is that of a part of the vocabulary; [N, ...] each."""
+    """`Backend.part_statistics`, for a weight that is a part of the vocabulary; [N, ...] each."""
     return _of_each_chunk(
         lambda logits, labels: backend.part_statistics(logits, labels, metrics, opt), head, accum_dtype, opt
     )
@@ -258,7 +258,7 @@ def _of_each_chunk(
     accum_dtype: torch.dtype | None,
     opt: Options,
 ) -> tuple[Tensor, ...]:
-    """What a function makes of the logits [rows, V] and labels [rows] of each chunk, [N, ...] each."""
+    """The results of a function on the logits [rows, V] and labels [rows] of each chunk, [N, ...] each."""
     rows = _Rows.of(head, opt, compact=devices.can_wait(head.hidden))
     chunks = [function(x, rows.labels[at]) for x, _, at in rows.chunks(rows.slices(accum_dtype))]
     if not chunks:
@@ -277,9 +277,9 @@ def token_nll_backward(
     accum_dtype: torch.dtype | None,
     opt: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of Σ grad_nll·nll by hidden, weight and bias, in their dtypes.
+    """Gradients of Σ grad_nll·nll with respect to hidden, weight and bias, in their dtypes.
 
-    `classes` and `of_entropy` are those of `Backend.token_nll_backward`.
+    `classes` and `of_entropy` are as in `Backend.token_nll_backward`.
     """
     rows = _Rows.of(head, opt, compact=devices.can_wait(head.hidden))
     norm, grad_nll, *entropies = (rows.gather(x) for x in (norm, grad_nll, *(of_entropy or ())))
@@ -306,7 +306,7 @@ def token_nll_backward(
 
 
 class Units(NamedTuple):
-    """What the one pass leaves to its backward; tensors that nobody needs are empty."""
+    """What the one pass leaves to its backward; tensors that are not needed are empty."""
 
     max_index: Tensor  # int64 [1]: the row of the largest loss
     max_grad: Tensor  # [V]: the gradient of that loss with respect to its logits
@@ -319,7 +319,7 @@ class Units(NamedTuple):
 def unit_gradients(
     backend: Backend, head: Head, needs: Needs, few: int, accum_dtype: torch.dtype | None, opt: Options
 ) -> tuple[Tensor, Units]:
-    """nll [N], and what the backward needs; the row of the largest is kept if `few` is 1."""
+    """nll [N], and what the backward needs; the row of the largest loss is kept if `few` is 1."""
     rows = _Rows.of(head, opt, compact=devices.can_look(head.hidden))
     held = held_dtype(head.weight, accum_dtype)
     sum_dtype = torch.promote_types(held, _sum_dtype(head, len(rows.labels), accum_dtype))
@@ -345,7 +345,7 @@ def unit_gradients(
     index = largest.row[-1:]
     if rows.where is not None and len(rows.where):
         index = rows.where[index]
-    # No view: a fake tensor knows nothing of what else its memory holds.
+    # A copy, not a view: a fake tensor does not know what else its memory holds.
     return nll, Units(index.clone(), largest.grad, largest.hidden, *of_sum)
 
 
@@ -361,10 +361,10 @@ def weighted_gradients(
     opt: Options,
     in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of grad_sum·Σ nll + Σ grad_nll·nll by hidden, weight and bias, in their dtypes.
+    """Gradients of grad_sum·Σ nll + Σ grad_nll·nll with respect to hidden, weight and bias, in their dtypes.
 
-    `grad_nll` [N] is 0 but for `few` rows; if that is one, but for the row of the largest loss. With
-    `in_place` the units are used up.
+    `grad_nll` [N] is 0 except in `few` rows; if `few` is 1, except in the row of the largest loss. `in_place`
+    overwrites the units.
     """
     dtype = head.weight.dtype
     if not (few and len(head.hidden)):
@@ -378,7 +378,7 @@ def weighted_gradients(
         scale = grad_sum if grad_nll is None else (grad_sum + grad_nll)[:, None]
         torch.mul(units.grad_hidden, scale, out=hidden)
     if in_place and hidden is not units.grad_hidden:
-        units.grad_hidden.untyped_storage().resize_(0)  # nobody looks at it again: room for the next
+        units.grad_hidden.untyped_storage().resize_(0)  # not needed again: room for the next
     bias = units.grad_bias * grad_sum
     if grad_nll is not None and few > 1:
         weight = units.grad_weight if in_place else units.grad_weight.clone()
@@ -407,9 +407,9 @@ def _scale_and_add_rows(
     accum_dtype: torch.dtype | None,
     opt: Options,
 ) -> None:
-    """Makes weight [V, D] grad_sum·weight, and adds to it and to the bias the gradients of Σ grad_nll·nll.
+    """Scales weight [V, D] by `grad_sum`, and adds the gradients of Σ grad_nll·nll to it and to the bias.
 
-    The logits of the rows where `grad_nll` is not 0 are made again.
+    It computes the logits of the rows with a `grad_nll` other than 0 again.
     """
     if devices.can_look(grad_nll):
         at = grad_nll.nonzero()[:, 0]

@@ -1,9 +1,9 @@
 """Operators that PyTorch knows, without the price of its dispatcher in a plain call.
 
-A custom operator is what a compiler, an exporter, `torch.func` and every mode see of a function. A plain call
-in eager mode needs none of that, and going through PyTorch's Python layers for them takes some 50 µs, longer
-than many a function itself. An `Operator` bypasses them in that case: it calls the function, by way of an
-`autograd.Function` of the same formulas if there are gradients to take.
+Compilers, exporters, `torch.func` and every mode see a function as a custom operator. A plain call in eager
+mode needs none of that, and PyTorch's Python layers for it take some 50 µs, longer than many functions
+themselves. For such a call an `Operator` bypasses them: it calls the function directly, or through an
+`autograd.Function` with the same formulas if there are gradients to take.
 """
 
 import inspect
@@ -27,24 +27,24 @@ SCHEMA_TYPES: dict[object, str] = {
 
 
 def fields_of(group: type, prefix: str = "") -> str:
-    """The fields of a `NamedTuple`, as a schema lists them, their names behind the prefix."""
+    """The fields of a `NamedTuple` as a schema lists them, with the prefix before each name."""
     hints = get_type_hints(group).items()
     return ", ".join(f"{SCHEMA_TYPES[hint]} {prefix}{name}" for name, hint in hints)
 
 
 def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], "Operator"]:
-    """Makes an operator of the function that it decorates, which changes none of its arguments.
+    """Decorates a function that changes none of its arguments, and makes it an operator.
 
-    All arguments are positional. PyTorch wants them flat; a parameter that is annotated as a `NamedTuple`
-    stands for the fields of one, to be listed in the schema by `fields_of`.
+    All arguments are positional. PyTorch wants them flat: a parameter annotated as a `NamedTuple` stands for
+    its fields, which `fields_of` lists in the schema.
     """
     return lambda function: Operator(name, schema, function)
 
 
 class Operator:
-    """A custom operator; registering a fake and a derivative is as `torch.library.custom_op` has it.
+    """A custom operator. A fake and a derivative are registered as with `torch.library.custom_op`.
 
-    But the fake and `setup_context` get arguments grouped as the function does.
+    The fake and `setup_context` get their arguments grouped, as the function does.
     """
 
     def __init__(self, name: str, schema: str, function: Callable[..., Any]) -> None:
@@ -74,7 +74,7 @@ class Operator:
     ) -> None:
         """`backward` returns the gradients of the first flat arguments; the others have none.
 
-        Gradients that nothing depends on are None in `backward`, which is not called if they all are.
+        `backward` gets None for gradients that nothing depends on, and is not called if all of them are None.
         """
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -108,7 +108,7 @@ def _flat(args: tuple[Any, ...]) -> list[Any]:
 
 
 def is_ordinary(x: Tensor) -> bool:
-    """Whether the memory of x holds its numbers, and nothing but x itself stands between."""
+    """Whether the memory of x holds its values as they are, without a subclass, wrapper or lazy flag."""
     return not (
         type(x) not in (Tensor, torch.nn.Parameter)
         or x.is_meta

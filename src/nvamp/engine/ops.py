@@ -1,4 +1,4 @@
-"""The engine's operators: what autograd, a compiler and an exporter see of the backends.
+"""The engine's operators, through which autograd, a compiler and an exporter see the backends.
 
 nvamp::token_nll             losses from logits; the backward recomputes the softmax
 nvamp::linear_token_nll      losses from hidden states; the backward recomputes the logits too: four
@@ -7,11 +7,11 @@ nvamp::linear_nll_sum        the losses and their sum from hidden states, in thr
                              of the sum is made while each chunk of logits is there; the backward scales
                              it and adds the gradients of the few losses that weigh more
 
-The first two have twins for a vocabulary in parts, one on each rank. Between what they do, the parts are put
-together: `nvamp.engine.parts`.
+The first two have counterparts for a vocabulary in parts, one on each rank. `nvamp.engine.parts` combines the
+parts in between.
 
-nvamp::part_statistics, nvamp::linear_part_statistics    what the losses follow from, of one part
-nvamp::part_nll, nvamp::linear_part_nll                  the losses, and their gradients by that part
+nvamp::part_statistics, nvamp::linear_part_statistics    what the losses follow from, for one part
+nvamp::part_nll, nvamp::linear_part_nll                  the losses, and their gradients for that part
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -36,12 +36,12 @@ _OPTIONS = f"str backend, {fields_of(Options)}"  # the last arguments of every o
 _HEAD = fields_of(Head)
 _NEEDS = fields_of(Needs, prefix="needs_")
 _TOKENS = "(Tensor nll, Tensor norm, Tensor entropy, Tensor prediction)"
-_OF_ENTROPY = "Tensor? entropy, Tensor? grad_entropy"  # both or none
+_OF_ENTROPY = "Tensor? entropy, Tensor? grad_entropy"  # both or neither
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 
 def _tokens(nll: Tensor, norm: Tensor, *metrics: Tensor) -> Tensors:
-    """Results of an operator that always has four."""
+    """The results of an operator that always returns four."""
     return nll, norm, *(metrics or _no_metrics(norm))
 
 
@@ -64,13 +64,13 @@ def _fake_gradients(head: Head, needs: Needs, dtype: torch.dtype) -> Tensors:
 
 
 def _as_is(x: Tensor) -> AbstractContextManager[object]:
-    """Inside, no autocast: an operator computes in the dtypes that it was given."""
+    """A context without autocast: an operator computes in the dtypes that it was given."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _keep_entropy(ctx: Any, output: Tensors, metrics: bool) -> Tensor | None:
-    """The entropies, for the backward, if there are some: besides the losses only they have a gradient."""
+    """The entropies, if any, for the backward: beside the losses only they have a gradient."""
     _, norm, entropy, prediction = output
     ctx.mark_non_differentiable(norm, prediction, *(() if metrics else (entropy,)))
     return entropy if metrics else None
@@ -153,7 +153,7 @@ def _token_nll_backward_(
     backend: str,
     opt: Options,
 ) -> Tensor:
-    """The gradient in the memory of the logits, so that whoever still needs them gets PyTorch's error."""
+    """Writes the gradient over the logits; a later use of them then raises PyTorch's error."""
     grad = logits.detach()
     if logits.shape[-1]:
         of_entropy = _of_entropy(entropy, grad_entropy)
@@ -298,9 +298,9 @@ def linear_nll_sum(
     backend: str,
     opt: Options,
 ) -> Tensors:
-    """`use_up`: the caller does not look at the gradients, so the backward may finish them in place.
+    """`use_up`: the caller does not read the gradients, so the backward may finish them in place.
 
-    That saves a copy of the weight. A compiled backward, or one that keeps the graph, leaves them alone.
+    That saves a copy of the weight. A backward that is compiled or keeps the graph does not do so.
     """
     check_label_range(head.labels, len(head.weight), opt.ignore_index)
     with _as_is(head.hidden):
@@ -397,16 +397,16 @@ _RESULTS = "(Tensor nll, Tensor entropy)"
 
 
 class Whole(NamedTuple):
-    """What the ranks found out together: of the whole vocabulary, not of a part."""
+    """What the ranks have computed together, for the whole vocabulary."""
 
     norm: Tensor  # [..., 2]
     nll: Tensor  # [...]
     classes: Tensor  # int64 []: how many there are
-    entropy: Tensor | None  # [...]; None if nobody asked for it
+    entropy: Tensor | None  # [...]; None without metrics
 
 
 def _statistics(norm: Tensor, at_label: Tensor, sum_below: Tensor, *metrics: Tensor) -> Tensors:
-    """Results of an operator that always has five."""
+    """The results of an operator that always returns five."""
     return norm, at_label, sum_below, *(metrics or _no_metrics(norm))
 
 

@@ -17,7 +17,7 @@ class Options(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What the linear path makes logits of: hidden @ weightᵀ + bias."""
+    """What the linear path makes logits from, hidden @ weightᵀ + bias, and the labels."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
@@ -26,7 +26,7 @@ class Head(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients of the linear path are asked for."""
+    """Which gradients of the linear path are needed."""
 
     hidden: bool
     weight: bool

@@ -1,14 +1,14 @@
-"""A vocabulary in parts, one on each rank: the logits, or the rows of the weight, of its classes.
+"""A vocabulary in parts: each rank has the logits, or the rows of the weight, for some of the classes.
 
-A softmax over all parts needs of each row the largest z and Σ exp(z − largest) of every part, its loss the z
-of the label, which one part has. So the ranks exchange a few numbers a row and no logits:
+A softmax over all parts needs the largest z and Σ exp(z − largest) of each row from every part; the loss
+needs the z of the label, which one part has. So the ranks exchange a few numbers a row and no logits:
 
     forward    three all-reduces: the sizes of the parts, W numbers; the largest z, N; sums, 2N (3N with
                label smoothing, and N more with metrics); with metrics a fourth: where the largest z is, N
-    backward   none by logits; one of the gradient by hidden, unless the caller does that
+    backward   none for the logits; one for the gradient of hidden, unless the caller does that
 
-Everything else is the engine's own, part by part. What the ranks have in common, labels and hidden states, is
-to be the same on all of them; then so are the losses.
+The rest is the engine itself, part by part. Labels and hidden states must be the same on all ranks; then the
+losses are too.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ IGNORED, ELSEWHERE = -100, -1
 
 
 def has_dtensors(*tensors: Tensor | None) -> bool:
-    """Whether one of them is a `DTensor`, which PyTorch need not have."""
+    """Whether one of them is a `DTensor`. PyTorch can be built without that type."""
     plain = all(x is None or type(x) in (Tensor, nn.Parameter) for x in tensors)
     if plain or not torch.distributed.is_available():
         return False
@@ -46,7 +46,7 @@ class _Targets(NamedTuple):
 
     @classmethod
     def of(cls, labels: Tensor, size: int, opt: Options, ranks: Ranks) -> "_Targets":
-        """For the part of this rank, which has `size` classes."""
+        """The labels as this rank sees them; its part has `size` classes."""
         sizes = ranks.gather(torch.full((1,), size, device=labels.device))[:, 0]
         start, classes = sizes[: ranks.rank].sum(), sizes.sum()
         if not torch.compiler.is_compiling():
@@ -67,9 +67,9 @@ def token_nll(
     opt: Options,
     ranks: Ranks,
 ) -> tuple[Tensor, ...]:
-    """(nll,) or, with `metrics`, (nll, lse, entropy, prediction), [...] each, of the whole vocabulary.
+    """(nll,) or, with `metrics`, (nll, lse, entropy, prediction), [...] each, for the whole vocabulary.
 
-    labels [...] are of all of it too, the logits [..., classes] are those of this part.
+    The labels [...] index the whole vocabulary; the logits [..., classes] belong to this part.
     """
     targets = _Targets.of(labels, logits.shape[-1], opt, ranks)
     local = opt._replace(ignore_index=IGNORED)
@@ -84,9 +84,9 @@ def token_nll(
 def linear_token_nll(
     head: Head, metrics: bool, accum_dtype: torch.dtype | None, backend: str, opt: Options, ranks: Ranks
 ) -> tuple[Tensor, ...]:
-    """The same of N rows from the rows of the weight of this part.
+    """The same for N hidden states, from this part's rows of the weight.
 
-    The gradient with respect to hidden is that of this part.
+    The gradient with respect to hidden covers this part only.
     """
     targets = _Targets.of(head.labels, len(head.weight), opt, ranks)
     head = head._replace(labels=targets.labels)
@@ -103,7 +103,7 @@ def linear_token_nll(
 def _reference(
     logits: Tensor, targets: _Targets, metrics: bool, opt: Options, ranks: Ranks
 ) -> tuple[Tensor, ...]:
-    """For autograd to differentiate: what a rank adds to a sum of all has the gradient of that sum."""
+    """The same for autograd to differentiate: each rank's addend to a sum gets the gradient of the sum."""
     local = opt._replace(ignore_index=IGNORED)
     statistics = _Statistics(*reference.part_statistics(logits, targets.labels, local))
     through = ranks._replace(total=lambda x: _Sum.apply(x, ranks))  # type: ignore[no-untyped-call]
@@ -120,10 +120,10 @@ def _results(
 
 
 class _Statistics(NamedTuple):
-    """Those of `Backend.part_statistics`; the last two mean nothing without metrics."""
+    """The results of `Backend.part_statistics`; the last two mean nothing without metrics."""
 
     norm: Tensor  # [..., 2]
-    at_label: Tensor  # [...], and so are the next
+    at_label: Tensor  # [...], like all that follow
     sum_below: Tensor
     entropy: Tensor
     prediction: Tensor
@@ -132,24 +132,24 @@ class _Statistics(NamedTuple):
 def _put_together(
     s: _Statistics, targets: _Targets, metrics: bool, opt: Options, ranks: Ranks
 ) -> tuple[ops.Whole, Tensor | None]:
-    """What is true of the whole vocabulary, from that of this part; with `metrics` the prediction too."""
+    """Combines the statistics of all parts; with `metrics` it returns the prediction too."""
     top, total = s.norm.unbind(-1)
     largest = ranks.maximum(top)
-    lower = torch.where(top == -torch.inf, 0, largest - top)  # by so much is this part's largest z
+    lower = torch.where(top == -torch.inf, 0, largest - top)  # how far this part's largest z is below it
     mass = (top - largest).exp() * total
     sums = [mass, s.at_label]
     if opt.label_smoothing:
-        # Σ (largest − z) over all classes: what they have in common is not added up.
+        # Σ (largest − z) over all classes: the common part of all z would cost digits.
         sums.append(s.sum_below + targets.size * lower)
     if metrics:
-        # Entropy of the whole: its log_sum, and the share of each part times (its entropy − log of its mass).
+        # The entropy of the whole is log_sum plus, over parts, share · (entropy − log of the part's mass).
         some = torch.where(total == 0, 1, total)
         sums.append(mass * (torch.where(total == 0, 0, s.entropy) + (lower - some.log())))
     total, at_label, *rest = ranks.total(torch.stack(sums))
     log_sum = total.log()
     nll = (largest - at_label) + log_sum
     if opt.label_smoothing:
-        # Both may be inf: no difference of the two, as `torch.lerp` would take it.
+        # Both may be inf, so `torch.lerp`, which takes their difference, would give NaN.
         uniform = rest[0] / targets.classes + log_sum
         nll = (1 - opt.label_smoothing) * nll + opt.label_smoothing * uniform
     if opt.z_loss:
@@ -164,7 +164,7 @@ def _put_together(
 
 
 def _first_of_largest(prediction: Tensor, has_largest: Tensor, targets: _Targets, ranks: Ranks) -> Tensor:
-    """The class of the largest z of all parts, the first of equals, from that of this part."""
+    """The class of the largest z over all parts, the first of equals, from each part's own prediction."""
     none = targets.classes  # comes after every class
     mine = torch.where(has_largest, targets.start + prediction, none) if targets.size else none
     first = -ranks.maximum(-mine.expand(prediction.shape))

@@ -13,7 +13,7 @@ from nvamp.engine.options import Head, Options, accumulate_dtype
 
 
 def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
-    """(nll,) or, with `metrics`, (nll, lse, entropy, prediction); arguments as in `functional.token_nll`.
+    """(nll,) or, with `metrics`, (nll, lse, entropy, prediction), for arguments as in `functional.token_nll`.
 
     The losses and the entropies are differentiable.
     """
@@ -40,7 +40,7 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
 
 
 def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, ...]:
-    """Those of `Backend.part_statistics`, differentiable; a label of another part is below 0."""
+    """`Backend.part_statistics`, differentiable. Labels of other parts are below 0."""
     z = _z(logits, labels != opt.ignore_index, opt)
     padded = F.pad(z, (0, 1), value=-torch.inf)  # never empty
     top = padded.detach().amax(-1)
@@ -55,7 +55,7 @@ def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tenso
 
 
 def logits_of(head: Head, ignore_index: int) -> Tensor:
-    """All of them; of a row without a label, which may hold anything, those of a hidden state of zeros."""
+    """All logits. A row without a label may hold anything, so it counts as a hidden state of zeros."""
     labelled = (head.labels != ignore_index)[:, None]
     return F.linear(torch.where(labelled, head.hidden, 0), head.weight, head.bias)
 

@@ -1,10 +1,10 @@
 """Backend `triton`: one kernel for each thing done to rows of logits.
 
-Forward: the logits are read once. Backward: read once, and the gradient written once. In the linear path a
-chunk is read, its second read hits the cache, and written once.
+The forward reads the logits once. The backward reads them once and writes the gradient once. The linear path
+reads a chunk twice, the second time from the cache, and writes it once.
 
-The kernels are `nvamp.engine.kernels`; here are their launches. They are written for any GPU that
-Triton serves; with TRITON_INTERPRET=1 they run on CPU tensors too, slowly.
+This module launches the kernels of `nvamp.engine.kernels`. They are written for any GPU that Triton serves;
+with TRITON_INTERPRET=1 they run on CPU tensors too, slowly.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ WIDE = {torch.float32: triton.language.float32, torch.float64: triton.language.f
 
 
 class Launch(NamedTuple):
-    """Columns that a program takes at a time, and its warps."""
+    """The columns that a program takes at a time, and its warps."""
 
     block: int
     num_warps: int
@@ -44,30 +44,30 @@ class Launch(NamedTuple):
 FEW_ROWS = 256  # the multiprocessors of the largest GPUs, rounded up
 
 
-# Sizes are those that an H100 was fastest with, or within 4% of it: docs/engine.md.
+# These sizes were the fastest on an H100, or within 4% of the fastest: docs/engine.md.
 
 
 def reading(columns: int, dtype: torch.dtype, capped: bool, rows: int, metrics: bool = False) -> Launch:
     """The launch of the kernel that reads a row once: many programs, which hide each other's waiting.
 
-    16 KiB by 512 threads; metrics take registers, so 4 KiB by 256. Few rows are few programs: then each is as
-    large as it gets.
+    512 threads take 16 KiB; metrics need registers, so there 256 threads take 4 KiB. Few rows make few
+    programs, so each is as large as possible.
     """
     most, threads = (32768, 1024) if rows <= FEW_ROWS else (4096, 256) if metrics else (16384, 512)
     return _launch_of(columns, dtype, most, threads, capped)
 
 
 def streaming(columns: int, dtype: torch.dtype, capped: bool) -> Launch:
-    """The launch of kernels with a program a block, which they read and write: 16 KiB by 256 threads."""
+    """The launch of kernels that read and write one block a program: 256 threads take 16 KiB."""
     return _launch_of(columns, dtype, most=16384, threads=256, capped=capped)
 
 
 def revisiting(columns: int, dtype: torch.dtype, capped: bool) -> Launch:
     """The launch of the kernel that reads rows twice: the largest programs, one to a multiprocessor.
 
-    The rows underway then stay in the L2 cache. On an H100 they are 132, 32 MiB for a vocabulary of 128k in
-    half precision, and the cache has 50 MiB. A row takes several blocks, so that some are on their way while
-    one is worked on.
+    The rows in progress then stay in the L2 cache. On an H100 there are 132, or 32 MiB for a vocabulary of
+    128k in half precision, and the cache has 50 MiB. A row takes several blocks, so that some are loading
+    while one is worked on.
     """
     most = 32768 if columns * dtype.itemsize > 128 * 1024 else 16384
     return _launch_of(columns, dtype, most, threads=1024, capped=capped)
@@ -75,19 +75,19 @@ def revisiting(columns: int, dtype: torch.dtype, capped: bool) -> Launch:
 
 @cache  # it costs the host more than a small kernel
 def _launch_of(columns: int, dtype: torch.dtype, most: int, threads: int, capped: bool) -> Launch:
-    """Blocks of at most so many bytes, half of them where capped, by so many threads, fewer if smaller."""
+    """Blocks of at most `most` bytes, half if capped, by `threads` threads, or fewer for a smaller block."""
     most_columns = most // dtype.itemsize // (1 + capped)
     block = min(max(triton.next_power_of_2(columns), 16 // dtype.itemsize), most_columns)
     return Launch(block, max(threads * block // most_columns // WARP, 1))
 
 
 def number(x: float, like: Tensor) -> Any:
-    """An argument of a kernel, in the dtype of `like`: a float64 lies in memory, for GPUs without them."""
+    """A kernel argument in the dtype of `like`. A float64 lies in memory: not every GPU has such scalars."""
     return like.new_full((), x) if like.dtype == torch.float64 else x
 
 
 def options_of(opt: Options, like: Tensor) -> dict[str, Any]:
-    """The arguments that every kernel on logits takes; numbers in the dtype of `like`, that of the losses."""
+    """The arguments that every kernel on logits takes, with numbers in the dtype of `like`, the losses."""
     ignore_index, *numbers = opt
     return {
         "ignore_index": ignore_index,
@@ -101,7 +101,7 @@ def options_of(opt: Options, like: Tensor) -> dict[str, Any]:
 
 
 def launch(kernel: Any, programs: int, sizes: Launch, *args: Any, **constants: Any) -> None:
-    """Runs that many programs of a kernel on the device of its first argument."""
+    """Runs `programs` programs of a kernel on the device of its first argument."""
     device = args[0].device
     if device.type == "cpu" and not INTERPRETED:
         raise ValueError(
@@ -115,9 +115,9 @@ def launch(kernel: Any, programs: int, sizes: Launch, *args: Any, **constants: A
 
 
 def _planes(logits: Tensor, start: int = 0) -> Iterator[tuple[Tensor, slice]]:
-    """logits [..., V] as tensors [outer, inner, V], never copied, and which of all rows these are.
+    """logits [..., V] as tensors [outer, inner, V], never copied, and the slice of rows of each.
 
-    Where the rows are evenly spaced outer is 1: then no size or stride concerns a kernel but its pitch.
+    If the rows are evenly spaced, outer is 1, and the pitch is the only size or stride that a kernel needs.
     """
     vocab = logits.shape[-1]
     for shape in ((1, -1, vocab), (-1, *logits.shape[-2:])):
@@ -133,12 +133,12 @@ def _planes(logits: Tensor, start: int = 0) -> Iterator[tuple[Tensor, slice]]:
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Those of x [outer, inner, V]. That of an outer 1 is the number of rows: another kernel for each."""
+    """The strides of x [outer, inner, V]; 0 for an outer of 1, or each number of rows would compile anew."""
     return 0 if len(x) == 1 else x.stride(0), x.stride(1), x.stride(2)
 
 
 def _alike(x: Tensor, out: Tensor) -> bool:
-    """Whether every element of `out` is as far from a boundary of 16 bytes as that of x."""
+    """Whether every element of `out` is as far from a boundary of 16 bytes as its counterpart in x."""
     bytes_apart = [x.data_ptr() - out.data_ptr()]
     bytes_apart += [(a - b) * x.itemsize for a, b in zip(_strides(x), _strides(out), strict=True)]
     return all(n % 16 == 0 for n in bytes_apart)
@@ -160,11 +160,11 @@ def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, opt: Options)
 def _pass_over(
     logits: Tensor, labels: Tensor, sum_below: Tensor | None, metrics: bool, opt: Options
 ) -> tuple[Tensor, ...]:
-    """What `nll_kernel` makes of the rows: that of a part with `sum_below`, which it fills in."""
+    """The results of `nll_kernel`; with `sum_below`, which it fills, those for a part of the vocabulary."""
     wide, vocab = accumulate_dtype(logits.dtype), logits.shape[-1]
     nll = torch.empty(labels.shape, dtype=wide, device=labels.device)
     norm = nll.new_empty(*labels.shape, 2)
-    entropy = torch.empty_like(nll) if metrics else None  # None is no argument of the kernel at all
+    entropy = torch.empty_like(nll) if metrics else None  # the kernel does not see a None at all
     prediction = torch.empty_like(nll, dtype=torch.int64) if metrics else None
     of_rows = (labels, nll, norm, entropy, prediction, sum_below)
     flat = [None if t is None else t.contiguous().flatten(0, labels.dim() - 1) for t in of_rows]

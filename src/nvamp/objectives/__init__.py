@@ -1,6 +1,6 @@
 """The objectives: each turns the losses of a batch's tokens into one number and a weight per token.
 
-One file an objective, and one line in `OBJECTIVES`, by which `parse` knows it.
+Each objective has a file of its own and a line in `OBJECTIVES`, where `parse` finds it.
 """
 
 from nvamp.objectives.base import Batch, Objective, Result, Statistics

@@ -1,8 +1,8 @@
 """An objective: a rule that turns the losses of a batch's tokens into one number and a weight per token.
 
-It sees the losses without their gradient, and says its value L and the weights ∂L/∂ℓ; the engine does the
-rest. So an objective is arithmetic on N numbers: it never sees logits. All shapes are static and all results
-tensors: nothing here waits for a device. The batch may lie on several ranks, which exchange sums.
+It sees the losses without their gradient and returns its value L and the weights ∂L/∂ℓ; the engine does the
+rest. So an objective is arithmetic on N numbers and never sees logits. All shapes are static and all results
+are tensors, so nothing here waits for a device. The batch may lie on several ranks, which exchange sums.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ class Batch(NamedTuple):
     num_items_in_batch: Tensor | float | None = None  # M; by default N, the number of valid tokens
     ranks: Ranks = ALONE
     inputs: Mapping[str, Tensor] = {}  # [tokens] each, in the dtype of nll; 0 if not valid
-    entropy: Tensor | None = None  # [tokens] nats, 0 if not valid; of an objective that `needs_entropy`
+    entropy: Tensor | None = None  # [tokens] nats, 0 if not valid; for an objective that `needs_entropy`
 
     def sums(self, *x: Tensor) -> tuple[Tensor, ...]:
         """N, and the sum of each x [tokens] over the valid tokens of all ranks: one all-reduce."""
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
         m = self.num_items_in_batch
         if m is None:
             return n.clamp(min=1), 1.0
-        # Wherever a tensor is, it stays: to move it would wait.
+        # A tensor stays on its device: moving it would wait.
         m = m.to(n.dtype).clamp(min=1) if isinstance(m, Tensor) else max(m, 1)
         return m, n / m
 
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the losses of a batch are like: scalar tensors, losses in nats."""
+    """Statistics of the losses of a batch: scalar tensors, losses in nats."""
 
     num_tokens: Tensor  # N, in the dtype of the losses
     num_items: Tensor | float  # M
@@ -59,7 +59,7 @@ class Statistics(NamedTuple):
     mean: Tensor  # μ
     std: Tensor  # σ, with ε
     dispersion: Tensor  # d
-    mean_sign: Tensor  # of ℓ − μ
+    mean_sign: Tensor  # mean sign(ℓ − μ)
     max: Tensor  # the largest loss; 0 if no token is valid
     max_index: Tensor  # int64, first of equals; −1 if no token is valid, or another rank has the largest
 
@@ -67,8 +67,8 @@ class Statistics(NamedTuple):
 class Result(NamedTuple):
     """Value and weights: ∂L/∂ℓ_i is `shared` + `per_token`_i for every valid token i.
 
-    An objective with `few_weights` keeps the two apart, `shared` for all tokens and `per_token` for few. Its
-    gradient with respect to hidden states and weight is then made in one pass.
+    An objective with `few_weights` keeps the two apart, `shared` for all tokens and `per_token` for a few.
+    Its gradient with respect to hidden states and weight then takes one pass.
     """
 
     loss: Tensor  # L, a scalar
@@ -78,7 +78,7 @@ class Result(NamedTuple):
     statistics: Callable[[], Statistics] | None = None  # if the objective has computed them
 
     def weights(self) -> Tensor:
-        """∂L/∂ℓ of the valid tokens, [tokens] or a scalar; anything for the others."""
+        """∂L/∂ℓ, [tokens] or a scalar; it may be anything for tokens that are not valid."""
         if self.per_token is None:
             assert self.shared is not None
             return self.shared
@@ -87,9 +87,9 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """Derive from it, as a frozen dataclass with the options as its fields, and define `evaluate`.
+    """The base class of objectives: derive a frozen dataclass with the options as fields; define `evaluate`.
 
-    The properties may be overridden too, also by attributes of the class: `inputs = ("advantage",)`.
+    The properties may be overridden too, even by class attributes: `inputs = ("advantage",)`.
     """
 
     def __post_init__(self) -> None:
@@ -105,28 +105,28 @@ class Objective:
 
     @property
     def optional_inputs(self) -> tuple[str, ...]:
-        """Names of those that it takes."""
+        """Names of the per-token inputs that `evaluate` uses if they are given."""
         return ()
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether `Batch.entropy` is to be there."""
+        """Whether `evaluate` needs `Batch.entropy`."""
         return False
 
     def few_weights(self, tokens: int) -> int | None:
-        """How many of so many tokens have a weight of their own beside the one that all share.
+        """How many of `tokens` tokens have their own weight beside the one that all share.
 
-        `None`, the default, means any number. Otherwise the few are those with the largest losses, and
-        `Result.shared` is what all tokens have.
+        `None`, the default, means any number. Otherwise these are the tokens with the largest losses, and
+        `Result.shared` is the weight of all tokens.
         """
         return None
 
     def evaluate(self, batch: Batch) -> Result:
-        """L and its weights, where the collectives, if any, do not depend on the data."""
+        """L and its weights. Its collectives, if any, must not depend on the data."""
         raise NotImplementedError
 
     def __str__(self) -> str:
-        """The text that `parse` makes this objective of: `focal:gamma=2`."""
+        """The text from which `parse` makes this objective: `focal:gamma=2`."""
         from nvamp.objectives.spec import spell
 
         return spell(self)

@@ -17,17 +17,17 @@ class ClippedPolicy(Objective):
         r = exp(logprob − old_logprob),   δ = ref_logprob − logprob,   logprob = −ℓ
 
     with ℓ the losses (nats) of the valid tokens, H the entropies of their predictions (nats), and
-    M = `num_items_in_batch`, by default the number of valid tokens: a mean over tokens, as DAPO's. The middle
-    term estimates the KL divergence from the reference policy. The gradient is the exact derivative, through
-    H as well; clipped tokens have none from the first term.
+    M = `num_items_in_batch`, by default the number of valid tokens: a mean over tokens, as in DAPO. The
+    middle term estimates the KL divergence from the reference policy. The gradient is the exact derivative,
+    through H as well; the first term gives clipped tokens no gradient.
 
-    The call takes `advantage`, and `old_logprob` of the policy that drew the tokens and `ref_logprob` of the
-    reference policy, both in nats; all of them on the grid of the labels, and constants. Without
-    `old_logprob` the model has drawn the tokens as it is now: r is 1, with its gradient.
+    The call takes `advantage`, `old_logprob` under the policy that drew the tokens, and `ref_logprob` under
+    the reference policy, both in nats. All three are shaped like the labels and constant. Without
+    `old_logprob` the current model counts as the one that drew the tokens: r is 1, with its gradient.
 
     Args:
         clip: how far below 1 the ratio r counts, in [0, 1].
-        clip_high: how far above, at least 0; `None` for `clip`. DAPO has 0.28.
+        clip_high: how far above 1 it counts, at least 0; `None` for `clip`. DAPO uses 0.28.
         kl: weight of the KL divergence, at least 0. If it is above 0, `ref_logprob` is needed.
         entropy: weight of the entropy bonus, at least 0.
 

@@ -1,4 +1,4 @@
-"""Dynamic fine-tuning: each token counts as much as it is expected."""
+"""Dynamic fine-tuning: each token counts in proportion to its probability."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from nvamp.objectives.base import Batch, Objective, Result
 
 @dataclass(frozen=True)
 class DFT(Objective):
-    """Cross-entropy with the probability of the label as the weight of a token, a constant:
+    """Cross-entropy with the probability of the label as the constant weight of a token:
 
         L = Σ p · ℓ / M,   p = exp(−ℓ), held constant
 

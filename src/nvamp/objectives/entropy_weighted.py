@@ -13,7 +13,7 @@ LARGEST = math.log(20)  # nats: the largest entropy of the 20 classes that EAFT 
 
 @dataclass(frozen=True)
 class EntropyWeighted(Objective):
-    """Cross-entropy, weighted by a function of the entropy of the prediction, a constant:
+    """Cross-entropy, weighted by a function of the entropy of the prediction, which is held constant:
 
         L = Σ w(H) · ℓ / M
 
@@ -24,15 +24,15 @@ class EntropyWeighted(Objective):
     with ℓ the losses and H the entropies (nats) of the valid tokens, and M = `num_items_in_batch`, by default
     their number. The weight of a token is w/M; no gradient flows through H.
 
-    Both differ from the code of the authors in one point. EAFT's entropy is that of the 20 likeliest classes,
-    renormalized; here it is that of all classes. If the others have the probability m together, the two
-    differ by at most h(m) + m·ln V, with h(m) = −m·ln m − (1 − m)·ln(1 − m) and V classes; the minimum keeps
-    w in [0, 1]. And MiLe's code divides w by its mean over the batch; here w is left as it is, so that
-    micro-batches add up.
+    Both differ from the authors' code in one point. EAFT takes the entropy over the 20 likeliest classes,
+    renormalized; here it is taken over all classes. If the other classes have the total probability m, the
+    two entropies differ by at most h(m) + m·ln V, with h(m) = −m·ln m − (1 − m)·ln(1 − m) and V classes; the
+    minimum keeps w in [0, 1]. MiLe's code divides w by its mean over the batch; here w stays as it is, so
+    that micro-batches add up.
 
     Args:
         kind: "eaft" or "mile".
-        gamma: the power, at least 0; 0 is cross-entropy, and 1 what both papers use.
+        gamma: the power, at least 0; 0 is cross-entropy, and both papers use 1.
 
     Raises:
         TypeError, ValueError: an option of another type, or out of range.
@@ -54,7 +54,7 @@ class EntropyWeighted(Objective):
 
     def evaluate(self, batch: Batch) -> Result:
         assert batch.entropy is not None
-        entropy = batch.entropy.clamp(min=0)  # rounded, it may be below
+        entropy = batch.entropy.clamp(min=0)  # rounding can make it negative
         base = (entropy / LARGEST).clamp(max=1) if self.kind == "eaft" else 1 + entropy
         weight = base**self.gamma
         return batch.mean(weight * batch.nll, weight)

@@ -10,7 +10,7 @@ from nvamp.options import between, option
 
 @dataclass(frozen=True)
 class GCE(Objective):
-    """Generalized cross-entropy, which labels that are wrong move less than cross-entropy:
+    """Generalized cross-entropy, in which wrong labels have less influence than in cross-entropy:
 
         L = Σ (1 − p^q)/q / M,   p = exp(−ℓ)
 

@@ -1,4 +1,4 @@
-"""The tokens with the largest losses of a batch, on one or several ranks."""
+"""The tokens of a batch with the largest losses, on one or several ranks."""
 
 from typing import NamedTuple
 
@@ -16,27 +16,27 @@ PARTS = 10**9  # a share is counted in parts of a billion, so that its number of
 class Hardest(NamedTuple):
     """The k tokens with the largest losses, ties by the lowest rank, then by the lowest index."""
 
-    k: Tensor  # int64, on all ranks together
+    k: Tensor  # int64, over all ranks
     among: Tensor  # [tokens] bool: whether a token of this rank is one of them
     mean: Tensor  # of their losses; 0 if there are none
 
 
 def tokens_of(share: float, n: Tensor) -> Tensor:
-    """⌈share·n⌉ for an integer n; exact, which a product of floats is not."""
+    """⌈share·n⌉ for an integer n, exactly, which a product of floats is not."""
     return -((n * -round(share * PARTS)) // PARTS)
 
 
 def most_tokens_of(share: float, n: int) -> int:
-    """⌈share·n⌉, at least 1: the same for a Python integer."""
+    """The same for a Python integer, but at least 1."""
     return max(-((n * -round(share * PARTS)) // PARTS), 1)
 
 
 def hardest(batch: Batch, count: Tensor) -> Hardest:
-    """The `count` hardest, an int64 scalar no larger than the number of valid tokens of all ranks.
+    """The hardest tokens; `count` is an int64 scalar, at most the number of valid tokens of all ranks.
 
-    NaN is the largest of all. On one rank the losses are sorted. On several they are counted by their
-    leading bits, DIGIT bits a round: two all-reduces of 65536 counts for float32 (four for float64), and one
-    of three numbers a rank. That does not grow with the batch.
+    NaN is the largest of all. One rank sorts the losses. Several ranks count them by their leading bits,
+    DIGIT bits a round: two all-reduces of 65536 counts for float32 (four for float64), and one of three
+    numbers a rank. That does not grow with the batch.
     """
     if batch.ranks is ALONE:
         return _by_sorting(batch, count)
@@ -55,7 +55,7 @@ def _by_sorting(batch: Batch, count: Tensor) -> Hardest:
 def _by_counting(batch: Batch, count: Tensor) -> Hardest:
     nll, ranks, key = batch.nll, batch.ranks, _ordered_bits(batch.nll)
     among = torch.zeros_like(batch.valid)
-    tied, left = batch.valid, count  # tokens alike in all digits so far, and how many of them to take
+    tied, left = batch.valid, count  # tokens equal in all digits so far, and how many of them to take
     for shift in range(8 * key.element_size() - DIGIT, -1, -DIGIT):
         digit = ((key >> shift) & (2**DIGIT - 1)).long()
         counts = torch.zeros(2**DIGIT, dtype=torch.int64, device=key.device)

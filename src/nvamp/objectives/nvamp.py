@@ -28,14 +28,14 @@ class NVAMP(Objective):
         C = Σ ℓ / M, the cross-entropy
         X = mean of the k largest ℓ,   k = max(1, ⌈tail·N⌉)
 
-    The value is the same in every gradient mode; the weight ∂L/∂ℓ_i of a token is the choice. T are the k
-    tokens with the largest losses (ties: lowest index first):
+    The value is the same in every gradient mode; the modes differ in the weight ∂L/∂ℓ_i of a token. T is the
+    set of the k tokens with the largest losses (ties: lowest index first):
 
         "scalar"     (alpha·d + beta)/M + gamma·(N/M)·[i in T]/k; d is a constant
         "token"      alpha·|z_i|/M + beta/M + gamma·(N/M)·[i in T]/k
-        "detached"   alpha·d/M, the loss as first published: beta and gamma change the value only
+        "detached"   alpha·d/M, the loss as first published: beta and gamma change only the value
         "full"       "scalar" + alpha·C·[(s_i − mean s) − d·z_i]/(N·σ), s = sign(ℓ − μ): the exact derivative.
-                     It does not train a model from scratch: to make all tokens equally bad lowers d, and that
+                     It does not train a model from scratch: making all tokens equally bad lowers d, and that
                      is easier than learning.
 
     Args:
@@ -71,7 +71,7 @@ class NVAMP(Objective):
     def evaluate(self, batch: Batch) -> Result:
         s = statistics(batch, self.eps, self.moments)
 
-        def found() -> Statistics:  # without alpha, which nobody may want, they have no moments yet
+        def found() -> Statistics:  # computed on demand: with alpha = 0, `s` has no moments
             return s if self.moments else statistics(batch, self.eps)
 
         # L = α·d·C + β·C + γ·X·(N/M)
@@ -92,12 +92,12 @@ class NVAMP(Objective):
 
     @property
     def mode(self) -> Gradient:
-        """The gradient mode; without alpha all but "detached" are the same."""
+        """The gradient mode; if alpha is 0, all but "detached" are the same."""
         return self.gradient if self.alpha or self.gradient == "detached" else "scalar"
 
     @property
     def moments(self) -> int:
-        """How many moments of `Statistics` value and weights need."""
+        """How many moments of `Statistics` the value and the weights need."""
         if not self.alpha:
             return 0
         return 3 if self.mode == "full" else 2

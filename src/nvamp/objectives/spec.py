@@ -1,7 +1,7 @@
-"""Objectives as text, `nvamp:gamma=0.04,tail=0.05`: what command lines and configuration files hold.
+"""Objectives as text for command lines and configuration files: `nvamp:gamma=0.04,tail=0.05`.
 
-`parse` and `str` of an objective are inverses. A text may also say what the loss of a single token is, with
-the options of `TokenOptions`: `parse_loss` reads those too.
+`parse` and `str` of an objective are inverses. A text may also set the `TokenOptions`, which change the loss
+of a single token; `parse_loss` reads those too.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 class LossSpec(NamedTuple):
-    """An objective, and the options of the loss of a token that are not what they are by default."""
+    """An objective, and the options of the loss of a token that differ from their defaults."""
 
     objective: Objective
     token_options: TokenOptions
@@ -62,13 +62,14 @@ def parse(text: str) -> Objective:
     objective, token_options = parse_loss(text)
     if token_options:
         raise ValueError(
-            f"{text!r}: {', '.join(token_options)} is no option of an objective, but of the loss of a token"
+            f"{text!r}: expected options of an objective, got {', '.join(token_options)}, which the loss of "
+            "a token takes"
         )
     return objective
 
 
 def parse_loss(text: str) -> LossSpec:
-    """The same, with options of the loss of a token among them: `ce:label_smoothing=0.1`."""
+    """The same for a text that may set options of the loss of a token too: `ce:label_smoothing=0.1`."""
     name, _, tail = (part.strip() for part in text.partition(":"))
     if name not in OBJECTIVES:
         raise ValueError(f"{text!r}: unknown objective {name!r}, known are {', '.join(OBJECTIVES)}")
@@ -93,9 +94,9 @@ def parse_loss(text: str) -> LossSpec:
 
 
 def token_options_of(options: Mapping[str, object]) -> TokenOptions:
-    """The options of the loss of a token among these, checked; without those that have their default.
+    """The options of the loss of a token among these, checked, without those at their default.
 
-    They are in the order in which they are declared, so that their text is the same however they were given.
+    They come in the order of their declaration, so that their text does not depend on how they were given.
     """
     checked = {
         name: option.check(name, options[name])
@@ -122,7 +123,7 @@ def _value(text: str, option: str, value: str, field: "Field[object] | None") ->
 
 
 def spell(objective: Objective) -> str:
-    """The text of an objective: its name, and the options that are not what they are by default."""
+    """The text of an objective: its name, and the options that differ from their defaults."""
     names = [name for name, kind in OBJECTIVES.items() if kind is type(objective)]
     name = names[0] if names else type(objective).__name__
     values = {field.name: (getattr(objective, field.name), field.default) for field in fields(objective)}
@@ -131,10 +132,10 @@ def spell(objective: Objective) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as short as it can be spelled and still be the same."""
+    """The shortest spelling of a value that reads back as the same value."""
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if not isinstance(value, float | int):
         return str(value)
-    short = f"{value + 0.0:g}"  # of −0 the same as of 0
+    short = f"{value + 0.0:g}"  # −0 is spelled as 0
     return short if float(short) == value else repr(float(value))

@@ -1,4 +1,4 @@
-"""Mean, deviation, dispersion and largest of the losses of a batch, on one or several ranks."""
+"""Mean, deviation, dispersion and maximum of the losses of a batch, on one or several ranks."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from nvamp.ranks import ALONE, Ranks
 def statistics(batch: Batch, eps: float = 1e-6, moments: int = 3) -> Statistics:
     """`Statistics` of the valid tokens of a batch.
 
-    The three `moments` are variance, dispersion and mean sign; with 2 of them the mean sign is 0, and with
-    none so are μ, σ and d, or NaN if a loss is not finite. On several ranks it takes two all-reduces, of
-    4·size and of 3 numbers.
+    The three `moments` are variance, dispersion and mean sign. With 2 moments the mean sign is 0; with none
+    μ, σ and d are 0 too, or NaN if a loss is not finite. On several ranks it takes two all-reduces, of 4·size
+    and of 3 numbers.
     """
     nll, ranks = batch.nll, batch.ranks
     if ranks is not ALONE:
@@ -21,10 +21,10 @@ def statistics(batch: Batch, eps: float = 1e-6, moments: int = 3) -> Statistics:
     ignored = ~batch.valid
     n, total = batch.valid.sum(dtype=nll.dtype), nll.sum()
     candidates = nll.masked_fill(ignored, -torch.inf)
-    if torch.compiler.is_compiling() or not nll.numel():  # a graph is for any number of tokens
+    if torch.compiler.is_compiling() or not nll.numel():  # a graph serves any number of tokens
         candidates = pad(candidates, (0, 1), value=-torch.inf)
     largest, index = candidates.max(0)
-    # The mean is taken of ℓ − max ℓ, so that the deviations of equal losses are exact zeros.
+    # The mean is computed from ℓ − max ℓ, so that the deviations of equal losses are exact zeros.
     below = (nll - largest).masked_fill(ignored, 0).sum() if moments else total
     if ranks is ALONE:
         elsewhere = n == 0
@@ -56,7 +56,7 @@ def statistics(batch: Batch, eps: float = 1e-6, moments: int = 3) -> Statistics:
 def _of_all(
     ranks: Ranks, n: Tensor, total: Tensor, largest: Tensor, below: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """N, Σ ℓ, max ℓ and Σ (ℓ − max ℓ) of all ranks, and whether another rank has the largest."""
+    """N, Σ ℓ, max ℓ and Σ (ℓ − max ℓ) over all ranks, and whether another rank has the largest loss."""
     own = torch.stack((n, total, largest, below))
     counts, sums, maxima, belows = ranks.gather(own).unbind(1)
     n, owner = counts.sum(), maxima.argmax()

@@ -17,14 +17,14 @@ class Tail(Objective):
 
     with ℓ the losses (nats) of the N valid tokens, M = `num_items_in_batch`, by default N, and T the
     k = max(1, ⌈share·N⌉) tokens with the largest losses, ties by the lowest rank, then by the lowest index.
-    A token of T has the weight (1 + strength)/M, any other 1/M. The part of T is k times the CVaR of the
-    losses, their mean beyond a quantile.
+    A token of T has the weight (1 + strength)/M, any other 1/M. Σ_T ℓ is k times the CVaR of the losses,
+    their mean beyond a quantile.
 
     T is chosen among the tokens of a call, so each micro-batch has its own.
 
     Args:
-        share: of the valid tokens that are in T, in [0, 1]; 0 for the largest loss alone.
-        strength: of the weight that T has in addition, at least 0; 0 is cross-entropy.
+        share: the share of the valid tokens in T, in [0, 1]; 0 for the largest loss alone.
+        strength: the additional weight of T, at least 0; 0 is cross-entropy.
 
     Raises:
         TypeError, ValueError: an option of another type, or out of range.

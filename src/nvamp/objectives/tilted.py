@@ -11,7 +11,7 @@ from nvamp.options import not_zero, option
 
 @dataclass(frozen=True)
 class Tilted(Objective):
-    """The tilted mean of the losses, between their mean and the largest, or the smallest, of them:
+    """The tilted mean of the losses, which lies between their mean and the largest or smallest of them:
 
         L = (N/M) · (1/t) · log mean exp(t·ℓ)
 
@@ -20,11 +20,11 @@ class Tilted(Objective):
     the weight of a token is (N/M)·softmax(t·ℓ), the softmax being over the tokens. Without a valid token L is
     0.
 
-    With N/M the micro-batches of a step add up to the mean of their tilted means, each by its number of
-    tokens; that is not the tilted mean of the step.
+    The factor N/M makes the micro-batches of a step add up to the mean of their tilted means, weighted by
+    their numbers of tokens; that is not the tilted mean of the step.
 
     Args:
-        t: the tilt, in 1/nats, not 0. Above 0 hard tokens get more weight, below 0 less.
+        t: the tilt, in 1/nats, not 0. Hard tokens get more weight if it is above 0, less if below.
 
     Raises:
         TypeError, ValueError: an option of another type, or out of range.
@@ -42,11 +42,11 @@ class Tilted(Objective):
         sign = 1 if self.t > 0 else -1
         signed = (sign * batch.nll).masked_fill(~batch.valid, -torch.inf)
         extreme = sign * batch.ranks.maximum(pad(signed, (0, 1), value=-torch.inf).amax())
-        # At most 0, and 0 for some token.
+        # x is at most 0, and 0 for some token.
         x = torch.where(batch.valid, self.t * (batch.nll - extreme), -torch.inf)
         n, exps, exps_minus_1 = batch.sums(x.exp(), x.expm1())
         _, share = batch.items(n)
-        # The logarithm of mean exp(x). Near 1 it is log1p that is exact, far from 1 it is log.
+        # The logarithm of mean exp(x): log1p is exact near 1, log far from it.
         below_1 = exps_minus_1 / n
         log_mean = torch.where(below_1 > -0.5, below_1.log1p(), (exps / n).log())
         loss = torch.where(n > 0, share * (extreme + log_mean / self.t), 0)

@@ -15,13 +15,13 @@ class TokenWeighted(Objective):
         L = Σ w·ℓ / M            or, with `normalize`,
         L = Σ w·ℓ / (M·mean w)
 
-    with ℓ the losses (nats) of the N valid tokens of all ranks, mean w the mean over those, and
-    M = `num_items_in_batch`, by default N. So by default the second is the weighted mean Σ w·ℓ / Σ w; with
-    `num_items_in_batch` it is that times N/M, and the micro-batches of a step add up to the mean of their
-    weighted means, each by its number of tokens. For the weighted mean of a step, take the first, and give
-    Σ w of the step for `num_items_in_batch`.
+    with ℓ the losses (nats) of the N valid tokens of all ranks, mean w the mean over these tokens, and
+    M = `num_items_in_batch`, by default N. By default the second is the weighted mean Σ w·ℓ / Σ w. With
+    `num_items_in_batch` it is the weighted mean times N/M: the micro-batches of a step add up to the mean of
+    their weighted means, weighted by their numbers of tokens. For the weighted mean of a step, take the first
+    and give the Σ w of the step as `num_items_in_batch`.
 
-    The call takes `token_weight`, real numbers on the grid of the labels. It is a constant.
+    The call takes `token_weight`, real numbers shaped like the labels, which are constants.
 
     Args:
         normalize: divide by the mean weight. If Σ w is 0, L is 0.

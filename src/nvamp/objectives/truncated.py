@@ -16,14 +16,14 @@ class Truncated(Objective):
         L = Σ_{not T} ℓ / M
 
     with ℓ the losses (nats) of the N valid tokens, M = `num_items_in_batch`, by default N, and T the
-    k = ⌊share·N⌋ tokens with the largest losses, ties by the lowest rank, then by the lowest index; never all
-    of them. A token of T has the weight 0, and its loss may be infinite or NaN; any other token has 1/M.
+    k = ⌊share·N⌋ tokens with the largest losses, ties by the lowest rank, then by the lowest index, but never
+    all tokens. A token of T has the weight 0, and its loss may be infinite or NaN; any other token has 1/M.
 
     T is chosen among the tokens of a call, so each micro-batch has its own. The paper drops whole sequences,
     above a quantile that it estimates from past batches.
 
     Args:
-        share: of the valid tokens that are dropped, in [0, 1]; 0 is cross-entropy.
+        share: the share of the valid tokens that are dropped, in [0, 1]; 0 is cross-entropy.
 
     Raises:
         TypeError, ValueError: an option of another type, or out of range.
