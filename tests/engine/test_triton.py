@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton import __version__ as triton_version
 
-from nvamp.engine import backends, devices, linear, ops, parts, triton
+from nvamp.engine import backends, devices, linear, parts, triton
 from nvamp.engine.backend import OfEntropy
 from nvamp.engine.options import Head, Needs, Options
 from nvamp.ranks import ALONE
@@ -96,11 +96,14 @@ def test_nothing_looks_at_the_data(launched: list[tuple[Any, ...]], monkeypatch:
     with pytest.raises((RuntimeError, NotImplementedError)):  # what a look at the data is here
         head.labels.sum().item()
 
-    _, index, grad, hidden, *units = linear.unit_gradients(triton, head, needs, None, opt)  # type: ignore[arg-type]
-    assert (index.shape, grad.shape, hidden.shape) == ((), (501,), (32,))
-    assert [u.shape for u in units] == [(100, 32), (501, 32), (501,)]
-    assert {u.dtype for u in units} == {torch.float32}
-    triton.scale_and_add(units[1], nll[0], nll[0], grad, hidden, out=head.weight)
+    _, units = linear.unit_gradients(triton, head, needs, 1, None, opt)  # type: ignore[arg-type]
+    index, grad, hidden, *of_sum = units
+    assert (index.shape, grad.shape, hidden.shape) == ((1,), (501,), (32,))
+    assert [u.shape for u in of_sum] == [(100, 32), (501, 32), (501,)]
+    assert {u.dtype for u in of_sum} == {torch.float32}
+    for few in (1, 60):
+        grads = linear.weighted_gradients(triton, nll[0], nll, units, head, needs, few, None, opt, False)  # type: ignore[arg-type]
+        assert [g.shape for g in grads] == [(100, 32), (501, 32), (501,)]
     _, norm = linear.token_nll(triton, head, False, None, opt)  # type: ignore[arg-type]
     targets = parts._Targets.of(head.labels, 501, opt, ALONE)
     statistics = linear.part_statistics(triton, head._replace(labels=targets.labels), True, None, opt)  # type: ignore[arg-type]
@@ -173,10 +176,10 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize(("one_pass", "few"), [(True, 0), (True, 1), (True, 100), (False, 0)])
 @pytest.mark.parametrize(("n", "d", "v"), [*SHAPES[:4], (16384, 768, 50257)])
 def test_memory_on_an_accelerator(
-    n: int, d: int, v: int, one_pass: bool, monkeypatch: pytest.MonkeyPatch
+    n: int, d: int, v: int, one_pass: bool, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As much as Liger holds with a float32 sum: 6·V·D + 2·N·D bytes. A small head adds its chunk."""
     monkeypatch.setattr(devices, "can_wait", lambda _: False)
@@ -188,8 +191,8 @@ def test_memory_on_an_accelerator(
     engine: Any = triton
     with Allocations(head.hidden, head.weight, head.labels, nll, norm) as held:
         if one_pass:
-            _, index, *units = linear.unit_gradients(engine, head, needs, None, opt)
-            ops._scale_unit_gradients(True, nll[0], nll[0], index, *units, *needs, "triton")
+            _, units = linear.unit_gradients(engine, head, needs, few, None, opt)
+            linear.weighted_gradients(engine, nll[0], nll, units, head, needs, few, None, opt, in_place=True)
         else:
             linear.token_nll_backward(engine, nll, norm, None, None, head, needs, None, opt)
     at_the_end = 6 * v * d + 2 * n * d
