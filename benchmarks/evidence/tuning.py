@@ -85,8 +85,8 @@ def changes(runs: Sequence[Json]) -> dict[str, dict[str, float]]:
 def choose(search: Sequence[Json]) -> dict[str, str]:
     """The losses to confirm, of NVAMP and of the others, by the reason.
 
-    They are the lightest tail within the price and within the higher one; and if any loss reaches the gain, the
-    cheapest that does.
+    They are the lightest tail within the price and within the higher one; and if any loss reaches the gain,
+    the cheapest that does.
     """
     found, chosen = changes(search), {}
     for family, losses in (("nvamp", NVAMP), ("other", OTHERS)):
