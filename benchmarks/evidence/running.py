@@ -33,7 +33,7 @@ class Preset:
         seeds: of the runs that a verdict rests on.
         search_seeds: of the runs that only choose what to look at again.
         scale: of the built-in model.
-        text: files or directories; the standard library's source where there are none.
+        text: files or directories; the standard library's source if there are none.
     """
 
     steps: int
@@ -89,7 +89,7 @@ def run_all(
     corpus: Corpus,
     noise: Callable[[int], Tensor] | None = None,
 ) -> Iterator[Finished]:
-    """Every loss from every seed, trained where `directory` does not hold the run already.
+    """Every loss from every seed, trained unless `directory` holds the run already.
 
     Args:
         noise: for a seed, the probability of each training label to be replaced, [blocks, sequence].
@@ -139,10 +139,10 @@ def compact(group: str, run: Finished, metrics: Json | None = None) -> Json:
 
 
 def gradient_metrics(norms: Sequence[float | None]) -> dict[str, float | None]:
-    """Of the gradient norms of a run's steps, warm-up left out: the largest over the median, and the spikes.
+    """The largest gradient norm of a run's steps over the median, and the number of spikes; no warm-up.
 
-    A spike is a step whose norm is more than `SPIKE` times the median of the `RECENT` steps before it. Where
-    a norm is not finite (a record holds `None` for it) there is no value.
+    A spike is a step whose norm is more than `SPIKE` times the median of the `RECENT` steps before it. If a
+    norm is not finite (a record holds `None` for it), there is no value.
     """
     values = [norm for norm in norms if norm is not None and np.isfinite(norm)]
     warm = max(1, len(norms) // 10)

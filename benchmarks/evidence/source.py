@@ -86,7 +86,7 @@ def kind_of(index: int, document: str, encoding: Any) -> list[int]:
 
 
 def character_kinds(document: str) -> NDArray[np.int8]:
-    """The index in `KINDS` of each character of Python source; all are unparsed where it is none."""
+    """The index in `KINDS` of each character of Python source; all are unparsed if it is no such source."""
     kinds = np.full(len(document) + 1, KINDS.index("layout"), dtype=np.int8)
     lines = np.cumsum([0, *(len(line) for line in StringIO(document))])
     try:

@@ -8,7 +8,7 @@ from nvamp.study.store import Json
 
 @dataclass(frozen=True)
 class Results:
-    """An experiment's JSON; `group` is that of its runs, by default the only one or the first."""
+    """An experiment's JSON; `group` is the group of its runs, by default the only one or the first."""
 
     json: Json
 
@@ -47,7 +47,7 @@ class Results:
         return estimate([None if a is None or not b else 100 * (a / b - 1) for a, b in pairs])
 
     def cost(self, loss: str, key: str, group: str, usual: str) -> list[float | None]:
-        """By how much a metric is higher in `group` than in the group `usual`, for each seed."""
+        """How much higher a metric is in `group` than in the group `usual`, for each seed."""
         pairs = zip(self.values(loss, key, group), self.values(loss, key, usual), strict=True)
         return [None if a is None or b is None else a - b for a, b in pairs]
 
@@ -66,7 +66,7 @@ class Results:
 
 
 def plain(value: Estimate | None, decimals: int = 3) -> str:
-    """`4.473 ± 0.012`: mean and half of the 95% interval; "–" where there is no value."""
+    """`4.473 ± 0.012`: mean and half of the 95% interval; "–" if there is no value."""
     if value is None:
         return "–"
     half = "" if value.half_width is None else f" ± {value.half_width:.{decimals}f}"
@@ -74,7 +74,7 @@ def plain(value: Estimate | None, decimals: int = 3) -> str:
 
 
 def mean_only(value: Estimate | None, decimals: int = 3) -> str:
-    """`+0.035`: a difference where the interval of few seeds would say nothing."""
+    """`+0.035`: a difference, if the interval of few seeds would say nothing."""
     return "–" if value is None else f"{value.mean:+.{decimals}f}".replace("-", "−")
 
 
@@ -84,7 +84,7 @@ def size(value: Estimate | None, decimals: int = 3) -> str:
 
 
 def signed(value: Estimate | None, decimals: int = 3) -> str:
-    """`+0.035 (−0.049 to +0.119)`: a difference and its 95% interval; "–" where there is no value."""
+    """`+0.035 (−0.049 to +0.119)`: a difference and its 95% interval; "–" if there is no value."""
     if value is None:
         return "–"
     low_high = ""

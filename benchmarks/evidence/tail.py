@@ -23,7 +23,7 @@ def run(preset: Preset, out: Path) -> Json:
 
 
 def survival(finished: Sequence[Finished]) -> Json:
-    """The share of token losses, those of all seeds together, above thresholds (nats) up to the largest."""
+    """The share of token losses above thresholds (nats) up to the largest, all seeds together."""
     thresholds = np.linspace(0, max(float(one.nll.max()) for one in finished), TAIL_POINTS)
     shares = {}
     for loss in dict.fromkeys(one.record["loss"] for one in finished):

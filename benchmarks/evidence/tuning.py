@@ -22,7 +22,7 @@ from nvamp.study.store import Json
 
 GAIN = -5.0  # percent of cross-entropy's CVaR: what is looked for
 PRICE = 0.5  # percent of its mean: what it may cost
-HIGHER = 2.0  # another price: what does the tail cost where 0.5% does not buy it?
+HIGHER = 2.0  # another price: what does the tail cost if 0.5% does not buy it?
 NVAMP = (
     "nvamp",
     "nvamp:alpha=0",
@@ -61,7 +61,7 @@ def run(preset: Preset, out: Path) -> Json:
 
 
 def part_metrics(run: Finished, part: NDArray[np.bool_]) -> dict[str, float | None]:
-    """Mean and tail of a part of the held-out tokens; `None` where the run diverged."""
+    """Mean and tail of a part of the held-out tokens; `None` if the run diverged."""
     nll = run.nll[part].astype(np.float64)
     if run.record["diverged"]:
         return {"cross_entropy": None, "cvar": None, "max": None}
@@ -83,10 +83,10 @@ def changes(runs: Sequence[Json]) -> dict[str, dict[str, float]]:
 
 
 def choose(search: Sequence[Json]) -> dict[str, str]:
-    """What of NVAMP and of the others to confirm, by its reason.
+    """The losses to confirm, of NVAMP and of the others, by the reason.
 
-    The lightest tail within the price and within the higher one; and where the gain is to be had at all, the
-    cheapest that has it.
+    They are the lightest tail within the price and within the higher one; and if any loss reaches the gain,
+    the cheapest that does.
     """
     found, chosen = changes(search), {}
     for family, losses in (("nvamp", NVAMP), ("other", OTHERS)):
