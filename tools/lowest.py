@@ -90,7 +90,7 @@ def main() -> int:
         python = environment(sys.executable)
         chosen = next((build for build in builds if obtainable(python, f"torch=={build}")), pinned["torch"])
     if chosen not in of_lowest:
-        print(f"lowest: no {kind} of torch {torch}: not checked; testing the rest with {chosen}", flush=True)
+        print(f"lowest: no {kind} of torch {torch}: not checked; the rest uses torch {chosen}", flush=True)
 
     extras = project["optional-dependencies"]
     peft = [r for r in extras["dev"] if r.startswith("peft")]
