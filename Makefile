@@ -15,7 +15,7 @@ $(STUDY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[study]'
 	touch $@
 
-# Of torchtitan only the loss module is used: all of it would need an older datasets.
+# Only the loss module of torchtitan is used: its dependencies, left out here, need an older datasets.
 $(INSTALLED): $(STUDY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[study,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'torchtitan==0.3.0; python_version >= "3.11"'
@@ -24,7 +24,7 @@ $(INSTALLED): $(STUDY)
 compare: $(STUDY)
 	$(BIN)/nvamp compare --out runs/compare
 
-# Chromium, which the tests of `nvamp inspect` open its pages in: Debian's, where there is none.
+# The tests of `nvamp inspect` open its pages in Chromium. If there is none, this installs Debian's.
 browser:
 	@if [ -n "$$CHROMIUM" ] || command -v chromium >/dev/null || command -v chromium-browser >/dev/null \
 		|| command -v google-chrome >/dev/null; then :; \
@@ -32,7 +32,7 @@ browser:
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; \
 	else echo "the tests need Chromium: install it, or name one in CHROMIUM" >&2; exit 1; fi
 
-# A process a core: the tests are many small ones, which threads would only hold up.
+# One process per core: the tests are many and small, and threads would only slow them down.
 test: $(INSTALLED) browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
@@ -53,16 +53,16 @@ docs: $(TOOLS)
 release-check: $(TOOLS)
 	$(BIN)/python .ci/release_check.py
 
-# Writes the public API down, after a change of it that is meant.
+# Records the public API after an intended change.
 api: $(INSTALLED)
 	$(BIN)/python -m tools.api > tests/api.txt.new
 	mv tests/api.txt.new tests/api.txt
 
-# Tests with the lowest versions that pyproject.toml allows, as far as they can be had.
+# Tests with the lowest versions that pyproject.toml allows, as far as they are available.
 lowest: $(INSTALLED)
 	$(BIN)/python -m tools.lowest
 
-# The property tests with ever new examples, for FUZZ_SECONDS; what fails is told by its seed.
+# Runs the property tests with new examples for FUZZ_SECONDS, and reports a failure with its seed.
 FUZZ_SECONDS ?= 3600
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tools.fuzz --seconds $(FUZZ_SECONDS)
@@ -70,6 +70,6 @@ fuzz: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cpu --out runs/bench
 
-# What can be made again; not the studies and measurements in runs/.
+# Removes what can be made again, but not the studies and measurements in runs/.
 clean:
 	rm -rf .venv runs/site runs/lowest runs/dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
-"""How far accumulated gradients are from that of the whole batch: `python -m benchmarks.accumulation`.
+"""Distance of accumulated gradients from the whole batch's gradient: `python -m benchmarks.accumulation`.
 
-The dispersion is of each micro-batch, so the smaller these are, the farther. The batch is 64 blocks of 64
-tokens of held-out text of `nvamp compare`; the model is one that it trained, from its folder, or untrained.
+Each micro-batch has its own dispersion, so the distance grows as micro-batches shrink. The batch is 64 blocks
+of 64 tokens from the held-out text of `nvamp compare`; the model comes from its folder, or is untrained.
 """
 
 import argparse
@@ -23,7 +23,7 @@ MODES: tuple[Gradient, ...] = ("scalar", "token", "full")
 
 
 def gradient(model: Any, blocks: Tensor, rows: int, mode: Gradient, gamma: float) -> Tensor:
-    """Of all parameters, accumulated over micro-batches of that many blocks [tokens]."""
+    """The gradient of all parameters, accumulated over micro-batches of `rows` blocks [tokens]."""
     criterion, items = NVAMPLoss(gradient=mode, gamma=gamma), blocks[:, 1:].numel()
     model.zero_grad()
     for micro_batch in torch.split(blocks, rows):

@@ -1,7 +1,8 @@
 """Rounding of the linear path in half precision: `python -m benchmarks.accuracy`.
 
-Errors of the gradient by the weight against float64, over that of eager PyTorch in the same dtype, by the
-number of chunks and by the dtype in which the chunks are added up. The rule for that dtype rests on it.
+It prints the error of the weight's gradient against float64, over eager PyTorch's error in the same dtype,
+for several numbers of chunks and dtypes in which the chunks are added up. The rule for that dtype rests on
+it.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from nvamp.engine import linear, linear_nll_sum
 from nvamp.functional import linear_token_nll
 
 N, D, V = 2048, 256, 16384
-SCALE = 1.37 / N  # as of a loss: no power of two, so that multiplying by it rounds
+SCALE = 1.37 / N  # like the weight of a token in a loss; not a power of two, so that the product rounds
 
 
 def ratios(logit_std: float) -> list[dict[str, Any]]:

@@ -1,12 +1,12 @@
 """Reads machine code as text, and counts what decides a kernel's speed: instructions, and widths of accesses.
 
-A kernel of this library has a body that it runs for nearly every element: a loop over a row, or all of the
-kernel if a program is one block. Loops are found as in a compiler: a branch back to a block that every way
-into the loop leads through. Within a body that branches we follow the path that loads the most bytes; if
-there are several, the one with the fewest predicates on its accesses, which is what whole blocks take. What
-is on that path is counted once, and divided by the elements that a thread loads on it, which follow from the
-number of its loads and their widths. So an unrolled loop counts right, and so does a software pipeline, in
-which a load belongs to a later iteration than the arithmetic beside it.
+A kernel of this library has a body that it runs for nearly every element: a loop over a row, or the whole
+kernel if a program is one block. Loops are found as in a compiler: by a branch back to a block through which
+every way into the loop leads. In a body with branches we follow the path that loads the most bytes; if there
+are several, the one with the fewest predicates on its accesses, which whole blocks take. The instructions on
+that path are counted once and divided by the number of elements that a thread loads on it, which follows from
+the number of its loads and their widths. So the counts are right for an unrolled loop, and for a software
+pipeline, in which a load belongs to a later iteration than the arithmetic beside it.
 """
 
 import re
@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 class Instruction(NamedTuple):
     opcode: str
-    conditional: bool  # runs under a predicate, or branches by one
+    conditional: bool  # runs under a predicate, or branches on one
     target: str | None = None  # label of a branch
     ends: bool = False  # nothing after it runs, unless it is conditional
-    load: int = 0  # bytes from global memory, a thread
+    load: int = 0  # bytes from global memory for each thread
     store: int = 0
 
 
@@ -64,7 +64,7 @@ class Body:
 
     @property
     def bytes_loaded(self) -> int:
-        """Outside loops only in accesses of the main width: the others are a row's label and statistics."""
+        """Bytes loaded. Outside loops only the main width counts; the rest is label and statistics."""
         return sum(width * n for width, n in self.loads.items() if self.loop or width == self.load_width)
 
     def count(self, pattern: str) -> int:
@@ -72,7 +72,7 @@ class Body:
 
 
 def _main_width(accesses: Counter[int]) -> int:
-    """That in which the most bytes move, the wider one of two equals."""
+    """The width in which the most bytes move, the wider one of two equals."""
     return max(accesses, key=lambda width: (width * accesses[width], width), default=0)
 
 
@@ -86,7 +86,7 @@ _SASS_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256":
 
 
 def read_sass(listing: str) -> Iterator[Line]:
-    """Of a listing by `nvdisasm -c`."""
+    """The instructions of a listing by `nvdisasm -c`."""
     for line in listing.splitlines():
         if label := _SASS_LABEL.match(line):
             yield label[1]
@@ -126,7 +126,7 @@ _GCN_ENDS = ("s_endpgm", "s_branch", "s_setpc_b64")
 
 
 def read_amdgcn(listing: str) -> Iterator[Line]:
-    """Of the assembly that Triton writes for AMD's GPUs. Their predicate is a register that branches test."""
+    """The instructions of Triton's assembly for AMD's GPUs, whose predicate is a register."""
     for line in listing.partition(".Lfunc_end0:")[0].splitlines():
         text = line.partition(";")[0].strip()
         if label := re.fullmatch(r"([.\w$]+):", text):
@@ -154,7 +154,7 @@ def _gcn_instruction(opcode: str, operands: list[str]) -> Instruction:
 
 
 def blocks(lines: Iterable[Line]) -> list[Block]:
-    """The first is where a kernel begins."""
+    """The basic blocks; the first is where a kernel begins."""
     found: list[list[Instruction]] = [[]]
     labels: dict[str, int] = {}
     for line in lines:
@@ -207,7 +207,7 @@ def _order(code: list[Block]) -> list[int]:
 
 
 def _dominators(code: list[Block], order: list[int]) -> dict[int, set[int]]:
-    """Of each block, those that every way to it leads through."""
+    """For each block, the blocks through which every way to it leads."""
     before: dict[int, list[int]] = {b: [] for b in order}
     for a in order:
         for b in code[a].successors:
@@ -224,7 +224,7 @@ def _dominators(code: list[Block], order: list[int]) -> dict[int, set[int]]:
 
 
 def _loops(code: list[Block], back: set[tuple[int, int]]) -> dict[int, set[int]]:
-    """The blocks of every loop, by the one it begins with."""
+    """The blocks of every loop, under its first block."""
     before: dict[int, set[int]] = {}
     for a, block in enumerate(code):
         for b in block.successors:
@@ -248,14 +248,14 @@ def _touches(code: list[Block], loop: set[int]) -> bool:
 def _body(
     code: list[Block], region: set[int], start: int, back: set[tuple[int, int]], header: int | None
 ) -> Body:
-    """The path of a region that is followed: of a loop, one that comes back to its header."""
+    """The path to follow through a region; in a loop it comes back to the header."""
     within = [i for b in region for i in code[b].instructions]
     loads = Counter(i.load for i in within if i.load)
     stores = Counter(i.store for i in within if i.store)
     score = _scorer(_main_width(loads), _main_width(stores))
-    best: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # of each block: score to the end, and path
+    best: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # block -> score to the end, and path
     for at in reversed([b for b in _order(code) if b in region]):
-        ways = [best[b] for b in code[at].successors if b in best]  # so not those back
+        ways = [best[b] for b in code[at].successors if b in best]  # which leaves out branches back
         ends = (at, header) in back or (header is None and not code[at].successors)
         ways += [((0,) * 5, ())] if ends else []
         if ways:
@@ -280,7 +280,7 @@ def _scorer(load_width: int, store_width: int) -> Callable[[Block], tuple[int, .
 
 
 def main_bodies(found: list[Body], elements: float, bytes_read: int) -> list[Body]:
-    """Those that nearly all elements go through: one that reads, one that reads and writes, or both.
+    """The bodies that nearly all elements go through: one that reads, one that reads and writes, or both.
 
     They are loops that load as many elements as a thread has in a block; if there are none, the whole kernel.
     """

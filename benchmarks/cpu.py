@@ -1,7 +1,7 @@
 """Speed and memory of the losses on this CPU, beside their peers: `make bench`.
 
-All contenders of a table run in turn in one process, forward and backward; figures are medians unless they
-say otherwise. Ratios carry over to other machines better than seconds do.
+All contenders of a table run in turn in one process, forward and backward. Figures are medians unless marked
+otherwise. Ratios carry over to other machines better than seconds do.
 """
 
 import argparse
@@ -150,7 +150,7 @@ def logits_path(dtype: str, repeats: int, n: int = 2048, vocab: int = 32000) -> 
 
 
 def cost_of_nvamp(section: Section, name: str = "scalar", limit: float = 1.02) -> Bar:
-    """The fastest runs of both: they differ by so little that medians show the machine's moods instead."""
+    """Compares the fastest runs of both: they differ so little that medians would show noise instead."""
     ours, plain = (section.timings[f"nvamp: {what}"].smallest_s for what in (name, "cross-entropy"))
     return Bar(f"{name} over the same engine's cross-entropy, fastest runs", ours / plain, limit)
 
@@ -201,7 +201,7 @@ def linear_path(dtype: str, repeats: int, n: int = 2048, d: int = 576, vocab: in
 
 
 def linear_peers(h: Tensor, w: Tensor, y: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The linear cross-entropies of PyTorch and of Cut Cross-Entropy, those that are there."""
+    """The linear cross-entropies of PyTorch and Cut Cross-Entropy, as far as they are installed."""
     peers: dict[str, Callable[[], Tensor]] = {}
     if hasattr(F, "linear_cross_entropy"):
         linear_cross_entropy, options = F.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each contender")
     parser.add_argument("--only", choices=names, nargs="+", default=names, help="sections to run")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", category=UserWarning)  # peers that fall back say so each time
+    warnings.filterwarnings("ignore", category=UserWarning)  # peers that fall back warn each time
     torch.manual_seed(0)
     host = machine()
     console.print(", ".join(f"{name} {value}" for name, value in host.items()))

@@ -1,4 +1,4 @@
-"""What a page of `nvamp inspect` takes: to be made, to be opened, to be redrawn. Needs Chromium.
+"""The time that a page of `nvamp inspect` takes to be made, opened and redrawn. Needs Chromium.
 
 python -m benchmarks.inspect_page --model runs/compare/models/nvamp-seed0
 """
@@ -24,7 +24,7 @@ from nvamp.study.models import load_model, load_tokenizer
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [
-    "--no-sandbox",  # as root there is none
+    "--no-sandbox",  # root has none
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -35,7 +35,7 @@ ARGUMENTS = [
 FILES = ("argparse", "typing", "subprocess", "inspect", "tarfile", "turtle", "zipfile", "doctest")
 REPEATS = 7
 
-# Milliseconds from a value of a slider to the page that shows it, layout included.
+# Milliseconds from a new slider value to the page that shows it, including layout.
 REDRAW = """alpha => {
     const begin = performance.now(), slider = document.getElementById("alpha");
     slider.value = alpha;
@@ -58,7 +58,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def text_of(tokens: int, tokenizer: object) -> str:
-    """Python source of so many tokens."""
+    """Python source of `tokens` tokens."""
     library = Path(sysconfig.get_path("stdlib"))
     text = "".join((library / f"{name}.py").read_text() for name in FILES)
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]  # type: ignore[operator]
@@ -68,7 +68,7 @@ def text_of(tokens: int, tokenizer: object) -> str:
 
 
 def opened(browser: Browser, path: Path) -> tuple[float, list[float]]:
-    """Seconds from navigation until the page answers; milliseconds that its redraws take."""
+    """Seconds from navigation until the page answers, and the milliseconds of its redraws."""
     page = browser.new_page(viewport={"width": 1400, "height": 900})
     begin = perf_counter()
     page.goto(path.as_uri())

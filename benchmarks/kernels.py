@@ -1,4 +1,4 @@
-"""Compiles the kernels on logits for GPUs that need not be there, and counts what decides their speed.
+"""Compiles the kernels on logits for GPUs that need not be present, and counts what decides their speed.
 
     python -m benchmarks.kernels                       bfloat16 on compute capability 9.0: what matters daily
     python -m benchmarks.kernels --plain               the three main kernels alone, without options
@@ -6,10 +6,10 @@
     python -m benchmarks.kernels --peers               Liger's kernels beside them
     python -m benchmarks.kernels --all --out all.json  every dtype and option
 
-The backend runs on tensors without data, and Triton compiles each launch as it would on that GPU, by its own
-rules. Registers and local memory are read off the binary: local memory is what spills. Instructions for each
-element and widths of accesses are counted in the disassembled binary, as `benchmarks.assembly` explains. A
-count with a question mark is one in which the loads do not add up to whole blocks.
+The backend runs on tensors without data, and Triton compiles each launch as it would on that GPU. Registers
+and local memory, which holds spilled registers, come from the binary. Instructions for each element and
+widths of accesses are counted in the disassembled binary, as `benchmarks.assembly` explains. A question mark
+means that the loads behind a count do not add up to whole blocks.
 """
 
 import argparse
@@ -54,11 +54,11 @@ ON_LOGITS = (
     "gradient of a part",
     "gradient with entropy",
     "gradient of a part with entropy",
-)  # of any layout; the others are on chunks
+)  # for any layout; the others run on chunks
 
 
 class Case(NamedTuple):
-    """Logits, and options on them."""
+    """Logits, and the options of their loss."""
 
     dtype: torch.dtype
     options: str
@@ -75,7 +75,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes, of a thread and of a program."""
+    """The resources of a compiled kernel, for each thread and program."""
 
     kernel: str
     launch: str  # what it was launched for
@@ -87,15 +87,15 @@ class Usage:
     num_warps: int
     block: int
     registers: int
-    local_bytes: int  # of a thread: stack and spilled registers
+    local_bytes: int  # for each thread: stack and spilled registers
     shared_bytes: int
     instructions: list[float]  # for an element, in each of its passes
-    special: float  # those of them that the special function units do, at an eighth of the rate
+    special: float  # instructions among them for the special function units, at an eighth of the rate
     load_width: int  # bytes, the narrowest among passes
     store_width: int
-    whole_blocks: bool  # the loads add up to a number of blocks: what was taken for the passes can be right
+    whole_blocks: bool  # the loads add up to whole blocks, so the passes can have been identified right
     has_float64: bool
-    loops: list[str]  # everything that was found in it
+    loops: list[str]  # all loops that were found
 
 
 class AbsentGPU:
@@ -118,7 +118,7 @@ class AbsentGPU:
 
 @contextmanager
 def compiling(architecture: str | int) -> Iterator[list[tuple[Any, backend.Launch]]]:
-    """Inside, the backend compiles its launches and runs none: they come out here, with their sizes."""
+    """A context in which the backend compiles its launches, listed with their sizes, and runs none."""
     compiled: list[tuple[Any, backend.Launch]] = []
 
     def launch(kernel: Any, programs: int, sizes: backend.Launch, *args: Any, **constants: Any) -> None:
@@ -199,7 +199,7 @@ def _layouts(dtype: torch.dtype, options: str, vocab: int) -> Iterator[Case]:
 
 
 def usages(architecture: str, case: Case, only: tuple[str, ...] = ()) -> Iterator[Usage]:
-    """Of every launch for a case."""
+    """The usage of every launch for a case."""
     options = OPTIONS[case.options]
     found = launches(case.logits(), options, metrics=options != Options())
     for name in only or found:
@@ -217,7 +217,7 @@ class LigerLaunch(backend.Launch):
 
 
 def peers(architecture: str, case: Case) -> Iterator[Usage]:
-    """Liger's kernels, launched as its functions would; these look at data, so they cannot run here."""
+    """Liger's kernels, launched as its functions would; the functions read data, so they cannot run here."""
     import liger_kernel.ops.cross_entropy as liger
 
     logits = case.logits().flatten(0, 1)
@@ -289,7 +289,7 @@ def usage(architecture: str, case: Case, launch: str, binary: Any, sizes: backen
 
 
 def bytes_read(launch: str, case: Case) -> int:
-    """For each element of what the kernel goes through."""
+    """The bytes that the kernel reads for each element."""
     narrow, wide, label = case.dtype.itemsize, accumulate_dtype(case.dtype).itemsize, 8
     return {"scale and add": wide + narrow, "keep largest": wide + label}.get(launch, narrow)
 
@@ -393,7 +393,7 @@ def main() -> None:
 
 
 def alike(found: list[Usage]) -> dict[tuple[str, str, str], list[Usage]]:
-    """Those that differ in nothing but the vocabulary, by kernel, GPU and case."""
+    """Groups of usages that differ only in the vocabulary, by kernel, GPU and case."""
     groups: dict[str, list[Usage]] = {}
     for u in found:
         groups.setdefault(str(replace(u, vocab=0)), []).append(u)

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
-SLOW = 5.0  # seconds; what takes as long is timed once
+SLOW = 5.0  # seconds; a run that takes this long is timed once
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Bar:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine on which the numbers were measured."""
     with open("/proc/cpuinfo") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     return {
@@ -52,10 +52,10 @@ def machine() -> dict[str, Any]:
 
 
 def time_in_turn(contenders: Mapping[str, Run], repeats: int) -> dict[str, Timing]:
-    """Times every contender `repeats` times, in turns, so that drift falls on all alike.
+    """Times every contender `repeats` times, in turns, so that drift affects all alike.
 
-    In its turn a contender runs twice and the second run counts: what is timed is a step of a loop, not what
-    another contender left behind, such as memory in pieces or given back to the host.
+    A contender runs twice in its turn and the second run counts. So the time is that of a step in a loop,
+    without what another contender left behind, such as fragmented memory or memory returned to the system.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
@@ -67,7 +67,7 @@ def time_in_turn(contenders: Mapping[str, Run], repeats: int) -> dict[str, Timin
 
 
 def time_after_idling(run: Run, repeats: int, idle: float = 2.0) -> Timing:
-    """Times a run that has waited for `idle` seconds, `repeats` times."""
+    """Times a run after `idle` seconds of waiting, `repeats` times."""
     seconds = []
     for _ in range(repeats):
         time.sleep(idle)
@@ -86,9 +86,9 @@ def _seconds(run: Run) -> float:
 
 
 def peak_bytes(run: Run) -> int:
-    """The most bytes that PyTorch held for `run` beyond what it held before, by the allocator's own record.
+    """The most bytes that PyTorch held during `run` beyond what it held before, as its allocator reports.
 
-    Scratch memory of the matrix library is not in it.
+    They do not include scratch memory of the matrix library.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = run()
@@ -103,7 +103,7 @@ def peak_bytes(run: Run) -> int:
 
 
 def show_rows(title: str, rows: Sequence[Mapping[str, object]], decimals: int) -> None:
-    """Prints rows that have the same keys as a table."""
+    """Prints rows with the same keys as a table."""
     from rich.console import Console  # only here: `benchmarks.gpu` does without rich
     from rich.table import Table
 

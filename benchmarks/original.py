@@ -1,7 +1,7 @@
 """NVAMP as it was first published, written plainly from its description.
 
-It is the yardstick of the benchmarks and, where no label is ignored, of the tests: the published code took
-its statistics over all positions, counting ignored ones as losses of zero.
+It is the yardstick of the benchmarks, and of the tests if no label is ignored: the published code took its
+statistics over all positions and counted ignored ones as losses of zero.
 
 References:
     https://github.com/mkurman/nvamp-loss, the version whose gradient is detached

@@ -1,8 +1,8 @@
-"""What a loss costs apart from its passes over the logits: `python -m benchmarks.overhead`.
+"""The cost of a loss apart from its passes over the logits: `python -m benchmarks.overhead`.
 
-It counts launches of kernels, and takes the time in which the host issues a forward and a backward of a batch
-so small that there is nothing else to wait for. The engine computes the losses of the tokens, the objective
-makes one number of them; the sum of the losses is here to tell the time of the engine.
+It counts kernel launches, and measures the time in which the host issues a forward and a backward of a batch
+so small that there is nothing else to wait for. The engine computes the losses of the tokens and the
+objective makes one number of them; the plain sum of the losses shows the time of the engine alone.
 
     python -m benchmarks.overhead                                          on the CPU
     python -m benchmarks.overhead --device cuda                            on a GPU
@@ -32,8 +32,8 @@ OPERATORS = {
     for o in (*vars(ops).values(), *vars(fused).values())
     if isinstance(o, Operator)
 }
-# PyTorch's operations of two launches: they fill or copy before they write. Others take one; those that look
-# at a tensor in another way, or only reserve its memory, take none.
+# PyTorch's operations of two launches: they fill or copy before they write. Others take one; views and
+# operations that only reserve memory take none.
 OF_TWO = ("constant_pad_nd", "masked_fill", "index_put")
 OF_NONE = ("empty", "empty_like", "new_empty", "empty_strided", "promote_types")
 LOSSES: dict[str, dict[str, Any]] = {
@@ -53,14 +53,14 @@ class Launches(NamedTuple):
 
 
 class Counting(TorchDispatchMode):
-    """Inside, records the launches that PyTorch's operations and the kernels of Triton take on a GPU.
+    """A context that records the launches that PyTorch's operations and Triton's kernels take on a GPU.
 
-    What operators of nvamp call is recorded too.
+    It also records what nvamp's operators call.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[tuple[str, str]] = []  # in which function of nvamp, if any, and of what
+        self.names: list[tuple[str, str]] = []  # the function of nvamp, if any, and the operation
         self._function = ""
 
     def count(self) -> Launches:
@@ -77,7 +77,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def looked_into(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The function; what it calls is recorded under its name."""
+        """The function, with all its calls recorded under its name."""
 
         def run(*args: Any) -> Any:
             outside, self._function = self._function, name
@@ -102,7 +102,7 @@ def counting() -> Iterator[Counting]:
     mode = Counting()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(devices, "can_look", return_value=False))  # as on a GPU
-        for name in ("_weighted_gradients", "_token_nll_backward_"):  # of the engine, but no operators
+        for name in ("_weighted_gradients", "_token_nll_backward_"):  # in the engine, but not operators
             function = mode.looked_into(getattr(ops, name), name)
             stack.enter_context(mock.patch.object(ops, name, function))
         if HAS_TRITON:
@@ -114,7 +114,7 @@ def counting() -> Iterator[Counting]:
 
 
 def launches(loss: Loss, inputs: list[Tensor]) -> tuple[Launches, Launches]:
-    """Launches of a forward and of its backward."""
+    """The launches of a forward and of its backward."""
     with counting() as forward:
         value = loss()
     with counting() as backward:
@@ -123,7 +123,7 @@ def launches(loss: Loss, inputs: list[Tensor]) -> tuple[Launches, Launches]:
 
 
 def host_seconds(loss: Loss, inputs: list[Tensor], rounds: int = 30, steps: int = 50) -> float:
-    """The time that a forward and a backward take to issue: of the quickest of `rounds`."""
+    """The time that a forward and a backward take to issue, in the quickest of `rounds` rounds."""
 
     def step() -> None:
         torch.autograd.backward(loss())
@@ -144,11 +144,11 @@ def host_seconds(loss: Loss, inputs: list[Tensor], rounds: int = 30, steps: int 
 class Contender(NamedTuple):
     name: str
     loss: Loss
-    inputs: list[Tensor]  # what it is differentiated by
+    inputs: list[Tensor]  # the tensors that get a gradient
 
 
 def contenders(device: str, backend: str | None, n: int = 64, vocab: int = 16) -> Iterator[Contender]:
-    """Losses of n tokens, from logits and from hidden states."""
+    """The losses of n tokens, from logits and from hidden states."""
     logits = torch.randn(n, vocab, device=device, requires_grad=True)
     hidden = torch.randn(n, 32, device=device, requires_grad=True)
     weight = torch.randn(vocab, 32, device=device, requires_grad=True)

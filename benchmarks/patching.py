@@ -1,6 +1,6 @@
 """A training step of a whole Llama, with and without `patch`: `python -m benchmarks.patching`.
 
-Forward and backward; time, and the most memory held beyond the model and what was there before the step.
+It measures forward and backward: time, and peak memory beyond what was held before the step.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def step(model: Any, tokens: Tensor) -> Callable[[], None]:
 
 
 def steps(vocab: int, hidden: int, tokens: Tensor) -> dict[str, Callable[[], None]]:
-    """A step of the model as it is, of NVAMP by its logits, and of the patched model."""
+    """A step of the model as it is, of NVAMP on its logits, and of the patched model."""
     own, by_logits, patched = (build(vocab, hidden) for _ in range(3))
     by_logits.loss_function = loss_function(NVAMPLoss())
     patch(patched, LinearNVAMPLoss())

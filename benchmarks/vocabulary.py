@@ -1,6 +1,6 @@
 """A sharded vocabulary beside PyTorch's `loss_parallel`: `python -m benchmarks.vocabulary`.
 
-Two processes of one thread hold half of the logits each, as a `DTensor`. Forward and backward; the
+Two processes of one thread each hold half of the logits as a `DTensor`. It measures forward and backward; the
 collectives are counted, not estimated.
 """
 
@@ -28,7 +28,7 @@ LOSS_PARALLEL = "loss_parallel: cross-entropy"
 
 
 def contenders(logits: Tensor, labels: Tensor) -> dict[str, Run]:
-    """Each a forward and a backward on logits [N, V], sharded over V."""
+    """The contenders, each a forward and a backward on logits [N, V], sharded over V."""
 
     def plain() -> None:
         with loss_parallel():
@@ -51,7 +51,7 @@ def contenders(logits: Tensor, labels: Tensor) -> dict[str, Run]:
 
 
 def measure(rank: int, dtype: torch.dtype, n: int, vocab: int, repeats: int, folder: str) -> None:
-    """One of the processes; the first one leaves its rows in the folder."""
+    """Runs in each process; the first one writes its rows to the folder."""
     torch.set_num_threads(1)
     store = f"file://{folder}/{dtype}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)

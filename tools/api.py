@@ -1,4 +1,4 @@
-"""Writes down everything public, one line each: `python -m tools.api > tests/api.txt`.
+"""Lists the public API, one line each: `python -m tools.api > tests/api.txt`.
 
 The public API is the names in `__all__` of nvamp, nvamp.functional, nvamp.objectives and the modules of
 nvamp.integrations, their signatures, fields and public methods, and the commands of `nvamp` with their
@@ -37,7 +37,7 @@ def modules() -> list[str]:
 
 
 def signature(function: Any) -> str:
-    """One line, or one for each parameter where it would be long."""
+    """One line, or one for each parameter if the line would be long."""
     whole = inspect.signature(function)
     line = str(whole).replace("typing.", "")
     if len(line) < 100:
@@ -59,7 +59,7 @@ def annotation(hint: Any) -> str:
 
 
 def members(name: str, cls: type) -> Iterator[str]:
-    """Fields, and the methods and properties that are not those of a base class from elsewhere."""
+    """The fields, and the methods and properties that do not come from another package's base class."""
     for field, hint in inspect.get_annotations(cls).items():
         yield f"{name}.{field}: {annotation(hint)}"
     own = [base for base in cls.__mro__ if base.__module__.startswith("nvamp")]
@@ -84,7 +84,7 @@ def describe(name: str, value: Any) -> Iterator[str]:
         if not dataclasses.is_dataclass(value) or value is nvamp.objectives.Objective:
             yield from members(
                 name, value
-            )  # an objective's fields are its parameters, its methods the base's
+            )  # an objective's fields are its parameters, and its methods come from the base
     elif inspect.isfunction(value):
         yield f"{name}{signature(value)}"
     else:

@@ -2,9 +2,9 @@
 
     python -m tools.fuzz [--seconds 3600] [--seed SEED]
 
-It works in rounds. Each has its own seed, one more than the last, and ends with a line that gives the seed
-and the number of examples that held. The first failure ends the run with exit code 1; `--seed` with the seed
-of that round reproduces it.
+It works in rounds. Each has its own seed, one more than the last, and ends with a line that reports the seed
+and the number of examples that passed. The first failure ends the run with exit code 1; `--seed` with the
+seed of that round reproduces it.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import re
 import sys
 import time
 
-EXAMPLES = 5  # times those of `make test`: a round takes a minute or two
+EXAMPLES = 5  # times as many as in `make test`: a round takes a minute or two
 FILES = [
     "tests/test_properties.py",
     "tests/test_objective.py",
@@ -24,7 +24,7 @@ FILES = [
 
 
 class Count:
-    """How many examples the property tests of a pytest run drew that held."""
+    """The number of examples that passed in the property tests of a pytest run."""
 
     total = 0
 
@@ -60,7 +60,7 @@ def main() -> int:
         )
         spent = time.monotonic() - started
         if code:
-            print(f"fuzz: failed after {count.total} examples; again: python -m tools.fuzz --seed {seed}")
+            print(f"fuzz: failed after {count.total} examples; to repeat: python -m tools.fuzz --seed {seed}")
             return 1
         print(f"fuzz: seed {seed} done, {count.total} examples in {spent:.0f} s", flush=True)
         if spent > arguments.seconds:

@@ -4,8 +4,8 @@
 
 It makes its own environment in runs/lowest, with the lowest Python if that is installed. It takes the CPU
 build of the lowest PyTorch if pip's index has one (PIP_EXTRA_INDEX_URL adds an index), or with --any-build
-the one for CUDA, several gigabytes. If there is none, it prints a line that names what could not be checked
-and goes on with the PyTorch of constraints.txt.
+the CUDA build of several gigabytes. If there is none, it prints a line that names what was not checked and
+goes on with the PyTorch of constraints.txt.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import tomllib  # type: ignore[import-not-found]  # Python 3.11's, which this tool needs
+import tomllib  # type: ignore[import-not-found]  # this tool needs Python 3.11
 
 WHERE = Path("runs/lowest")
 CORE = [
@@ -41,7 +41,7 @@ def lowest(requirement: str) -> str:
 
 
 def works(python: str) -> bool:
-    """Whether there is such a program; those of version managers may only say that there could be."""
+    """Whether the program runs; a version manager's stub may exist without the program itself."""
     return (
         shutil.which(python) is not None
         and subprocess.run([python, "-V"], capture_output=True).returncode == 0
@@ -49,14 +49,14 @@ def works(python: str) -> bool:
 
 
 def environment(python: str) -> Path:
-    """The Python of a new environment."""
+    """Makes a new environment and returns its Python."""
     shutil.rmtree(WHERE, ignore_errors=True)
     subprocess.run([python, "-m", "venv", WHERE], check=True)
     return WHERE / "bin/python"
 
 
 def obtainable(python: Path, requirement: str) -> bool:
-    """Whether pip would install it; pip downloads a wheel's metadata at most."""
+    """Whether pip would install it. pip downloads at most a wheel's metadata."""
     pip = [str(python), "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", requirement]
     return subprocess.run(pip, capture_output=True).returncode == 0
 
@@ -79,20 +79,18 @@ def main() -> int:
 
     chosen = None
     if not works(oldest):
-        print(f"lowest: {oldest} is not here and was not checked")
+        print(f"lowest: {oldest} is not installed and was not checked")
     else:
         subprocess.run([oldest, "-c", COMPILE], check=True)
         python = environment(oldest)
         chosen = next((build for build in builds if obtainable(python, f"torch=={build}")), None)
         if chosen is None:
-            print(f"lowest: no {kind} of torch for {oldest}: only that it reads the source was checked")
+            print(f"lowest: no {kind} of torch for {oldest}: checked only that it compiles the source")
     if chosen is None:
         python = environment(sys.executable)
         chosen = next((build for build in builds if obtainable(python, f"torch=={build}")), pinned["torch"])
     if chosen not in of_lowest:
-        print(
-            f"lowest: no {kind} of torch {torch}: not checked; the rest is, with torch {chosen}", flush=True
-        )
+        print(f"lowest: no {kind} of torch {torch}: not checked; the rest uses torch {chosen}", flush=True)
 
     extras = project["optional-dependencies"]
     peft = [r for r in extras["dev"] if r.startswith("peft")]

@@ -13,10 +13,10 @@ A place is one list in the syntax of a module:
 - the names, attributes and strings in a tuple, a list or a set, or in the target of an unpacking;
 - the names and attributes that the statements of one body assign: the fields of a class, or what an
   `__init__` sets;
-- the words of a string that is no docstring, such as the schema of an operator.
+- the words of a string other than a docstring, such as the schema of an operator.
 
-It lists an option if it has the option's name, or the name with the prefix `nvamp_`, as a configuration needs
-that it shares with others. A list inside another is a place of its own, and neither counts for the other.
+It lists an option if it has the option's name, or the name with the prefix `nvamp_`, which a configuration
+needs if others share it. A list inside another is a place of its own, and neither counts for the other.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def lists(module: ast.Module) -> Iterator[tuple[int, str, Iterable[str | None]]]
 
 
 def docstrings_and_parts(module: ast.Module) -> Iterator[int]:
-    """Ids of the strings that are no lists of their own: docstrings, and the parts of an f-string."""
+    """Ids of the strings that do not count as lists: docstrings, and the parts of an f-string."""
     for node in ast.walk(module):
         if isinstance(node, ast.Expr):
             yield id(node.value)
@@ -94,7 +94,7 @@ def docstrings_and_parts(module: ast.Module) -> Iterator[int]:
 
 
 def text(string: ast.Constant | ast.JoinedStr) -> str:
-    """A string; an f-string without what it formats."""
+    """The text of a string; an f-string without the values that it formats."""
     if isinstance(string, ast.Constant):
         return str(string.value)
     return " ".join(str(part.value) for part in string.values if isinstance(part, ast.Constant))
@@ -113,7 +113,7 @@ def assigned(body: list[ast.stmt]) -> Iterator[str | None]:
 
 
 def named(node: ast.expr | None) -> str | None:
-    """What an expression names: a name, the last part of an attribute, or a string."""
+    """The name in an expression: a name, the last part of an attribute, or a string."""
     match node:
         case ast.Name(id=name) | ast.Attribute(attr=name) | ast.Constant(value=str(name)):
             return name

@@ -1,1 +1,1 @@
-"""Correctness, speed and memory of the losses on a GPU: `python -m benchmarks.gpu`. The README says how."""
+"""Correctness, speed and memory of the losses on a GPU: `python -m benchmarks.gpu`. See the README."""

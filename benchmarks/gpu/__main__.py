@@ -1,9 +1,9 @@
 """Runs the parts, each in a process of its own with a limit, within a budget of seconds.
 
-A hang, a device error that sticks or a peer that fails costs that part alone. Three files come out:
-rows.jsonl with what was found, as it was found; log.txt with what the parts printed; gpu.json with all of it
-in order. The exit status is 1 if a check of correctness fails or a part of ours breaks off, 2 without a GPU.
-Bars of speed and memory are reported, met or missed.
+A hang, a sticky device error or a failing peer costs only that part. The run writes three files: rows.jsonl
+has every result, written at once; log.txt has what the parts printed; gpu.json has all results in order. The
+exit status is 1 if a check of correctness fails or a part of ours breaks off, 2 without a GPU. Bars of speed
+and memory are only reported as met or missed.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from benchmarks.gpu.plan import GROUPS, SHAPES, TOY, Part, chosen, sheet
 from benchmarks.gpu.report import summary
 from benchmarks.gpu.rows import Row, latest, read
 
-Command = Callable[[Part, float], list[str]]  # of a part, with its limit
-GRACE = 3.0  # seconds in which a process ends when it is told to; those that the end of the run needs
+Command = Callable[[Part, float], list[str]]  # (part, its limit in seconds) -> command line
+GRACE = 3.0  # seconds for a process to end when asked to, and for the end of the run
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Outcome:
 
 
 class RunSheet:
-    """Parts one after the other, and the record of them."""
+    """Runs parts one after the other and keeps the record."""
 
     def __init__(self, out: Path, budget: float, command: Command) -> None:
         self.out, self.command = out, command
@@ -59,7 +59,7 @@ class RunSheet:
         return self.out / "rows.jsonl"
 
     def run(self, parts: list[Part]) -> int:
-        """The exit status. The record is written after each part: whatever ends the next, this is there."""
+        """Runs the parts and returns the exit status. The record is written after each part."""
         for part in parts:
             outcome = self._run(part)
             self.outcomes.append(outcome)
@@ -88,7 +88,7 @@ class RunSheet:
         return outcome
 
     def _status(self, part: Part, limit: float) -> int | str:
-        """The exit status of a part's process, or what ended it: "timeout" or "interrupted"."""
+        """The exit status of a part's process, or the reason for its end: "timeout" or "interrupted"."""
         with (self.out / "log.txt").open("a") as log:
             log.write(f"\n==== {part.name}\n")
             log.flush()
@@ -97,7 +97,7 @@ class RunSheet:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # it and what it starts end together
+                start_new_session=True,  # it ends together with its own children
             )
             try:
                 return process.wait(limit)
@@ -125,7 +125,7 @@ class RunSheet:
 
 
 def judge(outcome: Outcome, status: int | str, limit: float, cut: bool) -> None:
-    """Says how a part ended. One that the budget cut short has not failed."""
+    """Records how a part ended. A part that the budget cut short has not failed."""
     kinds = {row["kind"]: row for row in outcome.rows}
     if status == "interrupted":
         outcome.status = "interrupted"
@@ -137,7 +137,7 @@ def judge(outcome: Outcome, status: int | str, limit: float, cut: bool) -> None:
         outcome.status, outcome.why, outcome.failed = "broke off", kinds["broke off"]["why"], True
     elif status == "timeout" or (status == 1 and outcome.seconds >= own_limit(limit)):
         outcome.status, outcome.failed = "ran out of time", not cut
-        outcome.why = f"ended after {limit:.0f} s; log.txt says where it was"
+        outcome.why = f"ended after {limit:.0f} s; log.txt shows where it was"
     else:
         signalled = isinstance(status, int) and status < 0
         outcome.why = f"ended by signal {-int(status)}" if signalled else f"exit status {status}"
@@ -148,7 +148,7 @@ def judge(outcome: Outcome, status: int | str, limit: float, cut: bool) -> None:
 
 
 def section(outcome: Outcome) -> dict[str, Any]:
-    """The rows of a part by their kind, without what all of them have in common."""
+    """The rows of a part by their kind, without the fields that all of them share."""
     found: dict[str, Any] = {"part": outcome.part, "status": outcome.status, "failed": outcome.failed}
     for row in outcome.rows:
         fields = {key: value for key, value in row.items() if key not in ("part", "kind")}
@@ -163,7 +163,7 @@ def first(rows: list[Row], kind: str) -> dict[str, Any]:
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends a process and all that it started. One that the driver holds on to is left behind."""
+    """Ends a process and all its children. A process that the driver holds on to is left behind."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
@@ -172,7 +172,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def end_line(path: Path) -> None:
-    """A process may have been ended in the middle of a line: the next row starts on one of its own."""
+    """Ends a last line that a killed process left unfinished, so that the next row starts on a new one."""
     with path.open("rb+") as file:
         if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
             file.write(b"\n")

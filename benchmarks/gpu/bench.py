@@ -1,4 +1,4 @@
-"""What a part has to work with."""
+"""The equipment of a part: its meter, its rows, its shapes and its time."""
 
 import time
 import traceback
@@ -24,7 +24,7 @@ class Bench:
         return self.deadline - time.monotonic()
 
     def attempt(self, what: str, function: Callable[[], object], ours: bool = True) -> bool:
-        """Calls it; one that raises, or for which no time is left, is on record and the part goes on."""
+        """Calls the function. If it raises, or no time is left, that is recorded and the part goes on."""
         if self.seconds_left < 1:
             self.rows.not_run(what, "no time left", ours=False)
             return False
@@ -33,6 +33,6 @@ class Bench:
         except Exception as error:
             traceback.print_exc()
             self.rows.not_run(what, reason(error), ours)
-            self.meter.sync()  # after a sticky error this raises: the rest of the part would only repeat it
+            self.meter.sync()  # raises after a sticky error, which the rest of the part would only repeat
             return False
         return True

@@ -1,4 +1,4 @@
-"""One part of the run sheet, in this process: started by `benchmarks.gpu`."""
+"""Runs one part of the run sheet in this process, which `benchmarks.gpu` starts."""
 
 import argparse
 import faulthandler
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 NO_GPU = 3  # exit status
-# Where the function of a group is; "machine" is here.
+# The module of each group's function; "machine" is in this one.
 MODULES = {
     "hazards": "hazards",
     "logits": "contest",
@@ -35,7 +35,7 @@ MODULES = {
 
 
 def machine(bench: "Bench") -> None:
-    """What the numbers were measured on, and what it can do at best."""
+    """The machine on which the numbers were measured, and its ceilings."""
     import torch
 
     from benchmarks.measure import machine as host
@@ -64,7 +64,7 @@ def function_of(part: Part) -> Callable[["Bench"], None]:
 
 
 def own_limit(limit: float) -> float:
-    """Seconds after which a part that hangs says where, and ends: just before the parent ends it."""
+    """Seconds after which a hanging part reports where it is and ends, just before the parent ends it."""
     return max(limit - 1, 0.5)
 
 
@@ -81,12 +81,12 @@ def main() -> int:
     part, rows = Part(args.part, args.limit), Rows(args.rows, args.part)
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
-    # A pool of compilers takes longer to start than the few kernels of a contest to compile.
+    # Starting a pool of compilers takes longer than compiling the few kernels of a contest.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     import torch
 
     if args.dry_run:
-        torch.set_num_threads(1)  # threads that spin lose much on small tensors
+        torch.set_num_threads(1)  # spinning threads cost much on small tensors
 
     from benchmarks.gpu.bench import Bench
     from benchmarks.gpu.meter import Meter
@@ -94,7 +94,7 @@ def main() -> int:
     if not args.dry_run and not torch.cuda.is_available():
         return NO_GPU
     for category in (UserWarning, FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category)  # of compilers and peers, each time
+        warnings.filterwarnings("ignore", category=category)  # compilers and peers repeat them
     torch.manual_seed(0)
     device = torch.device("cpu" if args.dry_run else "cuda")
     known = TOY if args.dry_run else SHAPES
@@ -103,10 +103,10 @@ def main() -> int:
     try:
         function = function_of(part)
         gc.collect()
-        gc.freeze()  # what was imported: the many collections to come need not look at it
+        gc.freeze()  # the many collections to come need not traverse the imported modules
         function(bench)
         bench.meter.sync()
-    except BaseException as error:  # an interruption too
+    except BaseException as error:  # including an interruption
         traceback.print_exc()
         rows.add("broke off", why=reason(error))
         return 1
@@ -117,4 +117,4 @@ def main() -> int:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # no clean-up of a device that may be beyond it
+    os._exit(status)  # no clean-up: the device may be beyond it

@@ -1,8 +1,7 @@
 """The losses beside their peers: time and memory of forward and backward, from logits and from hidden states.
 
-Every contender is timed twice: in a plain loop (`ms`), in which the host may be what is waited for, and as
-replays of a CUDA graph (`graph_ms`), the device's time alone. Bars are judged by the latter if both sides
-have it.
+Every contender is timed twice: in a plain loop (`ms`), which may wait for the host, and as replays of a CUDA
+graph (`graph_ms`), the device's time alone. Bars are judged by the latter if both sides have it.
 """
 
 import time
@@ -40,8 +39,8 @@ LIGER_FLOAT32, LIGER_IN_PLACE = "Liger, float32 sum", "Liger, in place"
 class Contender:
     name: str
     make: Callable[[], Run]  # may raise, for example if a peer is not installed
-    peer: bool = False  # ours is to be as fast as this: it computes the same as exactly
-    seconds: float = 25.0  # the most it may take to start or in a round
+    peer: bool = False  # computes the same result as exactly, so ours is to be as fast
+    seconds: float = 25.0  # its limit for the start and for each round
 
     @property
     def ours(self) -> bool:
@@ -56,10 +55,10 @@ class Contest:
     samples: dict[str, Sample] = field(default_factory=dict)
     extra_bytes: dict[str, int] = field(default_factory=dict)
     steps: dict[str, Run] = field(default_factory=dict)
-    expected: dict[str, float] = field(default_factory=dict)  # ms, of what is computed and not run
+    expected: dict[str, float] = field(default_factory=dict)  # ms, for floors that are computed, not run
 
     def run(self, contenders: list[Contender]) -> None:
-        """The first round makes the contenders. Rounds go on while time allows: drift falls on all alike."""
+        """Runs rounds while time allows, so that drift affects all alike. The first makes the contenders."""
         for number in range(1 if self.bench.toy else ROUNDS):
             start = time.monotonic()
             for contender in contenders:
@@ -82,7 +81,7 @@ class Contest:
                     self._start(contender)
                 graph = number == 0 or bool(self.samples[name].graph)
                 sample = bench.meter.measure(self.steps[name], graph, may_wait=not contender.ours)
-        except Exception as error:  # of any kind: it may be somebody else's code
+        except Exception as error:  # of any kind, since a peer's code may raise it
             self.steps.pop(name, None)
             what = f"{name}, round {number + 1}" if number else name
             bench.rows.not_run(what, reason(error), contender.ours)
@@ -94,14 +93,14 @@ class Contest:
         bench.rows.timing(name, **self.samples[name].as_row(), **extra)
 
     def _start(self, contender: Contender) -> None:
-        """Two runs: the first compiles, the second shows the memory."""
+        """Makes a contender and runs it twice: the first run compiles, the second shows the memory."""
         step = contender.make()
         step()
         self.extra_bytes[contender.name] = self.bench.meter.peak_bytes(step)
         self.steps[contender.name] = step
 
     def expect(self, name: str, ms: float) -> None:
-        """A time that follows from what the card can do."""
+        """Records a time that follows from the ceilings of the card."""
         self.expected[name] = ms
         self.bench.rows.timing(name, ms=ms, graph_ms=ms, host_ms=None)
 
@@ -113,17 +112,17 @@ class Contest:
         return value
 
     def clock(self, *names: str) -> str | None:
-        """The measure that all of them have, the graph's first."""
+        """The measure that all of them have; `graph_ms` comes first."""
         return next((by for by in ("graph_ms", "ms") if all(self.ms(n, by) for n in names)), None)
 
     def bar(self, name: str, to: str, limit: float) -> None:
-        """The one over the other; nothing if one of them did not run."""
+        """Records the time of `name` over the time of `to`, if both ran."""
         self.bar_over(f"{name}, over {to}", name, [to], limit, lambda ms: ms[to])
 
     def bar_over(
         self, what: str, name: str, others: list[str], limit: float, of: Callable[[dict[str, float]], float]
     ) -> None:
-        """The time of one over what follows from the times of others, all by the same clock."""
+        """Records the time of `name` over a function of the others' times, all by the same clock."""
         by = self.clock(name, *others)
         if by is not None:
             ms = {n: self.ms(n, by) or 0.0 for n in (name, *others)}
@@ -148,7 +147,7 @@ class Contest:
 
 
 def trained(loss: LossOf, *leaves: Tensor) -> Run:
-    """Forward and backward; the gradients are dropped."""
+    """A run of forward and backward, which drops the gradients."""
     return lambda: torch.autograd.grad(loss(), leaves)
 
 
@@ -158,7 +157,7 @@ def of(module: str, name: str) -> Any:
 
 
 class Produced(torch.autograd.Function):
-    """Its argument, as if a layer had produced it: ours overwrites no leaves."""
+    """Returns its argument as if a layer had produced it, because ours overwrites no leaves."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -185,8 +184,8 @@ def logits(bench: Bench) -> None:
 def from_logits(bench: Bench, n: int, vocab: int) -> list[Contender]:
     x = torch.randn(n, vocab, device=bench.meter.device, dtype=torch.bfloat16, requires_grad=True)
     y = torch.randint(vocab, (n,), device=bench.meter.device)
-    # For those that write the gradient over the logits: from the second run on they find the gradient there,
-    # numbers like others.
+    # For contenders that write the gradient over the logits. From the second run on they find the gradient
+    # there, which serves as well.
     used = x.detach().clone().requires_grad_()
 
     def eager() -> Tensor:
@@ -257,7 +256,7 @@ def linear(bench: Bench) -> None:
 
 
 def inputs(bench: Bench, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states and weight, whose logits have a deviation of 1, and labels."""
+    """Hidden states, a weight and labels; the logits have a standard deviation of 1."""
     (n, d, vocab), device = shape, bench.meter.device
     h = torch.randn(n, d, device=device, dtype=torch.bfloat16)
     w = torch.randn(vocab, d, device=device, dtype=torch.bfloat16).div_(d**0.5)
@@ -292,7 +291,7 @@ def from_hidden(bench: Bench, shape: Shape) -> list[Contender]:
 
 
 def padded(weight: Tensor) -> Tensor:
-    """With zeros below, so that the vocabulary is a multiple of 8."""
+    """The weight, padded with zero rows so that the vocabulary is a multiple of 8."""
     return F.pad(weight.detach(), (0, 0, 0, -len(weight) % 8))
 
 
@@ -328,7 +327,7 @@ def linear_peers(h: Tensor, w: Tensor, y: Tensor, eager: LossOf) -> list[Contend
         Contender("CCE, filter_eps=None", partial(cut, filter_eps=None), peer=True),
         Contender("CCE, filtering", cut),  # leaves out small gradients
         Contender("CCE, cce_exact", partial(cut, impl="cce_exact"), peer=True),
-        Contender("quack", partial(quack, tuned=False), peer=True),  # to tune its products takes minutes
+        Contender("quack", partial(quack, tuned=False), peer=True),  # tuning its products takes minutes
     ]
 
 
@@ -338,7 +337,7 @@ def linear_bars(
     n, d, vocab = shape
     bare = [name for name in (THREE, THREE_OF_8) if name in contest.samples]
     if chunks and bare:
-        moved = 4 * n * vocab + 8 * vocab * d * (len(chunks) - 1)  # logits twice; a float32 sum a chunk
+        moved = 4 * n * vocab + 8 * vocab * d * (len(chunks) - 1)  # logits twice; a float32 sum per chunk
         contest.bar_over(
             f"nvamp: scalar, over three products and the least to move, chunks: {len(chunks)}",
             "nvamp: scalar",
@@ -351,7 +350,7 @@ def linear_bars(
         contest.bar("nvamp: token", FOUR, 1.25)
     contest.bar("nvamp: scalar", "nvamp: cross-entropy", 1.02)
     if chunks and "nvamp: scalar" in contest.extra_bytes:
-        # What Liger holds with a float32 sum: that sum, both gradients, and a chunk.
+        # Liger with a float32 sum holds that sum, both gradients, and a chunk.
         allowed = 6 * vocab * d + 2 * n * d + max(chunks)
         what = f"memory of nvamp: scalar, over 6·V·D + 2·N·D bytes and a chunk of {max(chunks) / MiB:.0f} MiB"
         contest.bench.rows.bar(what, contest.extra_bytes["nvamp: scalar"] / allowed, 1.0, "bytes")

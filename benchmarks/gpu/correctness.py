@@ -20,23 +20,23 @@ from nvamp.ranks import ALONE
 CHECKED: list[Shape] = [(333, 96, 1003), (3001, 192, 50257)]  # the second in several chunks
 TOY_CHECKED: list[Shape] = [(40, 8, 65), (70, 8, 130)]
 LARGE, TOY_LARGE = (16411, 131101), (80, 70)  # N, V: more than 2³¹ logits
-MANY = 64  # rows of these that are looked at: how the gradients of a few labels round is luck
+MANY = 64  # rows of these to compare: with only a few, rounding would be a matter of luck
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 3.0, "logit_scale": 0.7}  # a cap that bends
-# A sum of losses is multiplied by these. One would not do: how the gradient of a label rounds is luck, and
-# the same luck for all labels.
+# A sum of losses is multiplied by these. One factor is not enough: how the gradient of a label rounds is a
+# matter of luck, and the same for all labels.
 SCALES = (1.1, 1.37, 1.7)
 ROUNDING = torch.finfo(torch.bfloat16).eps  # two orders of the same bfloat16 arithmetic differ by less
 
 A_FEW = "linear, one pass, a twentieth of the tokens with more weight"
 
 Results = dict[str, Tensor]
-Losses = Callable[..., tuple[Tensor, Tensor]]  # of each token, and their differentiable sum
+Losses = Callable[..., tuple[Tensor, Tensor]]  # inputs -> loss of each token, and their differentiable sum
 
 
 def accuracy(bench: Bench) -> None:
-    """Errors at most a tenth larger than those of eager PyTorch."""
+    """Checks that errors are at most a tenth larger than eager PyTorch's."""
     device, toy = bench.meter.device, bench.toy
     shapes = TOY_CHECKED if toy else CHECKED
     check(bench, "inplace_backward", partial(in_place, device, shapes[-1]))
@@ -56,7 +56,7 @@ def compile(bench: Bench) -> None:
 
 
 def graphs(bench: Bench) -> None:
-    """What only a GPU has: CUDA graphs, and steps that do not wait for it."""
+    """Checks what only a GPU has: CUDA graphs, and steps that do not wait for the device."""
     if not bench.meter.on_gpu:
         return
     for backend in ("triton", "chunked"):
@@ -65,7 +65,7 @@ def graphs(bench: Bench) -> None:
 
 
 def check(bench: Bench, what: str, bars: Callable[[], Iterator[Bar]]) -> None:
-    slack = 2 if bench.toy else 1  # how a few numbers round is luck
+    slack = 2 if bench.toy else 1  # the rounding of a few numbers is a matter of luck
 
     def write() -> None:
         for bar in bars():
@@ -75,7 +75,7 @@ def check(bench: Bench, what: str, bars: Callable[[], Iterator[Bar]]) -> None:
 
 
 def batch(device: torch.device, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
-    """Hidden states and weight, whose logits have a deviation of 1, and labels, a tenth of them ignored."""
+    """Hidden states, a weight and labels, a tenth of them ignored; the logits have a deviation of 1."""
     n, d, vocab = shape
     h = torch.randn(n, d, device=device, dtype=dtype)
     w = torch.randn(vocab, d, device=device, dtype=dtype) / d**0.5
@@ -92,9 +92,9 @@ def definition(
     logit_scale: float = 1.0,
     weights: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The losses of logits, or of hidden states and weight, by plain PyTorch: float64 of float64 inputs.
+    """The losses from logits, or from hidden states and weight, in plain PyTorch; float64 for float64 inputs.
 
-    Their sum is one by weights.
+    Their sum is weighted by `weights`.
     """
     x = inputs[0] if len(inputs) == 1 else inputs[0] @ inputs[1].T
     z = logit_scale * (x if x.dtype == torch.float64 else x.float())
@@ -104,7 +104,7 @@ def definition(
 
 
 def solve(losses: Losses, inputs: Results, rows: Tensor | slice = slice(None)) -> Results:
-    """Losses, and the gradients by each input of some multiples of their sum; of some rows."""
+    """For some rows, the losses, and the gradients of multiples of their sum with respect to each input."""
     found = []
     for scale in SCALES:
         leaves = [x.detach().requires_grad_() for x in inputs.values()]
@@ -139,7 +139,7 @@ def errors(
     masked: bool = False,
     **options: Any,
 ) -> Iterator[Bar]:
-    """The errors of all paths. With `masked`, half of the logits are −inf in that from logits."""
+    """The errors of all paths. With `masked`, half of the logits are −inf in the path from logits."""
     n, _, vocab = shape
     labelled = vocab // 2 if masked else vocab
     h, w, y = batch(device, shape, dtype)
@@ -164,7 +164,7 @@ def errors(
             {"hidden": h, "weight": w},
         ),
     }
-    if dtype != torch.float16:  # no loss takes it there
+    if dtype != torch.float16:  # no loss takes one pass in float16
         for path, few in (("linear, one pass", 0), (A_FEW, -(-n // 20))):
             paths[path] = (partial(one_pass, few=few), {"hidden": h, "weight": w})
     for path, (losses, inputs) in paths.items():
@@ -173,7 +173,7 @@ def errors(
 
 
 def many_logits(device: torch.device, n: int, vocab: int) -> Iterator[Bar]:
-    """Some rows of many; the others only have to be there."""
+    """Compares some rows of many; the others only make the batch large."""
     x = torch.randn(n, vocab, device=device, dtype=torch.bfloat16)
     y = torch.randint(vocab, (n,), device=device)
     rows = torch.linspace(0, n - 1, MANY, device=device, dtype=torch.float64).round().long()
@@ -193,7 +193,7 @@ def in_place(device: torch.device, shape: Shape) -> Iterator[Bar]:
 
 
 def step(criterion: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    """A loss, and its gradient by all inputs but the labels."""
+    """A loss, and its gradients with respect to all inputs but the labels."""
     loss = criterion(*inputs)
     return [loss.detach(), *torch.autograd.grad(loss, inputs[:-1])]
 
@@ -204,8 +204,8 @@ def alike(what: str, results: list[Tensor], expected: list[Tensor]) -> Iterator[
 
 
 def compiled(device: torch.device, shape: Shape, compiler: str) -> Iterator[Bar]:
-    """One compilation serves any number of tokens; a second one would raise."""
-    torch.compiler.reset()  # what was compiled before does not count
+    """Checks that one compilation serves any number of tokens; a second one would raise."""
+    torch.compiler.reset()  # earlier compilations do not count
     losses = (NVAMPLoss(shift=False), LinearNVAMPLoss(shift=False))
     fast = [torch.compile(loss, fullgraph=True, backend=compiler) for loss in losses]
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -222,7 +222,7 @@ def compiled(device: torch.device, shape: Shape, compiler: str) -> Iterator[Bar]
 def losses_on(
     device: torch.device, shape: Shape, backend: str
 ) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
-    """From logits, in one pass, and recomputing: each with its inputs."""
+    """Losses from logits, in one pass and with recomputing, each with its inputs."""
     h, w, y = batch(device, shape)
     x = (h @ w.T).detach().requires_grad_()
     options: dict[str, Any] = {"shift": False, "backend": backend}
@@ -235,7 +235,7 @@ def losses_on(
 
 
 def captured(device: torch.device, shape: Shape, backend: str) -> Iterator[Bar]:
-    """A CUDA graph, captured on one batch, computes another."""
+    """Checks that a CUDA graph, captured on one batch, computes another right."""
     others = losses_on(device, shape, backend)
     for path, (loss, inputs) in losses_on(device, shape, backend).items():
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -254,7 +254,7 @@ def captured(device: torch.device, shape: Shape, backend: str) -> Iterator[Bar]:
 
 
 def unwaiting(device: torch.device, shape: Shape, backend: str) -> Iterator[Bar]:
-    """Recomputing waits, once a direction, for the number of rows that have a label."""
+    """Checks that steps do not wait, but for recomputing: once per direction, for the number of labels."""
     losses = losses_on(device, shape, backend)
     for path in ("logits", "one pass", "one pass, tail"):
         loss, inputs = losses[path]

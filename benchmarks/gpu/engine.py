@@ -1,4 +1,4 @@
-"""The library's inside, as far as the benchmark looks into it and tries other sizes there."""
+"""The internals of the library in which the benchmark looks at sizes and tries others."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +16,7 @@ __all__ = ["Options", "chunks_of", "counted", "linear_nll_sum", "part_nll", "siz
 
 @contextmanager
 def sizes_of(block: int, num_warps: int) -> Iterator[None]:
-    """Inside, every launch of the Triton backend has these sizes."""
+    """A context in which every launch of the Triton backend has these sizes."""
 
     def sizes(*args: Any, **kwargs: Any) -> Any:
         return triton.Launch(block, num_warps)
@@ -31,14 +31,14 @@ def sizes_of(block: int, num_warps: int) -> Iterator[None]:
 
 @contextmanager
 def chunks_of(rows: int) -> Iterator[None]:
-    """Inside, the linear path takes so many rows at a time."""
+    """A context in which the linear path takes this many rows at a time."""
     with mock.patch.object(linear, "chunk_rows", return_value=rows):
         yield
 
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """Inside, the one pass of the linear path notes the bytes of each of its chunks of logits."""
+    """A context in which the one pass of the linear path records the bytes of each chunk of logits."""
     found: list[int] = []
 
     def counting(original: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the kernels: races, alignment, streams, the edges of rows and memory."""
+"""Checks of the kernels that only a GPU can do: races, alignment, streams, the edges of rows and memory."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,8 +12,8 @@ from benchmarks.gpu.engine import Options, triton
 from nvamp import LinearNVAMPLoss
 from nvamp.objectives import GRADIENTS, Gradient
 
-# Rows, vocabulary, elements from row to row, dtype, runs. There are more rows than fit on the card, so that
-# programs follow others; without room between rows of an odd vocabulary, what is written beyond one shows.
+# Rows, vocabulary, elements from row to row, dtype, runs. More rows than fit on the card make programs follow
+# others; without room between rows of an odd vocabulary, a write beyond a row shows.
 IN_PLACE = [
     (528, 1003, 1008, torch.bfloat16, 20),
     (2640, 50257, 50272, torch.bfloat16, 20),
@@ -49,7 +49,7 @@ def largest(x: Tensor) -> float:
 
 
 def unit_gradient(bench: Bench, n: int, vocab: int, pitch: int, dtype: torch.dtype, runs: int) -> None:
-    """In place: the same bits each time, right at the edges of rows, and nothing written around them."""
+    """Checks in-place gradients: the same bits each time, correct row edges, and nothing written around."""
     device = bench.meter.device
     guarded = torch.full((n + 2, pitch), GUARD, device=device, dtype=dtype)
     guarded[1:-1, vocab:] = torch.nan  # what lies between rows must not count
@@ -65,7 +65,7 @@ def unit_gradient(bench: Bench, n: int, vocab: int, pitch: int, dtype: torch.dty
     what = f"unit gradient, {n} × {vocab} of {pitch}, {str(dtype).removeprefix('torch.')}"
     bench.rows.check(f"{what}: runs that differ from the first", differ, 0)
     bench.rows.check(f"{what}: rows around written to", largest(guarded[[0, -1]].float() - GUARD), 0)
-    # Those with labels at edges, the last ones and the ignored one.
+    # The rows with labels at edges, the last rows and the ignored one.
     some = torch.tensor(sorted({*range(min(n, 160)), *range(max(n - 8, 0), n), n // 2}), device=device)
     _errors(bench, what, x[some], y[some], nll[some], rows[some])
 
@@ -92,7 +92,7 @@ def _errors(bench: Bench, what: str, x: Tensor, y: Tensor, nll: Tensor, grad: Te
     error = (grad.double() - p).abs()
     bench.rows.check(f"{what}: losses", largest(nll.double() - expected), 1e-4)
     bench.rows.check(f"{what}: gradient of the label", largest(error[at]), 2**-8)
-    if x.dtype != torch.float16:  # small gradients come to 0 there
+    if x.dtype != torch.float16:  # it rounds small gradients to 0
         limit = 1e-4 if x.dtype == torch.float32 else 2**-7
         bench.rows.check(f"{what}: relative error", largest(error / p.abs().clamp(min=1e-30)), limit)
 
@@ -141,7 +141,7 @@ def labels_out_of_range(bench: Bench) -> None:
 
 
 def current_stream(bench: Bench) -> None:
-    """Work queued on another stream, behind what it needs, which is late."""
+    """Checks work on another stream that is queued behind an input that comes late."""
     device = bench.meter.device
     base = torch.randn(4096, 50257, device=device, dtype=torch.bfloat16)
     x, y = base.clone(), torch.randint(50257, (4096,), device=device)
@@ -157,7 +157,7 @@ def current_stream(bench: Bench) -> None:
 
 
 def against_chunked(bench: Bench, gradient: Gradient) -> None:
-    """The linear path with its kernels beside the same without."""
+    """Compares the linear path with its kernels to the same without them."""
     n, d, vocab = (21, 8, 131) if bench.toy else (3001, 192, 50257)
     device = bench.meter.device
     h = torch.randn(n, d, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -175,7 +175,7 @@ def against_chunked(bench: Bench, gradient: Gradient) -> None:
 
 
 def registers(bench: Bench) -> None:
-    """What the kernels that ran take, from Triton's caches. They are no interface and may change."""
+    """The resources of the kernels that ran, from Triton's caches, which are not public and may change."""
     found = vars(vars(triton)["kernels"]).values()
     for kernel in (k for k in found if hasattr(k, "device_caches")):
         for cache in kernel.device_caches.values():

@@ -1,4 +1,4 @@
-"""Clock and memory of a GPU; of a CPU, for the dry run, the host's clock and no memory."""
+"""Clock and memory of a GPU; for the dry run, a CPU has the host's clock and no memory."""
 
 import gc
 import signal
@@ -21,12 +21,12 @@ COPIED, SQUARE = 4 * 2**30, 8192  # bytes of the copy and sides of the product t
 
 @dataclass
 class Sample:
-    """What was measured of a contender, in all rounds so far, in milliseconds."""
+    """The times of a contender in all rounds so far, in milliseconds."""
 
     loop: list[float] = field(default_factory=list)  # steps of a plain loop, by the device's events
     graph: list[float] = field(default_factory=list)  # replays of a CUDA graph: the device's time alone
     host: list[float] = field(default_factory=list)  # to enqueue a step
-    no_graph: str | None = None  # why there is none
+    no_graph: str | None = None  # the reason if there is none
 
     def __iadd__(self, other: "Sample") -> "Sample":
         self.loop += other.loop
@@ -40,7 +40,7 @@ class Sample:
         return {
             "ms": statistics.median(self.loop),
             "graph_ms": statistics.median(self.graph) if self.graph else None,
-            "host_ms": min(self.host),  # the least: a full queue holds the host up
+            "host_ms": min(self.host),  # the minimum, since a full queue delays the host
             "smallest_ms": min(judged),
             "largest_ms": max(judged),
             "runs": len(judged),
@@ -54,7 +54,7 @@ class OutOfTimeError(Exception):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises `OutOfTimeError` inside after so many seconds, as soon as Python runs a line of its own."""
+    """A context that raises `OutOfTimeError` after `seconds`, as soon as Python runs a line of its own."""
 
     def ring(*_: object) -> None:
         raise OutOfTimeError(f"took more than {seconds:.0f} s")
@@ -71,8 +71,8 @@ def time_limit(seconds: float) -> Iterator[None]:
 @dataclass(frozen=True)
 class Meter:
     device: torch.device
-    seconds: float = 0.2  # about how long one measurement goes on
-    most: int = 20  # steps of a measurement
+    seconds: float = 0.2  # approximate length of one measurement
+    most: int = 20  # maximum steps of a measurement
 
     @property
     def on_gpu(self) -> bool:
@@ -88,7 +88,7 @@ class Meter:
             torch.cuda.empty_cache()
 
     def measure(self, step: Run, graph: bool = True, may_wait: bool = True) -> Sample:
-        """Times a step that has run before. One that `may_wait` for the device is not captured if it does."""
+        """Times a step that has run before. One that `may_wait` for the device is captured unless it does."""
         if not self.on_gpu:
             ms = [self._once(step)]
             return Sample(ms, [], ms, "a CPU has no CUDA graphs")
@@ -114,11 +114,11 @@ class Meter:
         return (time.perf_counter() - start) * 1e3
 
     def _steps(self, step: Run) -> int:
-        """As many as fit in the time of a measurement, at least 3."""
+        """The number of steps that fit in the time of a measurement, at least 3."""
         return max(3, min(self.most, int(self.seconds * 1e3 / max(self._once(step), 1e-3))))
 
     def _loop(self, step: Run, steps: int) -> tuple[list[float], list[float], list[float]]:
-        """Device's time from step to step, nothing, and the host's time of each of the first few."""
+        """The device's time from step to step, no graph times, and the host's time of the first few steps."""
         marks, host = [self._mark()], []
         for _ in range(steps + 1):
             start = time.perf_counter()
@@ -135,7 +135,7 @@ class Meter:
         return event
 
     def _must_not_wait(self, step: Run) -> None:
-        """A capture that fails can leave the allocator in disorder: what cannot be captured is not tried."""
+        """Raises if the step waits for the device: its capture would fail and could break the allocator."""
         torch.cuda.set_sync_debug_mode("error")
         try:
             step()
@@ -143,7 +143,7 @@ class Meter:
             torch.cuda.set_sync_debug_mode("default")
 
     def _replays(self, step: Run, steps: int) -> list[float]:
-        """Graph and memory pool are gone afterwards: another contender needs the room."""
+        """Times replays, and frees the graph and its memory pool: another contender needs the room."""
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):  # as PyTorch asks for before a capture

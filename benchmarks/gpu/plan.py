@@ -1,6 +1,6 @@
-"""The run sheet: which parts there are, most important first, and how long each may take.
+"""The run sheet: all parts, the most important first, and the time limit of each.
 
-The parent imports this and nothing of PyTorch: whatever happens to the device, it lives on.
+The parent imports this and nothing from PyTorch, so that it survives whatever happens to the device.
 """
 
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ SHAPES: dict[str, Shape] = {
         (16384, 768, 50257),  # rows at odd addresses
     )
 }
-TOY: dict[str, Shape] = {"24x16x129": (24, 16, 129)}  # of the dry run
+TOY: dict[str, Shape] = {"24x16x129": (24, 16, 129)}  # for the dry run
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of the run sheet: it runs in a process of its own."""
+    """An entry of the run sheet, which runs in a process of its own."""
 
     name: str  # "hazards", or "linear:8192x4096x128256"
     limit: float  # seconds after which it is ended
-    least: float = 12.0  # seconds below which starting it is not worth it
+    least: float = 12.0  # with fewer seconds left it is not started
 
     @property
     def group(self) -> str:
@@ -38,7 +38,7 @@ class Part:
 
 
 def sheet(shapes: list[str]) -> list[Part]:
-    """All parts, with the contests of these shapes: correct first, then fast where it matters most."""
+    """All parts, with the contests of these shapes: correctness first, then the speed that matters most."""
     contests = [(Part(f"logits:{s}", 60, 20), Part(f"linear:{s}", 80, 25)) for s in shapes]
     first, others = contests[:1], contests[1:]
     return [
@@ -62,5 +62,5 @@ GROUPS = list(dict.fromkeys(part.group for part in sheet(["any"])))
 
 
 def chosen(parts: list[Part], only: list[str]) -> list[Part]:
-    """Those named, by name or by group; all of them if none is. The machine is always described."""
+    """The parts with these names or groups, or all if there are none; always the one for the machine."""
     return [p for p in parts if not only or p.name in only or p.group in [*only, "machine"]]

@@ -1,4 +1,4 @@
-"""What a part found, in a few lines of plain text."""
+"""The results of a part in a few lines of plain text."""
 
 from collections.abc import Sequence
 
@@ -40,7 +40,7 @@ def summary(part: str, status: str, seconds: float, why: str, rows: list[Row]) -
 
 
 def not_run(rows: list[Row]) -> list[str]:
-    """A line for each reason."""
+    """One line for each reason."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
         reasons.setdefault(row["why"], []).append(row["what"])
@@ -51,7 +51,7 @@ def not_run(rows: list[Row]) -> list[str]:
 
 
 def timings(rows: list[Row]) -> list[str]:
-    """Rows with a `case` are a sweep: of each only the library's own choice and the best are shown."""
+    """A table of times. Rows with a `case` are a sweep: only the library's own choice and the best appear."""
     swept = [row for row in rows if "case" in row]
     return table([row for row in rows if "case" not in row]) + table(best(swept))
 

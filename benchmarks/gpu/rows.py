@@ -1,4 +1,4 @@
-"""What a part finds, written at once: a line of JSON for each row."""
+"""The results of a part, written at once: a line of JSON for each row."""
 
 import json
 import math
@@ -19,13 +19,13 @@ class Rows:
         line = json.dumps(_plain({"part": self.part, "kind": kind, **fields}))
         with self.path.open("a") as file:
             file.write(line + "\n")
-        print(line, flush=True)  # in the log, between what libraries print
+        print(line, flush=True)  # in the log, between the output of libraries
 
     def timing(self, what: str, **fields: Any) -> None:
         self.add("timing", what=what, **fields)
 
     def check(self, what: str, measured: float, limit: float, note: str = "") -> None:
-        """A condition: one that is not met fails the run. NaN meets none."""
+        """A condition, which fails the run if it is not met. NaN meets none."""
         self.add("check", what=what, measured=measured, limit=limit, met=measured <= limit, note=note)
 
     def bar(self, what: str, measured: float, limit: float, by: str) -> None:
@@ -33,7 +33,7 @@ class Rows:
         self.add("bar", what=what, measured=measured, limit=limit, met=measured <= limit, by=by)
 
     def not_run(self, what: str, why: str, ours: bool) -> None:
-        """Something that did not run; if it is ours the run fails."""
+        """Something that did not run; if it is ours, the run fails."""
         self.add("not run", what=what, why=why, ours=ours)
 
 
@@ -42,14 +42,14 @@ def reason(error: BaseException) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """The value as JSON can hold it, which has no NaN and no infinity."""
     if isinstance(value, dict):
         return {key: _plain(x) for key, x in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: Path, start: int = 0) -> list[Row]:
-    """The rows from a place in the file on. A process may have been ended in the middle of its last line."""
+    """The rows from an offset in the file. The last line of a killed process may be incomplete."""
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -68,7 +68,7 @@ def _parsed(lines: Iterable[str]) -> Iterable[Row]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """A contender is timed in several rounds and written after each: the last row is the one that counts."""
+    """The rows that count: a contender is written after each round, and only its last row counts."""
     found: dict[tuple[Any, ...], Row] = {}
     for index, row in enumerate(rows):
         key = (row["part"], row["kind"], row["what"]) if row["kind"] == "timing" else (index,)

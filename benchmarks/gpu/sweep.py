@@ -1,6 +1,6 @@
-"""What the engine's choices rest on: its launches and chunks at other sizes, and bare products.
+"""The basis of the engine's choices: its launches and chunks at other sizes, and bare products.
 
-A row with a `case` is one of several ways to do the same thing; that of the library has `own`.
+Rows with the same `case` are several ways to do the same thing; the library's own has `own`.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,14 +19,14 @@ from benchmarks.gpu.meter import Run
 from nvamp import LinearLoss, LinearNVAMPLoss, Loss, NVAMPLoss
 from nvamp.objectives import NVAMP, CrossEntropy, Objective
 
-Size = tuple[int, int]  # columns of a program at a time, and its warps
+Size = tuple[int, int]  # columns that a program takes at a time, and its warps
 STREAMING: list[Size] = [(8192, 16), (8192, 8), (4096, 8), (2048, 8), (4096, 16), (2048, 4), (16384, 16)]
 REVISITING: list[Size] = [(16384, 32), (8192, 32), (32768, 32), (8192, 16), (4096, 16)]
 FEW_ROWS: list[Size] = [(8192, 8), (16384, 16), (16384, 32), (32768, 32)]
 
 
 def timed(bench: Bench, what: str, step: Run, moved: float = 0, computed: float = 0, **more: Any) -> None:
-    """A row: times, and bytes moved and operations done in a second if they are known."""
+    """Records times, and the bytes moved and operations done per second if they are known."""
 
     def write() -> None:
         step()
@@ -40,7 +40,7 @@ def timed(bench: Bench, what: str, step: Run, moved: float = 0, computed: float 
 
 
 def inside(context: Callable[[], AbstractContextManager[object]], step: Run) -> Run:
-    """The step, each time within a context: it is one of the host's and costs the device nothing."""
+    """The step, each time within a context of the host, which costs the device nothing."""
 
     def run() -> None:
         with context():
@@ -53,7 +53,7 @@ def inside(context: Callable[[], AbstractContextManager[object]], step: Run) -> 
 
 
 def overhead(bench: Bench) -> None:
-    """The objective beside the kernels: losses of many tokens of a vocabulary of 16, all else but logits."""
+    """Times everything but the passes over the logits: many tokens with a vocabulary of 16."""
     device = bench.meter.device
     for n in (64,) if bench.toy else (64, 8192, 32768):
         x = torch.randn(n, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -77,7 +77,7 @@ def overhead(bench: Bench) -> None:
 
 
 def small(bench: Bench) -> None:
-    """Few rows: a program each leaves most of the card idle. They stay in its cache from run to run."""
+    """Times few rows, whose programs leave most of the card idle. The rows stay in the cache between runs."""
     device, vocab = bench.meter.device, 256 if bench.toy else 128256
     for n in (1, 2) if bench.toy else (1, 8, 64, 256):
         x = torch.randn(n, vocab, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -103,7 +103,7 @@ def small(bench: Bench) -> None:
 
 
 def launches(x: Tensor, y: Tensor, out: Tensor) -> dict[str, tuple[Run, Callable[..., Any], list[Size], int]]:
-    """Each kernel's launch, what chooses its sizes, those to try, and the bytes it moves for a logit."""
+    """Each kernel's launch, the function that chooses its sizes, sizes to try, and its bytes per logit."""
     _, norm, *_ = triton.token_nll(x, y, False, Options())
     weights = torch.ones(len(x), device=x.device)
     return {
@@ -136,7 +136,7 @@ def launches(x: Tensor, y: Tensor, out: Tensor) -> dict[str, tuple[Run, Callable
 
 
 def kernels(bench: Bench) -> None:
-    """Every kernel at several sizes of its programs; bytes as if the second reading of a row cost nothing."""
+    """Times every kernel at several sizes; bytes are counted as if the second read of a row were free."""
     for n, vocab in [(3, 512)] if bench.toy else [(8192, 128256), (4096, 262144), (32768, 49152)]:
         x, y, out = batch(bench, n, vocab, vocab)
         for name, (step, rule, sizes, bytes_) in launches(x, y, out).items():
@@ -156,14 +156,14 @@ def kernels(bench: Bench) -> None:
 
 
 def batch(bench: Bench, n: int, vocab: int, pitch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits whose rows are a pitch apart, labels, and room for a gradient."""
+    """Logits whose rows are `pitch` elements apart, labels, and room for a gradient."""
     device = bench.meter.device
     x = torch.randn(n, pitch, device=device, dtype=torch.bfloat16)[:, :vocab]
     return x, torch.randint(vocab, (n,), device=device), x.new_empty(n, vocab)
 
 
 def odd(bench: Bench) -> None:
-    """Rows at odd addresses, in padded rows, and vocabularies that are multiples of 8 alone."""
+    """Times rows at odd addresses and padded rows, and vocabularies that are multiples of 8 only."""
     n, d = (3, 16) if bench.toy else (16384, 768)
     for vocab in (257, 264) if bench.toy else (50257, 50264, 50272):
         for pitch in dict.fromkeys((vocab, -(-vocab // 16) * 16)):
@@ -187,7 +187,7 @@ def odd(bench: Bench) -> None:
 
 
 def chunks(bench: Bench) -> None:
-    """Chunks of several sizes, each with its time and its memory."""
+    """Measures time and memory with chunks of several sizes."""
     for shape in bench.shapes:
         (n, d, vocab), (h, w, y) = shape, inputs(bench, shape)
         for gradient in ("scalar", "token"):
@@ -221,7 +221,7 @@ def chunk_sizes(
 
 
 def products(bench: Bench) -> None:
-    """The products of a chunk, and what a float32 sum costs them."""
+    """Times the products of a chunk, and the cost of a float32 sum."""
     for n, d, vocab in bench.shapes:
         w = torch.randn(vocab, d, device=bench.meter.device, dtype=torch.bfloat16)
         for rows in dict.fromkeys((n, *(r for r in (4096, 1024) if r < n))):

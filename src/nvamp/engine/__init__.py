@@ -43,10 +43,10 @@ class TokenMetrics(NamedTuple):
     The prediction is softmax(z), with the z of `TokenOptions`. Only the entropy has a gradient.
     """
 
-    correct: Tensor  # bool: the prediction is the label; False where ignored
-    prediction: Tensor  # int64: the class of the largest z, the first of equals; 0 where ignored
-    entropy: Tensor  # nats, differentiable with any weight per token; 0 where ignored
-    lse: Tensor  # logsumexp(z); 0 where ignored
+    correct: Tensor  # bool: the prediction is the label; False if ignored
+    prediction: Tensor  # int64: the class of the largest z, the first of equals; 0 if ignored
+    entropy: Tensor  # nats, differentiable with any weight per token; 0 if ignored
+    lse: Tensor  # logsumexp(z); 0 if ignored
 
 
 @overload

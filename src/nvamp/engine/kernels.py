@@ -43,7 +43,7 @@ def _exp(x):
 
 @triton.jit
 def _number(option, WIDE: tl.constexpr):
-    """The value of an option: a float32, or where it lies as a float64."""
+    """The value of an option: a float32 itself, or a pointer to a float64."""
     if tl.float64 == WIDE:
         return tl.load(option)
     else:

@@ -80,7 +80,7 @@ class _Rows(NamedTuple):
 
     head: Head
     labels: Tensor  # [rows]
-    ignored: Tensor | None  # bool [rows]; None where none is
+    ignored: Tensor | None  # bool [rows]; None if no row is
     where: Tensor | None  # which rows of the head they are; None: all of them
 
     @classmethod
