@@ -273,19 +273,25 @@ def _terms(losses: _Losses, result: Result, ranks: Ranks) -> list[tuple[Tensor, 
         terms = [(losses.total, result.shared), (losses.nll, result.per_token)]
     if losses.entropy is not None:
         terms.append((losses.entropy, result.entropy_weights))
+    if _is_traced():  # the value is then computed from the terms, where 0·NaN would show
+        terms = [(x, w if w is None or not w.dim() else torch.where(losses.valid, w, 0)) for x, w in terms]
     # The mean over the ranks, which DDP and FSDP take, is then the gradient of the whole batch.
     return [(x, w if ranks is ALONE else ranks.size * w) for x, w in terms if w is not None]
 
 
 def _value_with_gradient(value: Tensor, terms: list[tuple[Tensor, Tensor]]) -> Tensor:
     """A tensor with this value and the gradient of Σ x·w over the terms (x, w), at constant w."""
-    if has_transforms() or torch.compiler.is_compiling():
+    if _is_traced():
         for x, weight in terms:  # the same in operations that a transform or a compiler can see
             of = torch.where(weight == 0, 0, x * weight).sum()  # a loss without weight may be infinite
             value = value + (of - of.detach())
         return value
     result: Tensor = _ValueWithGradient.apply(value, *(t for term in terms for t in term))  # type: ignore[no-untyped-call]
     return result
+
+
+def _is_traced() -> bool:
+    return has_transforms() or torch.compiler.is_compiling()
 
 
 class _ValueWithGradient(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Every objective on every path: logits and hidden states, each backend, each dtype, compiled."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch.nn.functional import cross_entropy
 from nvamp import LinearLoss, Loss, TokenLoss
 from nvamp.objectives import (
     NVAMP,
+    Batch,
     ClippedPolicy,
+    CrossEntropy,
     EntropyWeighted,
     Objective,
+    Result,
     Tail,
     Tilted,
     TokenWeighted,
@@ -199,3 +203,22 @@ def test_entropy_that_is_missing() -> None:
     TokenLoss(ClippedPolicy())(COLUMN, advantage=COLUMN)
     with pytest.raises(TypeError, match=r"entropy is missing: clipped_policy:entropy=0.1 needs it"):
         TokenLoss(ClippedPolicy(entropy=0.1))(COLUMN, advantage=COLUMN)
+
+
+@dataclass(frozen=True)
+class Careless(Objective):
+    """An objective whose weights are NaN where the loss is 0, as it is for tokens that do not count."""
+
+    def evaluate(self, batch: Batch) -> Result:
+        return batch.mean(batch.nll, batch.nll / batch.nll)
+
+
+def test_weights_of_ignored_tokens_do_not_matter() -> None:
+    logits, labels = torch.randn(2, 5, 7, requires_grad=True), torch.randint(7, (2, 5))
+    labels[0, 2] = -100
+    expected = torch.autograd.grad(Loss(CrossEntropy())(logits, labels), logits)
+    criterion = Loss(Careless())
+    for each in (criterion, torch.compile(criterion, fullgraph=True, backend="aot_eager")):
+        loss = each(logits, labels)
+        assert loss.isfinite()
+        torch.testing.assert_close(torch.autograd.grad(loss, logits), expected)
