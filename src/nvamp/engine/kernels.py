@@ -272,7 +272,7 @@ def _statistics(
             CAPPED,
             SCALED,
         )
-        in_body = tl.min(tl.where((c < body) & (z == tl.max(z)), head + c, vocab))
+        in_body = tl.min(tl.where(z == tl.max(z), head + c, vocab))
         in_edges = tl.min(tl.where((edges >= 0) & (z_edges == edges_top), edges, vocab))
         in_body = tl.where(body_top < edges_top, vocab, in_body)
         in_edges = tl.where(edges_top < body_top, vocab, in_edges)
