@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import nvamp
-from nvamp import LinearNVAMPLoss, NVAMPLoss
+from nvamp import LinearLoss, LinearNVAMPLoss, NVAMPLoss
 from nvamp.functional import token_nll, token_weights
-from nvamp.objectives import GRADIENTS, NVAMP
+from nvamp.objectives import GRADIENTS, NVAMP, Tail
 from tests.engine.problems import IGNORED
 from tests.ranks import on_ranks
 
@@ -135,6 +135,26 @@ def one_of_equal_maxima_gets_the_penalty(rank: int, world: int) -> None:
     assert not logits.grad[1].any()
 
 
+def one_rank_may_have_all_of_the_hardest(rank: int, world: int) -> None:
+    """Its own share of the tail would be a single token."""
+    g = torch.Generator().manual_seed(0)
+    hidden, y = torch.randn(100, D, dtype=torch.float64, generator=g), torch.randint(V, (100,), generator=g)
+    weight = torch.randn(V, D, dtype=torch.float64, generator=g)
+    order = token_nll(hidden @ weight.T, y).argsort(descending=True)
+    hidden, y = hidden[order], y[order]
+    mine = slice(8) if rank == 0 else slice(8, None) if rank == 1 else slice(0)
+    for objective in (NVAMP(gamma=0.7, tail=0.05), Tail(share=0.05, strength=2.0)):
+        w = weight.clone().requires_grad_()
+        LinearLoss(objective, shift=False)(hidden, w, y).backward()
+        part = weight.clone().requires_grad_()
+        group = dist.group.WORLD
+        LinearLoss(objective, shift=False, process_group=group)(hidden[mine], part, y[mine]).backward()
+        assert w.grad is not None
+        assert part.grad is not None
+        dist.all_reduce(part.grad)
+        assert_same(part.grad / world, w.grad, objective)
+
+
 def a_bad_argument_leaves_nobody_waiting(rank: int, world: int) -> None:
     for loss, dtype in product(LOSSES, RELATIVE):
         x, labels = batch(2, 7, dtype)
@@ -175,6 +195,7 @@ CHECKS = [
     ddp_is_one_process,
     any_split_is_one_process,
     one_of_equal_maxima_gets_the_penalty,
+    one_rank_may_have_all_of_the_hardest,
     a_bad_argument_leaves_nobody_waiting,
     compiled_is_eager,
 ]

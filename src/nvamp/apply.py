@@ -81,6 +81,7 @@ class Call(NamedTuple):
 
 
 Loss = Tensor | tuple[Tensor, NVAMPStats]
+MANY = 2**40  # tokens, more than any batch has
 T = TypeVar("T")
 Chosen = TypeVar("Chosen")
 
@@ -308,10 +309,10 @@ class _ValueWithGradient(torch.autograd.Function):
 def _few_in_one_pass(objective: Objective, labels: Tensor, process_group: "Group | None") -> int | None:
     """How many tokens may have their own weight if the linear path takes one pass; None for two passes."""
     tokens = labels.numel()
-    few = objective.few_weights(tokens)
+    few = objective.few_weights(tokens if process_group is None else MANY)
     if few is None or few <= 1:
         return few
-    if process_group is not None:  # one rank may have more than its share of the hardest tokens
+    if process_group is not None:  # this rank may have any number of the hardest tokens of all
         return tokens if can_look(labels) else None
     return few if 2 * few <= tokens else None  # they take two products more: 3 + 2·few/tokens, or 4
 
