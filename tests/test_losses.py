@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.original import original_nvamp
-from nvamp import LinearNVAMPLoss, NVAMPLoss, NVAMPStats, TokenNVAMPLoss
+from nvamp import LinearLoss, LinearNVAMPLoss, Loss, NVAMPLoss, NVAMPStats, TokenLoss, TokenNVAMPLoss
 from nvamp.functional import linear_nvamp_loss, nvamp_loss, token_nll, token_weights
-from nvamp.objectives import GRADIENTS, NVAMP, Gradient
+from nvamp.objectives import GRADIENTS, NVAMP, Batch, Focal, Gradient, Objective, Result, TokenWeighted
 from tests import oracle
 from tests.engine.problems import IGNORED
 from tests.models import CRITERIA, HeadAndLoss
@@ -511,3 +511,59 @@ def test_import_needs_torch_alone() -> None:
     program = f"import sys; sys.modules.update(dict.fromkeys({others!r})); import nvamp; nvamp.NVAMPLoss()"
     done = python("-W", "ignore", "-c", program)
     assert done.returncode == 0, done.stderr
+
+
+@with_path
+def test_scheduled_weights_compile_once(path: str, hidden: Tensor, labels: Tensor) -> None:
+    model = Model(path, "scalar", "chunked")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for step in range(12):  # more than the times that a frame may be compiled
+        model.criterion.gamma = 0.1 * (step + 1)
+        torch.testing.assert_close(compiled(hidden.float(), labels)[0], model(hidden.float(), labels)[0])
+
+
+def test_an_option_of_the_objective_is_not_set_beside_it() -> None:
+    criterion = Loss(Focal())
+    with pytest.raises(
+        AttributeError, match="gamma is an option of the objective: assign criterion.objective"
+    ):
+        criterion.gamma = 0.5  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"objective must be an NVAMP\(\), got Focal\(gamma=2.0\)"):
+        NVAMPLoss().objective = Focal()
+    with pytest.raises(TypeError, match="on_stats must be callable or None, got 'x'"):
+        criterion.on_stats = "x"  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Inconsistent(Objective):
+    """Says that few tokens have their own weight, and gives each its own."""
+
+    few: int | None
+
+    def few_weights(self, tokens: int) -> int | None:
+        return self.few
+
+    def evaluate(self, batch: Batch) -> Result:
+        return batch.mean(batch.nll, torch.ones_like(batch.nll))
+
+
+@pytest.mark.parametrize("few", [0, 1, 2])
+def test_a_result_that_is_not_what_the_objective_says(few: int, hidden: Tensor, weight: Tensor) -> None:
+    labels = torch.zeros(B, S, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"Inconsistent.evaluate must return a Result with `shared`"):
+        LinearLoss(Inconsistent(few))(hidden, weight.requires_grad_(), labels)
+    assert LinearLoss(Inconsistent(None))(hidden, weight, labels).isfinite()
+
+
+@pytest.mark.parametrize("items", ["3", [3], 3j, torch.tensor(3j)])
+def test_items_of_another_type(items: Any) -> None:
+    with pytest.raises(TypeError, match="num_items_in_batch must be"):
+        TokenLoss(Focal())(torch.ones(3), num_items_in_batch=items)
+
+
+def test_fewer_items_than_one_are_not_one() -> None:
+    """Such as the sum of the weights of a step."""
+    nll, token_weight = torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.2])
+    loss = TokenLoss(TokenWeighted())(nll, token_weight=token_weight, num_items_in_batch=0.3)
+    torch.testing.assert_close(loss, torch.tensor(0.5 / 0.3))

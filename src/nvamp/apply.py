@@ -6,6 +6,7 @@ values into the loss and a weight for each token. This module combines the two i
 """
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 
 import torch
@@ -135,7 +136,8 @@ def of_hidden(
         check_linear(hidden, weight, bias)
         targets, inputs = _targets(objective, labels, hidden, "hidden", ignore_index, o["shift"], call.inputs)
         few = None
-        if vocab_group is None:  # else its parts would have to meet at every chunk
+        # Parts of a vocabulary would have to meet at every chunk, and the one pass has no entropies.
+        if vocab_group is None and not objective.needs_entropy:
             few = _few_in_one_pass(objective, targets, o["process_group"])
         if few is not None and can_one_pass(hidden, weight, bias, o["backend"]):
             total, nll = linear_nll_sum(
@@ -261,7 +263,21 @@ def _judge(objective: Objective, losses: _Losses, items: Items, ranks: Ranks, ba
     if fused.serves(objective, ell, backend, ranks):
         apart = losses.total is not None
         return fused.evaluate(objective, ell, losses.labels, items, losses.ignore_index, apart)
-    return objective.evaluate(losses.batch(items, ranks))
+    result = objective.evaluate(losses.batch(items, ranks))
+    _check_result(objective, losses, result)
+    return result
+
+
+def _check_result(objective: Objective, losses: _Losses, result: object) -> None:
+    """Raises unless the result of an objective's `evaluate` is what it says of itself."""
+    name = type(objective).__name__
+    if not isinstance(result, Result):
+        raise TypeError(f"{name}.evaluate must return a Result, got {type(result).__name__}")
+    if result.shared is None and (result.per_token is None or losses.total is not None):
+        few = "" if result.per_token is None else ", as its few_weights says"
+        raise TypeError(f"{name}.evaluate must return a Result with `shared`{few}")
+    if result.entropy_weights is not None and losses.entropy is None:
+        raise TypeError(f"{name} weighs the entropy, so its needs_entropy must be True")
 
 
 def _terms(losses: _Losses, result: Result, ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
@@ -348,12 +364,19 @@ def _together(objective: Objective, ranks: Ranks, x: object, stats: bool, losses
 
 def _items(num_items_in_batch: Items) -> Items:
     if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.is_complex():
+            raise TypeError(f"num_items_in_batch must be real, got {num_items_in_batch.dtype}")
         if num_items_in_batch.numel() != 1:
             raise ValueError(
                 f"num_items_in_batch must be a single number, got shape {list(num_items_in_batch.shape)}"
             )
         return num_items_in_batch.reshape(())
-    if num_items_in_batch is not None and not num_items_in_batch >= 0:
+    if num_items_in_batch is None:
+        return None
+    given: object = num_items_in_batch
+    if not isinstance(given, Real | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"num_items_in_batch must be a number or a tensor of one, got {given!r}")
+    if not num_items_in_batch >= 0:
         raise ValueError(f"num_items_in_batch must be at least 0, got {num_items_in_batch}")
     return num_items_in_batch
 

@@ -14,6 +14,7 @@ from nvamp.options import (
     IGNORE_INDEX,
     LinearOptions,
     LogitsOptions,
+    TokenLossOptions,
     TokenOptions,
     check_ignore_index,
     check_options,
@@ -175,5 +176,8 @@ def token_weights(
     Example:
         >>> weights = token_weights(NVAMP(gradient="token"), nll, labels != -100)
     """
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be one of nvamp.objectives, such as NVAMP(), got {objective!r}")
+    check_options(TokenLossOptions, {"process_group": process_group}, "token_weights")
     call = Call(num_items_in_batch, inputs, False, None)
     return apply.weights_of_tokens(objective, nll, valid, entropy, process_group, call)

@@ -112,7 +112,7 @@ def objective_kernel(
     share = tl.full((), 1, WIDE)  # N/M
     if items is not None:
         m = _number(items, ITEMS_IN_MEMORY, WIDE)
-        m = tl.where(m < 1, 1.0, m)
+        m = tl.where(m == 0, 1.0, m)
         share = _divide(n, m)
 
     # The mean is computed from ℓ − X, so that the deviations of equal losses are exact zeros.

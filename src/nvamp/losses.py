@@ -35,6 +35,7 @@ class _Criterion(nn.Module):
     on_stats: Listener | None
     process_group: "Group | None"
     _declared: ClassVar[type]  # the options that this criterion has
+    _objective: ClassVar[type[Objective]] = Objective  # the objectives that it takes
 
     def __init__(self, objective: Objective, options: Mapping[str, object]) -> None:
         super().__init__()
@@ -53,8 +54,16 @@ class _Criterion(nn.Module):
             value = DECLARED[self._declared][name].check(name, value)
         elif name == "ignore_index":
             value = check_ignore_index(name, value)
-        elif name == "objective" and not isinstance(value, Objective):
-            raise TypeError(f"objective must be one of nvamp.objectives, such as NVAMP(), got {value!r}")
+        elif name == "objective" and not isinstance(value, self._objective):
+            kind = "one of nvamp.objectives, such as" if self._objective is Objective else "an"
+            raise TypeError(f"objective must be {kind} NVAMP(), got {value!r}")
+        elif name == "on_stats" and value is not None and not callable(value):
+            raise TypeError(f"on_stats must be callable or None, got {value!r}")
+        elif not hasattr(type(self), name) and hasattr(self.__dict__.get("objective"), name):
+            raise AttributeError(
+                f"{name} is an option of the objective: assign criterion.objective, for example "
+                f"dataclasses.replace(criterion.objective, {name}={value!r})"
+            )
         super().__setattr__(name, cast("Tensor | nn.Module", value))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
@@ -367,7 +376,9 @@ class _Field(Generic[T]):
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, criterion: _Criterion, owner: type | None = None) -> T:
+    def __get__(self, criterion: "_Criterion | None", owner: type | None = None) -> T:
+        if criterion is None:
+            return cast(T, self)  # as an attribute of the class
         return cast(T, getattr(criterion.objective, self.name))
 
     def __set__(self, criterion: _Criterion, value: T) -> None:
@@ -377,6 +388,7 @@ class _Field(Generic[T]):
 class _NVAMP(_Criterion):
     """The options of NVAMP as attributes, which a schedule may set: `criterion.gamma = 0.2`."""
 
+    _objective = NVAMP
     alpha = _Field[float]()
     beta = _Field[float]()
     gamma = _Field[float]()

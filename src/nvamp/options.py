@@ -46,7 +46,8 @@ def between(low: float, high: float = math.inf, *, open_low: bool = False) -> Ch
     def check(name: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, got {value!r}")
-        value = cast(float, value)  # a NumPy number is as good
+        kind: type = type(value)
+        value = cast(float, value) if kind in (int, float) else float(value)  # NumPy's, for example
         if not (low < value if open_low else low <= value) or not value <= high or abs(value) == math.inf:
             raise ValueError(f"{name} must be {wanted}, got {value}")
         if value and not TINY <= abs(value) <= HUGE:
@@ -235,6 +236,7 @@ def spelled_out(options: type) -> Callable[[F], F]:
             )
             for name, annotation in options.__annotations__.items()
         ]
+        function.__doc__ = function.__doc__ or "The class describes the arguments."
         function.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
         return function
 

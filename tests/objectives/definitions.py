@@ -1,7 +1,6 @@
 """Every objective once more, by its definition, in a form that autograd differentiates to its weights."""
 
 import math
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ def definition(
 ) -> Tensor:
     """L of the losses ell [N] of the valid tokens; what is held constant in the gradient is detached."""
     n = len(ell)
-    m = max(1.0, float(n if items is None else items))
+    m = float(n if items is None else items) or 1.0
     if n == 0:
         return ell.sum()
     p = (-ell).exp()
@@ -42,12 +41,12 @@ def definition(
         case NVAMP():
             return nvamp(o, ell, m)
         case Tail():
-            k = max(1, math.ceil(share_of(o.share) * n))
+            k = max(1, math.ceil(o.share * n - 1e-9 * n))
             return (ell.sum() + o.strength * hardest_first(ell)[:k].sum()) / m
         case Tilted():
             return n / m * ((o.t * ell).logsumexp(0) - math.log(n)) / o.t
         case Truncated():
-            k = min(n - 1, math.floor(share_of(o.share) * n))
+            k = min(n - 1, math.floor(o.share * n + 1e-9 * n))
             return hardest_first(ell)[k:].sum() / m
         case Focal():
             if o.gamma == 0:
@@ -73,17 +72,13 @@ def definition(
     raise AssertionError(f"no definition of {type(o).__name__}")
 
 
-def share_of(share: float) -> Fraction:
-    return Fraction(round(share * 10**9), 10**9)
-
-
 def hardest_first(ell: Tensor) -> Tensor:
     return ell[ell.detach().sort(descending=True, stable=True).indices]
 
 
 def nvamp(o: NVAMP, ell: Tensor, m: float) -> Tensor:
     n, z = len(ell), oracle.statistics(ell, o.eps)[2]
-    k = max(1, math.ceil(share_of(o.tail) * n))
+    k = max(1, math.ceil(o.tail * n - 1e-9 * n))
     penalty = o.gamma * hardest_first(ell)[:k].mean() * n / m
     value = (o.alpha * z.abs().mean() + o.beta) * ell.sum() / m + penalty
     weight = o.alpha * (z.abs() if o.gradient == "token" else z.abs().mean()).detach()

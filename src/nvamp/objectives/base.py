@@ -32,12 +32,12 @@ class Batch(NamedTuple):
         return tuple(own if self.ranks is ALONE else self.ranks.total(torch.stack(own)).unbind())
 
     def items(self, n: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """M and N/M, if the batch has N = n valid tokens; M is at least 1."""
+        """M and N/M, if the batch has N = n valid tokens; an M of 0 counts as 1."""
         m = self.num_items_in_batch
         if m is None:
             return n.clamp(min=1), 1.0
         # A tensor stays on its device: moving it would wait.
-        m = m.to(n.dtype).clamp(min=1) if isinstance(m, Tensor) else max(m, 1)
+        m = torch.where(m == 0, 1, m.to(n.dtype)) if isinstance(m, Tensor) else m or 1
         return m, n / m
 
     def mean(self, values: Tensor, weights: Tensor, entropy_weights: Tensor | None = None) -> "Result":
@@ -94,9 +94,10 @@ class Objective:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            check = field.metadata.get("check")
-            if check is not None:
-                check(field.name, getattr(self, field.name))
+            if (check := field.metadata.get("check")) is not None:
+                given = getattr(self, field.name)
+                if (kept := check(field.name, given)) is not given:
+                    object.__setattr__(self, field.name, kept)
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -30,7 +30,8 @@ class Focal(Objective):
     gamma: float = option(2.0, between(0))
 
     def evaluate(self, batch: Batch) -> Result:
-        ell, p = batch.nll, (-batch.nll).exp()
+        ell = batch.nll.clamp(min=0)  # a loss computed elsewhere may be rounded to below 0
+        p = (-ell).exp()
         miss = -torch.expm1(-ell)  # 1 − p
         power = miss**self.gamma
         # d/dℓ (1 − p)^γ·ℓ = (1 − p)^γ + γ·p·ℓ·(1 − p)^γ/(1 − p), and ℓ/(1 − p) → 1 for ℓ → 0

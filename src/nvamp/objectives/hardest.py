@@ -22,13 +22,25 @@ class Hardest(NamedTuple):
 
 
 def tokens_of(share: float, n: Tensor) -> Tensor:
-    """⌈share·n⌉ for an integer n, exactly, which a product of floats is not."""
-    return -((n * -round(share * PARTS)) // PARTS)
+    """⌈share·n⌉ for an integer n.
+
+    A share is counted in billionths, and one of them is left out: then ⌈n/6·6⌉ is n, however 1/6 is rounded.
+    """
+    return -((n * (1 - _parts(share))) // PARTS)
 
 
 def most_tokens_of(share: float, n: int) -> int:
-    """The same for a Python integer, but at least 1."""
-    return max(-((n * -round(share * PARTS)) // PARTS), 1)
+    """⌈share·n⌉, at least 1, for a Python integer n."""
+    return max(-((n * (1 - _parts(share))) // PARTS), 1)
+
+
+def whole_tokens_of(share: float, n: Tensor) -> Tensor:
+    """⌊share·n⌋ for an integer n, rounded with the same care."""
+    return n * (_parts(share) + 1) // PARTS
+
+
+def _parts(share: float) -> int:
+    return round(share * PARTS)
 
 
 def hardest(batch: Batch, count: Tensor) -> Hardest:

@@ -106,7 +106,7 @@ class NVAMP(Objective):
         """X, and γ·(N/M)·[i in T]/k [tokens]."""
         if self.tail * PARTS < 1:
             at = torch.arange(batch.nll.numel(), device=batch.nll.device) == s.max_index
-            return s.max, torch.where(at, self.gamma * s.share, torch.zeros_like(batch.nll))
+            return s.max, at.to(batch.nll.dtype) * (self.gamma * s.share)
         tail = hardest(batch, tokens_of(self.tail, s.num_tokens.long()))
         weight = self.gamma * s.share / tail.k.clamp(min=1).to(batch.nll.dtype)
         return tail.mean, torch.where(tail.among, weight, torch.zeros_like(batch.nll))

@@ -111,10 +111,10 @@ def _value(text: str, option: str, value: str, field: "Field[object] | None") ->
     if isinstance(default, str):
         return value
     if isinstance(default, bool):
-        if value not in ("true", "false"):
+        if value.lower() not in ("true", "false"):
             raise ValueError(f"{text!r}: {option} must be true or false, got {value!r}")
-        return value == "true"
-    if value == "none" and default is None:
+        return value.lower() == "true"
+    if value.lower() == "none" and default is None:
         return None
     try:
         return float(value)

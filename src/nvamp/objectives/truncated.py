@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from nvamp.objectives.base import Batch, Objective, Result
-from nvamp.objectives.hardest import PARTS, hardest
+from nvamp.objectives.hardest import hardest, whole_tokens_of
 from nvamp.options import between, option
 
 
@@ -39,6 +39,6 @@ class Truncated(Objective):
 
     def evaluate(self, batch: Batch) -> Result:
         count = batch.sums()[0].long()
-        dropped = (count * round(self.share * PARTS) // PARTS).minimum(count - 1).clamp(min=0)
+        dropped = whole_tokens_of(self.share, count).minimum(count - 1).clamp(min=0)
         kept = batch.valid & ~hardest(batch, dropped).among
         return batch.mean(torch.where(kept, batch.nll, 0), kept.to(batch.nll.dtype))
