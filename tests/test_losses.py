@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -526,7 +527,7 @@ def test_scheduled_weights_compile_once(path: str, hidden: Tensor, labels: Tenso
 def test_an_option_of_the_objective_is_not_set_beside_it() -> None:
     criterion = Loss(Focal())
     with pytest.raises(
-        AttributeError, match="gamma is an option of the objective: assign criterion.objective"
+        AttributeError, match=r"gamma is an option of the objective: assign criterion\.objective"
     ):
         criterion.gamma = 0.5  # type: ignore[assignment]
     with pytest.raises(TypeError, match=r"objective must be an NVAMP\(\), got Focal\(gamma=2.0\)"):
