@@ -102,9 +102,11 @@ class NVAMP(Objective):
             return 0
         return 3 if self.mode == "full" else 2
 
-    def _penalty(self, batch: Batch, s: Statistics) -> tuple[Tensor, Tensor]:
-        """X, and γ·(N/M)·[i in T]/k [tokens]."""
+    def _penalty(self, batch: Batch, s: Statistics) -> tuple[Tensor, Tensor | None]:
+        """X, and γ·(N/M)·[i in T]/k [tokens]; None if the penalty has no gradient."""
         if self.tail * PARTS < 1:
+            if self.mode == "detached":
+                return s.max, None
             at = torch.arange(batch.nll.numel(), device=batch.nll.device) == s.max_index
             return s.max, at.to(batch.nll.dtype) * (self.gamma * s.share)
         tail = hardest(batch, tokens_of(self.tail, s.num_tokens.long()))
