@@ -158,7 +158,9 @@ def cost_of_nvamp(section: Section, name: str = "scalar", limit: float = 1.02) -
 # Linear path -------------------------------------------------------------------------------------------
 
 
-def linear_path(dtype: str, repeats: int, n: int = 2048, d: int = 576, vocab: int = 49152) -> Section:
+def linear_path(
+    dtype: str, repeats: int, n: int = 2048, d: int = 576, vocab: int = 49152, peers: bool = True
+) -> Section:
     h = torch.randn(1, n, d).to(DTYPES[dtype]).requires_grad_()
     w = (torch.randn(vocab, d) / 24).to(DTYPES[dtype]).requires_grad_()
     y = torch.randint(vocab, (1, n))
@@ -173,12 +175,14 @@ def linear_path(dtype: str, repeats: int, n: int = 2048, d: int = 576, vocab: in
         criterion = LinearLoss(objective, shift=False)
         return lambda: criterion(h, w, y)
 
-    losses = {
-        "eager linear, cross-entropy": lambda: F.cross_entropy((h @ w.T).float()[0], y[0]),
-        "original NVAMP": lambda: original_nvamp(h @ w.T, y),
-        **linear_peers(h, w, y),
-        **{f"nvamp: {name}": ours(objective) for name, objective in OURS.items()},
-    }
+    losses = {f"nvamp: {name}": ours(objective) for name, objective in OURS.items()}
+    if peers:
+        losses = {
+            "eager linear, cross-entropy": lambda: F.cross_entropy((h @ w.T).float()[0], y[0]),
+            "original NVAMP": lambda: original_nvamp(h @ w.T, y),
+            **linear_peers(h, w, y),
+            **losses,
+        }
     runs: dict[str, Run] = {"three bare products": three_products}
     runs |= {name: train(loss, h, w) for name, loss in losses.items()}
     section = Section(
@@ -235,11 +239,11 @@ def huge_pages(repeats: int) -> Section:
     return Section("250 MiB of float32", "fill fresh memory", timings)
 
 
-def sections(repeats: int) -> Iterator[tuple[str, Callable[[], Section]]]:
+def sections(repeats: int, peers: bool = True) -> Iterator[tuple[str, Callable[[], Section]]]:
     yield "hugepages", lambda: huge_pages(repeats)
     for dtype in DTYPES:
         yield f"logits-{dtype}", lambda dtype=dtype: logits_path(dtype, repeats)  # type: ignore[misc]
-        yield f"linear-{dtype}", lambda dtype=dtype: linear_path(dtype, repeats)  # type: ignore[misc]
+        yield f"linear-{dtype}", lambda dtype=dtype: linear_path(dtype, repeats, peers=peers)  # type: ignore[misc]
 
 
 def main() -> None:
@@ -248,13 +252,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for cpu.json")
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each contender")
     parser.add_argument("--only", choices=names, nargs="+", default=names, help="sections to run")
+    parser.add_argument("--no-peers", action="store_true", help="on the linear path, time nvamp alone")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)  # peers that fall back warn each time
     torch.manual_seed(0)
     host = machine()
     console.print(", ".join(f"{name} {value}" for name, value in host.items()))
     done = []
-    for name, run in sections(args.repeats):
+    for name, run in sections(args.repeats, peers=not args.no_peers):
         if name in args.only:
             torch.compiler.reset()
             done.append(run())
