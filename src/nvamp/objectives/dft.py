@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from nvamp.objectives.base import Batch, Objective, Result
 
 
@@ -26,4 +24,4 @@ class DFT(Objective):
 
     def evaluate(self, batch: Batch) -> Result:
         p = (-batch.nll).exp()
-        return batch.mean(torch.where(p > 0, p * batch.nll, 0), p)  # where ℓ is infinite, p·ℓ → 0
+        return batch.mean(p * batch.nll, p)
