@@ -347,7 +347,7 @@ def _ranks_of(process_group: "Group | None") -> Ranks:
 def _together(objective: Objective, ranks: Ranks, x: object, stats: bool, losses: Callable[[], T]) -> T:
     """losses(), computed from the tensor x. If it raises, this rank first takes part in later collectives.
 
-    The other ranks then get a loss of NaN. Otherwise they would wait for this rank for ever.
+    The other ranks then get a loss of NaN. Otherwise they would wait for this rank forever.
     """
     try:
         return losses()

@@ -19,6 +19,7 @@ from nvamp.options import (
     LogitsOptions,
     TokenLossOptions,
     check_ignore_index,
+    check_names,
     spelled_out,
 )
 
@@ -41,11 +42,8 @@ class _Criterion(nn.Module):
         super().__init__()
         self.objective = objective
         self.on_stats = None
-        declared = DECLARED[self._declared]
-        for name in options:
-            if name not in declared:
-                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
-        for name, option in declared.items():
+        check_names(self._declared, options, type(self).__name__)
+        for name, option in DECLARED[self._declared].items():
             setattr(self, name, options.get(name, option.default))
 
     def __setattr__(self, name: str, value: object) -> None:

@@ -211,14 +211,18 @@ def check_options(of: type, options: Mapping[str, object], caller: str) -> dict[
         TypeError: an option that `caller` does not have, or one of another type.
         ValueError: an option out of range.
     """
-    known = DECLARED[of]
-    for name in options:
-        if name not in known:
-            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
+    check_names(of, options, caller)
     return {
         name: option.check(name, options[name]) if name in options else option.default
-        for name, option in known.items()
+        for name, option in DECLARED[of].items()
     }
+
+
+def check_names(of: type, options: Mapping[str, object], caller: str) -> None:
+    """Raises a `TypeError` for an option that the class `of` does not have."""
+    for name in options:
+        if name not in DECLARED[of]:
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
 
 
 def spelled_out(options: type) -> Callable[[F], F]:

@@ -197,3 +197,8 @@ def test_a_loss_may_be_changed_in_place() -> None:
     loss = TokenNVAMPLoss()(ell)
     loss /= 4
     torch.testing.assert_close(torch.autograd.grad(loss, ell)[0], expected / 4)
+
+
+@pytest.mark.parametrize("tail", [0.0, 4e-10, 1e-9, 0.3])
+def test_a_tail_is_never_empty(tail: float) -> None:
+    assert NVAMP(0, 0, 1, tail=tail).evaluate(batch_of(torch.tensor([1.0, 5.0, 2.0]))).loss == 5

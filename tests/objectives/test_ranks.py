@@ -85,7 +85,16 @@ def test_every_nan_is_as_large(count: int) -> None:
 
 @pytest.mark.parametrize(
     ("share", "n", "k"),
-    [(0.05, 20, 1), (0.05, 21, 2), (0.07, 100, 7), (0.29, 100, 29), (1.0, 7, 7), (0.1, 0, 0)],
+    [
+        (0.05, 20, 1),
+        (0.05, 21, 2),
+        (0.07, 100, 7),
+        (0.29, 100, 29),
+        (1.0, 7, 7),
+        (0.1, 0, 0),
+        (1 / 6, 6, 1),
+        (1e-9, 3, 1),
+    ],
 )
 def test_the_number_of_a_share_is_exact(share: float, n: int, k: int) -> None:
     assert tokens_of(share, torch.tensor(n)) == k

@@ -215,9 +215,8 @@ def linear_token_nll(
 
 
 def _ranks_of(vocab_group: "Group") -> Ranks:
-    from nvamp.distributed import check_group, ranks_of
+    from nvamp.distributed import ranks_of
 
-    check_group("vocab_group", vocab_group)
     return ranks_of(vocab_group)
 
 

@@ -1,6 +1,6 @@
 """The tokens of a batch with the largest losses, on one or several ranks."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from nvamp.ranks import ALONE
 DIGIT = 16  # bits that one round of the selection across ranks decides
 PARTS = 10**9  # a share is counted in parts of a billion, so that its number of tokens is exact
 
+Count = TypeVar("Count", int, Tensor)
+
 
 class Hardest(NamedTuple):
     """The k tokens with the largest losses, ties by the lowest rank, then by the lowest index."""
@@ -22,21 +24,23 @@ class Hardest(NamedTuple):
 
 
 def tokens_of(share: float, n: Tensor) -> Tensor:
-    """⌈share·n⌉ for an integer n.
-
-    A share is counted in billionths, and one of them is left out: then ⌈n/6·6⌉ is n, however 1/6 is rounded.
-    """
-    return -((n * (1 - _parts(share))) // PARTS)
+    """k = max(1, ⌈share·n⌉) for an integer n; 0 for n = 0."""
+    return _ceil(share, n).clamp(min=1).minimum(n)
 
 
 def most_tokens_of(share: float, n: int) -> int:
-    """⌈share·n⌉, at least 1, for a Python integer n."""
-    return max(-((n * (1 - _parts(share))) // PARTS), 1)
+    """The same for a Python integer n, and 1 for n = 0."""
+    return max(_ceil(share, n), 1)
 
 
 def whole_tokens_of(share: float, n: Tensor) -> Tensor:
     """⌊share·n⌋ for an integer n, rounded with the same care."""
     return n * (_parts(share) + 1) // PARTS
+
+
+def _ceil(share: float, n: Count) -> Count:
+    """⌈share·n⌉. One part is left out, so that ⌈1/6·6⌉ is 1 however 1/6 is rounded."""
+    return -((n * (1 - _parts(share))) // PARTS)
 
 
 def _parts(share: float) -> int:

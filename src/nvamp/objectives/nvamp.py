@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nvamp.objectives.base import Batch, Objective, Result, Statistics
-from nvamp.objectives.hardest import PARTS, hardest, most_tokens_of, tokens_of
+from nvamp.objectives.hardest import hardest, most_tokens_of, tokens_of
 from nvamp.objectives.statistics import statistics
 from nvamp.options import TINY, between, one_of, option
 
@@ -104,7 +104,7 @@ class NVAMP(Objective):
 
     def _penalty(self, batch: Batch, s: Statistics) -> tuple[Tensor, Tensor | None]:
         """X, and γ·(N/M)·[i in T]/k [tokens]; None if the penalty has no gradient."""
-        if self.tail * PARTS < 1:
+        if not self.tail:
             if self.mode == "detached":
                 return s.max, None
             at = torch.arange(batch.nll.numel(), device=batch.nll.device) == s.max_index

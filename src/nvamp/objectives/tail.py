@@ -47,8 +47,7 @@ class Tail(Objective):
     def evaluate(self, batch: Batch) -> Result:
         n, total = batch.sums(batch.nll)
         m, _ = batch.items(n)
-        valid = n.long()
-        tail = hardest(batch, tokens_of(self.share, valid).clamp(min=1).minimum(valid))
+        tail = hardest(batch, tokens_of(self.share, n.long()))
         loss = (total + self.strength * (tail.k * tail.mean)) / m
         shared = torch.ones_like(n) / m
         return Result(loss, shared, torch.where(tail.among, self.strength * shared, 0))
