@@ -413,6 +413,27 @@ def test_one_pass_is_as_accurate_as_eager_if_sums_are_in_float32(
 
 
 @pytest.mark.parametrize("one_pass", [True, False])
+def test_full_precision_adds_up_few_classes_at_once(one_pass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, cuBLAS may add up the products of all classes one by one."""
+    monkeypatch.setattr(devices, "can_look", lambda _: False)
+    monkeypatch.setattr(linear, "SUMMANDS", 100)
+    summed: list[int] = []
+    add_product = linear._add_product
+
+    def counting(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+        if len(b) != 32:  # rows of the chunk: the gradient of the weight
+            summed.append(len(b))
+        add_product(total, a, b, scale)
+
+    monkeypatch.setattr(linear, "_add_product", counting)
+    p = make_problem(n=32, d=8, v=250, dtype=torch.float32, ignored=0)
+    loss = linear_nll_sum(p.hidden, p.weight, p.labels, few=0)[0] if one_pass else None
+    loss = linear_token_nll(p.hidden, p.weight, p.labels).sum() if loss is None else loss
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert summed == [100, 100, 50]
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
 @pytest.mark.usefixtures("device_kind")
 def test_half_precision_sums_many_chunks_in_float32(one_pass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """1024 chunks that all add a half: a sum in bfloat16 stops growing long before the end."""

@@ -139,7 +139,7 @@ SHAPES = [(8192, 4096, 128256), (16384, 2048, 151936), (4096, 8192, 262144), (32
 
 @pytest.mark.parametrize(("n", "d", "v"), SHAPES)
 def test_chunks_on_an_accelerator(n: int, d: int, v: int) -> None:
-    """As few as fit into what the backward takes anyway, or 512 MiB; with a sum in bfloat16, as Liger's are."""
+    """As few as fit into what the backward takes anyway, or 512 MiB; with a sum in bfloat16, less."""
     hidden, weight, row = meta(n, d), meta(v, d), 2 * (-(-v // 16) * 16)
 
     at_the_end = 4 * v * d + 2 * n * d + 2 * v * d  # the sum, and both gradients
@@ -151,7 +151,7 @@ def test_chunks_on_an_accelerator(n: int, d: int, v: int) -> None:
             assert (rows - 256) * row < max(at_the_end - meanwhile, 2**29) <= rows * row
         rows = linear.chunk_rows(hidden, weight, torch.bfloat16, one_pass)
         assert rows % 128 == 0
-        assert rows == 128 or (rows - 64) * row <= 2 * n * d < (rows + 65) * row
+        assert (rows - 64) * row <= max(2 * n * d, 2**28) < (rows + 65) * row
 
 
 class Allocations(TorchDispatchMode):

@@ -20,6 +20,8 @@ MiB = 2**20
 FEW_CHUNKS = 4
 TILE = 128  # rows that a matrix product takes at a time on an accelerator
 ALLOWANCE = 512 * MiB  # that a chunk of logits may take on an accelerator, however small the head
+FRUGAL = 256 * MiB  # the same, if memory comes first; half of it takes up to twice the time
+SUMMANDS = 8192  # classes that a full-precision product adds up at a time; cuBLAS may add them up one by one
 EIGHT = 8  # cuBLAS is up to seven times slower in half precision for a vocabulary that is no multiple of 8
 
 
@@ -32,14 +34,14 @@ def chunk_rows(
     accelerator each chunk reads and writes the float32 gradient of the weight once, so few chunks are best. A
     chunk may take `spare_bytes`, which the backward needs anyway once the chunk is gone, or 512 MiB if that
     is more, rounded up to fill a card with tiles of a product. If `accum_dtype` is the dtype of the weight,
-    memory comes first: a chunk is as large as `hidden`.
+    memory comes first: a chunk is as large as `hidden`, or 256 MiB if that is more.
     """
     vocab, features = weight.shape
     if devices.can_look(weight):
         return max(52 * MiB // ((vocab + 2 * features) * weight.itemsize), 1)
     row = pitch_of(vocab) * weight.itemsize
     if accum_dtype not in (None, accumulate_dtype(weight.dtype)):
-        return TILE * max((hidden.nbytes // row + TILE // 2) // TILE, 1)
+        return TILE * max((max(hidden.nbytes, FRUGAL) // row + TILE // 2) // TILE, 1)
     return -(-max(spare_bytes(hidden, weight, one_pass), ALLOWANCE) // (2 * TILE * row)) * 2 * TILE
 
 
@@ -149,6 +151,13 @@ def _parts(weight: Tensor) -> list[slice]:
     return [slice(0, whole), slice(whole, vocab)]
 
 
+def _summed_parts(weight: Tensor) -> list[slice]:
+    """The same for products that add up the classes: not too many at once in full precision."""
+    if devices.can_look(weight) or weight.itemsize == 2:
+        return _parts(weight)
+    return [slice(start, start + SUMMANDS) for start in range(0, len(weight), SUMMANDS)]
+
+
 def _even(n: int, most: int) -> int:
     """Rows of a chunk: as few chunks as `most` rows allow, all alike, in whole tiles if they are large."""
     rows = -(-n // max(-(-n // most), 1))
@@ -183,8 +192,8 @@ class _Gradients:
     def add(self, grad: Tensor, hidden: Tensor, at: slice) -> None:
         """Adds the part of hidden [rows, D], the rows `at`, from the gradient [rows, V] of their logits."""
         weight, where = self.rows.head.weight, self.rows.where
-        parts = _parts(weight)
         if self.needs.hidden:
+            parts = _summed_parts(weight)
             dtype = self.hidden.dtype if len(parts) == 1 else accumulate_dtype(weight.dtype)  # to round once
             in_place = where is None and dtype == self.hidden.dtype
             total = self.hidden[at] if in_place else self.hidden.new_empty(hidden.shape, dtype=dtype)
@@ -195,7 +204,7 @@ class _Gradients:
             elif not in_place:
                 self.hidden[at] = total
         if self.needs.weight:
-            for part in parts:
+            for part in _parts(weight):
                 _add_product(self.weight[part], grad[:, part].T, hidden, self.scale)
             self.scale = 1.0
         if self.needs.bias:

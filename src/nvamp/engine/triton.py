@@ -50,10 +50,10 @@ FEW_ROWS = 256  # the multiprocessors of the largest GPUs, rounded up
 def reading(columns: int, dtype: torch.dtype, capped: bool, rows: int, metrics: bool = False) -> Launch:
     """The launch of the kernel that reads a row once: many programs, which hide each other's waiting.
 
-    512 threads take 16 KiB; metrics need registers, so there 256 threads take 4 KiB. Few rows make few
+    512 threads take 16 KiB; metrics need registers, so there 256 threads take 8 KiB. Few rows make few
     programs, so each is as large as possible.
     """
-    most, threads = (32768, 1024) if rows <= FEW_ROWS else (4096, 256) if metrics else (16384, 512)
+    most, threads = (32768, 1024) if rows <= FEW_ROWS else (8192, 256) if metrics else (16384, 512)
     return _launch_of(columns, dtype, most, threads, capped)
 
 
