@@ -421,15 +421,19 @@ def test_full_precision_adds_up_few_classes_at_once(one_pass: bool, monkeypatch:
     add_product = linear._add_product
 
     def counting(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-        if len(b) != 32:  # rows of the chunk: the gradient of the weight
+        if len(b) != 32:  # rows of hidden: the gradient of the weight
             summed.append(len(b))
         add_product(total, a, b, scale)
 
     monkeypatch.setattr(linear, "_add_product", counting)
     p = make_problem(n=32, d=8, v=250, dtype=torch.float32, ignored=0)
-    loss = linear_nll_sum(p.hidden, p.weight, p.labels, few=0)[0] if one_pass else None
-    loss = linear_token_nll(p.hidden, p.weight, p.labels).sum() if loss is None else loss
-    loss.backward()  # type: ignore[no-untyped-call]
+
+    def total(h: Tensor, w: Tensor) -> Tensor:
+        if one_pass:
+            return linear_nll_sum(h, w, p.labels, few=0)[0]
+        return linear_token_nll(h, w, p.labels).sum()
+
+    gradients(total, p.hidden, p.weight)
     assert summed == [100, 100, 50]
 
 

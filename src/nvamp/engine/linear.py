@@ -21,7 +21,7 @@ FEW_CHUNKS = 4
 TILE = 128  # rows that a matrix product takes at a time on an accelerator
 ALLOWANCE = 512 * MiB  # that a chunk of logits may take on an accelerator, however small the head
 FRUGAL = 256 * MiB  # the same, if memory comes first; half of it takes up to twice the time
-SUMMANDS = 8192  # classes that a full-precision product adds up at a time; cuBLAS may add them up one by one
+SUMMANDS = 4096  # classes that a full-precision product adds up at a time; cuBLAS may add them up one by one
 EIGHT = 8  # cuBLAS is up to seven times slower in half precision for a vocabulary that is no multiple of 8
 
 
