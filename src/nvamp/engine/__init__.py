@@ -125,6 +125,8 @@ def token_nll(
         results = parts.token_nll(logits, labels, return_metrics, o["inplace_backward"], name, opt, ranks)
     elif name == "reference":
         results = reference.token_nll(logits, labels, return_metrics, opt)
+    elif not (return_metrics or o["inplace_backward"]) and ops.are_few(logits, labels):
+        results = ops.few_token_nll(logits, labels, name, opt)
     else:
         results = ops.token_nll(logits, labels, return_metrics, o["inplace_backward"], name, opt)
         results = _with_lse(*results) if return_metrics else results[:1]

@@ -20,7 +20,7 @@ MiB = 2**20
 def block_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a block. Its softmax then fills a core's share of cache on a CPU, and 256 MiB elsewhere."""
     threads = torch.get_num_threads() if device.type == "cpu" else 256
-    return max(threads * MiB // (vocab * accumulate_dtype(dtype).itemsize), threads)
+    return max(threads * 4 * MiB // (vocab * accumulate_dtype(dtype).itemsize), threads)
 
 
 # Labels ------------------------------------------------------------------------------------------------

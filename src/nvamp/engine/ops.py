@@ -20,14 +20,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from nvamp.engine import linear
+from nvamp.engine import devices, linear
 from nvamp.engine.backend import OfEntropy
 from nvamp.engine.backends import load
 from nvamp.engine.checks import check_label_range
 from nvamp.engine.hugepages import in_huge_pages
 from nvamp.engine.inplace import is_of_leaf, may_use_up, no_overlap, saving_is_hooked
 from nvamp.engine.linear import Units
-from nvamp.engine.operator import fields_of, operator
+from nvamp.engine.operator import fields_of, is_plain, operator
 from nvamp.engine.options import Head, Needs, Options, accumulate_dtype
 
 Tensors = tuple[Tensor, ...]
@@ -188,6 +188,55 @@ def _logits_gradient(ctx: Any, grad_nll: Tensor | None, grad_entropy: Tensor | N
 
 
 token_nll.register_autograd(_token_nll_autograd, setup_context=_token_nll_setup)
+
+
+# A few rows on a CPU -----------------------------------------------------------------------------------
+
+FEW_ROWS = 16
+
+
+def are_few(logits: Tensor, labels: Tensor) -> bool:
+    """Whether `few_token_nll` is of use: a plain call on a CPU with a gradient to take, of a few rows.
+
+    There, computing the softmax again in the backward costs more time than memory is worth.
+    """
+    few = 0 < labels.numel() <= FEW_ROWS and devices.can_look(logits)
+    return few and torch.is_grad_enabled() and logits.requires_grad and is_plain((logits, labels))
+
+
+class _FewTokenNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, backend: str, opt: Options) -> Tensor:
+        vocab = logits.shape[-1]
+        check_label_range(labels, vocab, opt.ignore_index)
+        unit = torch.empty(logits.shape, dtype=accumulate_dtype(logits.dtype)).copy_(logits)
+        nll = load(backend).unit_gradient_(unit.view(-1, vocab), labels.flatten(), opt)
+        ctx.save_for_backward(unit)
+        return nll.view(labels.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+        (unit,) = ctx.saved_tensors
+        return scale_rows(unit, grad_nll), None, None, None
+
+
+def few_token_nll(logits: Tensor, labels: Tensor, backend: str, opt: Options) -> Tensors:
+    """`token_nll` that makes the gradient together with the losses, in a copy of the logits."""
+    nll: Tensor = _FewTokenNLL.apply(logits, labels, backend, opt)  # type: ignore[no-untyped-call]
+    return (nll,)
+
+
+@operator("nvamp::scale_rows", "(Tensor x, Tensor scale) -> Tensor")
+def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
+    return x * scale[..., None]
+
+
+@scale_rows.register_fake
+def _(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+scale_rows.register_autograd(_refuse)
 
 
 # nvamp::linear_token_nll -------------------------------------------------------------------------------
