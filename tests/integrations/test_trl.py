@@ -354,6 +354,7 @@ SAME_AS_TRL: dict[str, Callable[[Rollouts], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("corrected", [False, True], ids=["", "vllm"])
 @pytest.mark.parametrize(
     ("loss_type", "options"),
     [
@@ -364,16 +365,19 @@ SAME_AS_TRL: dict[str, Callable[[Rollouts], dict[str, Any]]] = {
     ],
 )
 def test_a_clipped_policy_is_trls(
-    grpo: Any, rollouts: Rollouts, loss_type: str, options: dict[str, float]
+    grpo: Any, rollouts: Rollouts, loss_type: str, options: dict[str, float], corrected: bool
 ) -> None:
+    correction = torch.rand(4, SEQ) if corrected else torch.ones(4, SEQ)
     grpo.loss_type, grpo.beta = loss_type, options.get("kl", 0.0)
     grpo.epsilon_low, grpo.epsilon_high = options["clip"], options["clip_high"]
     grpo.entropy_coef = options.get("entropy", 0.0)
     grpo._entropy_bonus_enabled = bool(grpo.entropy_coef)
-    grpo.current_gradient_accumulation_steps = 1
+    grpo.current_gradient_accumulation_steps, grpo.use_vllm = 1, corrected
     grpo.model.train()
     grpo.model.zero_grad()
-    theirs = grpo._compute_loss(grpo.model, rollouts.for_trl())
+    theirs = grpo._compute_loss(
+        grpo.model, {**rollouts.for_trl(), "importance_sampling_ratio": correction[:, 3:]}
+    )
     theirs.backward()
 
     model = tiny()
@@ -381,7 +385,7 @@ def test_a_clipped_policy_is_trls(
     ours = model(
         input_ids=rollouts.tokens,
         labels=rollouts.labels,
-        advantage=rollouts.advantage[:, None].expand(rollouts.labels.shape),
+        advantage=rollouts.advantage[:, None] * correction,
         old_logprob=rollouts.old_logprob,
         ref_logprob=rollouts.ref_logprob,
         **SAME_AS_TRL[loss_type](rollouts),
