@@ -45,6 +45,7 @@ FENCE = re.compile(r"^```(.*)\n((?s:.*?))^```$", re.MULTILINE)
 # What the code of a page takes for granted; of any other page it runs as it stands.
 GIVEN = {
     "README.md": "logits labels M hidden lm_head model Trainer args data dist",
+    "docs/coming-from.md": "logits labels hidden lm_head",
     "docs/custom-losses.md": "logits hidden lm_head labels",
     "docs/distributed.md": "logits labels mesh logits_of_this_rank hidden weight_of_this_rank",
     "docs/reinforcement-learning.md": "model tokens labels reward",
