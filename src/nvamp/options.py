@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypedDict, TypeVar, cast, get_args
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from nvamp.distributed import Group
@@ -113,6 +114,17 @@ def _dtype(name: str, value: object) -> object:
     return value
 
 
+def _class_weight(name: str, value: object) -> object:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} must be a floating-point tensor or None, got {got}")
+    if value.dim() != 1:
+        raise ValueError(f"{name} must have shape [vocabulary], got {list(value.shape)}")
+    if value.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: it gets none")
+    return value
+
+
 # Options -----------------------------------------------------------------------------------------------
 
 
@@ -123,6 +135,11 @@ class TokenOptions(TypedDict, total=False):
     (without `softcap`, `z = logit_scale·x`):
 
         loss = logsumexp(z) − (1 − label_smoothing)·z[y] − label_smoothing·mean(z) + z_loss·logsumexp(z)²
+
+    With a `class_weight` w, each class v has its part of the target, and the loss is
+
+        loss = Σ_v t_v·(logsumexp(z) − z[v] + z_loss·logsumexp(z)²)
+        t_v = w[v]·((1 − label_smoothing)·[v = y] + label_smoothing / V)
 
     `label_smoothing` is in [0, 1]; `z_loss` is at least 0, and 1e-4 in PaLM (arXiv 2204.02311); `softcap` is
     above 0, and 30 in Gemma 2 (arXiv 2408.00118); `logit_scale` is not 0.
@@ -137,6 +154,7 @@ class TokenOptions(TypedDict, total=False):
 class EngineOptions(TokenOptions, total=False):
     """Keyword arguments of all functions that compute the losses of tokens."""
 
+    class_weight: Annotated[Tensor | None, Option(None, optional(_class_weight))]
     backend: Annotated[str | None, Option(None, optional(_backend))]
 
 

@@ -84,7 +84,7 @@ def test_opcheck_of_the_backward_operators(backend: str) -> None:
     needs = (True, True, False)
     nll, norm, entropy, _ = ops.token_nll(p.logits, p.labels, True, False, *flat(backend))
     for classes, of_entropy in product((None, torch.tensor(11)), ((None, None), (entropy, nll))):
-        of_rows = norm, classes, *of_entropy
+        of_rows = norm, classes, None, *of_entropy
         torch.library.opcheck(
             ops.token_nll_backward.default, (nll, p.logits, p.labels, *of_rows, *flat(backend))
         )
@@ -111,7 +111,7 @@ def test_opcheck_of_the_operators_on_parts(backend: str, v: int, metrics: bool, 
     torch.library.opcheck(
         ops.linear_part_statistics.default, (*(x.detach() for x in head), p.labels, metrics, None, *args)
     )
-    whole = (torch.zeros(6, 2), torch.zeros(6), torch.tensor(11), torch.zeros(6) if metrics else None)
+    whole = (torch.zeros(6, 2), torch.zeros(6), torch.tensor(11), None, torch.zeros(6) if metrics else None)
     torch.library.opcheck(ops.part_nll.default, (logits, p.labels, *whole, False, *args))
     torch.library.opcheck(ops.linear_part_nll.default, (*head, p.labels, *whole, None, *args))
 
@@ -258,7 +258,7 @@ def runs(backend: str, create_graph: bool = False) -> dict[str, Callable[[], lis
         return [*(x.detach() for x in results), *grads]
 
     head, y = (p.hidden, p.weight, p.bias), p.labels
-    whole = engine.Whole(torch.randn(37, 2), torch.randn(37), torch.tensor(99), torch.randn(37))
+    whole = engine.Whole(torch.randn(37, 2), torch.randn(37), torch.tensor(99), None, torch.randn(37))
     options: Any = {"backend": backend, **OPTIONS["all"]}
     args = backend, Options(IGNORED, **OPTIONS["all"])
     return {

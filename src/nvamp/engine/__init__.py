@@ -14,15 +14,17 @@ from nvamp.engine import ops, parts, reference
 from nvamp.engine.backends import backend_for
 from nvamp.engine.checks import (
     check_accum_dtype,
+    check_class_weight,
     check_head,
     check_labels,
     check_linear,
     check_logits,
     check_transforms,
 )
-from nvamp.engine.options import Head, Needs, Options
+from nvamp.engine.options import Head, Needs, Options, accumulate_dtype
 from nvamp.options import (
     DECLARED,
+    EngineOptions,
     LinearNLLOptions,
     LinearSumOptions,
     NLLOptions,
@@ -93,11 +95,14 @@ def token_nll(
             place. The option has no effect on logits that are leaves, views of leaves or DTensors or that
             overlap themselves, with `retain_graph=True`, if saved tensors are hooked, as under activation
             checkpointing, under `torch.compile`, and on `"reference"`.
+        class_weight: [V], floating-point, without gradient: how much each class counts, in the loss of a
+            token as `torch.nn.CrossEntropyLoss(weight=..., reduction="none")` defines it; see `TokenOptions`.
+            With `label_smoothing` too, `"chunked"` does the work of `"triton"`.
         vocab_group: the ranks that share the vocabulary. Each has the logits of some classes, in the order of
-            the ranks; the labels index the whole vocabulary and are the same on all ranks. The losses are
-            then the same on all ranks too, and each rank gets the gradient with respect to its own logits. It
-            takes three all-reduces of at most three numbers a token. Logits that are a DTensor sharded over
-            the last dimension need no `vocab_group`.
+            the ranks; the labels and the `class_weight` are those of the whole vocabulary, the same on all
+            ranks. The losses are then the same on all ranks too, and each rank gets the gradient with respect
+            to its own logits. It takes three all-reduces of at most three numbers a token. Logits that are a
+            DTensor sharded over the last dimension need no `vocab_group`.
         backend: `"triton"`, `"chunked"`, `"reference"`, or `None` for the best one of the device.
         **options: see `TokenOptions`.
 
@@ -117,8 +122,8 @@ def token_nll(
         logits, labels, vocab_group = local_logits(logits, labels, vocab_group)
     check_logits(logits, part=vocab_group is not None)
     labels = check_labels(labels, logits, "logits")
-    opt = _opt(ignore_index, o)
-    name = backend_for(logits, o["backend"])
+    opt = _opt(ignore_index, o, logits, None if vocab_group is not None else logits.shape[-1])
+    name = _backend(logits, o)
     check_transforms(name, logits)
     if vocab_group is not None:
         ranks = _ranks_of(vocab_group)
@@ -195,8 +200,8 @@ def linear_token_nll(
         hidden, weight, labels, bias, vocab_group = local_head(hidden, weight, labels, bias, vocab_group)
     head = _head(hidden, weight, labels, bias, part=vocab_group is not None)
     check_accum_dtype(accum_dtype, head.weight)
-    opt = _opt(ignore_index, o)
-    name = backend_for(hidden, o["backend"])
+    opt = _opt(ignore_index, o, head.hidden, None if vocab_group is not None else len(head.weight))
+    name = _backend(hidden, o)
     check_transforms(name, *head[:3])
     if vocab_group is not None:
         ranks = _ranks_of(vocab_group)
@@ -259,18 +264,37 @@ def linear_nll_sum(
     check_accum_dtype(accum_dtype, head.weight)
     if few < 0:
         raise ValueError(f"few must be at least 0, got {few}")
-    opt = _opt(ignore_index, o)
+    opt = _opt(ignore_index, o, head.hidden, len(head.weight))
     needs = Needs(*(t is not None and t.requires_grad for t in head[:3]))
-    name = backend_for(hidden, o["backend"])
+    name = _backend(hidden, o)
     check_transforms(name, *head[:3])
     total, nll, *_ = ops.linear_nll_sum(head, needs, few, True, accum_dtype, name, opt)
     return total, nll.view(labels.shape)
 
 
-def _opt(ignore_index: int, o: TokenOptions) -> Options:
-    """The checked options of the loss of a token, as operators take them."""
+def _opt(ignore_index: int, o: EngineOptions, x: Tensor, vocab: int | None) -> Options:
+    """The checked options of the loss of a token, as operators take them, for x, the logits or hidden states.
+
+    `vocab` is None if x is a part of the vocabulary, whose size is not known yet.
+    """
     token_options: Any = {name: o[name] for name in DECLARED[TokenOptions]}  # type: ignore[literal-required]
-    return Options(check_ignore_index("ignore_index", ignore_index), **token_options)
+    class_weight = o["class_weight"]
+    if class_weight is not None:
+        if class_weight.device != x.device:
+            raise ValueError(
+                f"class_weight must be on the device of the labels, {x.device}, got {class_weight.device}"
+            )
+        if vocab is not None:
+            check_class_weight(class_weight, vocab)
+        class_weight = class_weight.to(accumulate_dtype(x.dtype))
+    ignore_index = check_ignore_index("ignore_index", ignore_index)
+    return Options(ignore_index, class_weight=class_weight, **token_options)
+
+
+def _backend(x: Tensor, o: EngineOptions) -> str:
+    """The name of the backend for x. The kernels of `"triton"` do not add up what weighs differently."""
+    name = backend_for(x, o["backend"])
+    return "chunked" if name == "triton" and o["class_weight"] is not None and o["label_smoothing"] else name
 
 
 def _with_lse(nll: Tensor, norm: Tensor, entropy: Tensor, prediction: Tensor) -> tuple[Tensor, ...]:

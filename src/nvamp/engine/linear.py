@@ -271,6 +271,7 @@ def token_nll_backward(
     grad_nll: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    weights: Tensor | None,
     of_entropy: OfEntropy | None,
     head: Head,
     needs: Needs,
@@ -279,9 +280,10 @@ def token_nll_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of Σ grad_nll·nll with respect to hidden, weight and bias, in their dtypes.
 
-    `classes` and `of_entropy` are as in `Backend.token_nll_backward`.
+    `classes`, `weights` and `of_entropy` are as in `Backend.token_nll_backward`.
     """
     rows = _Rows.of(head, opt, compact=devices.can_wait(head.hidden))
+    weights = None if weights is None else rows.gather(weights)
     norm, grad_nll, *entropies = (rows.gather(x) for x in (norm, grad_nll, *(of_entropy or ())))
     sum_dtype = _sum_dtype(head, len(rows.labels), accum_dtype)
     grads = _Gradients.empty(rows, needs, head.hidden.dtype, sum_dtype)
@@ -296,6 +298,7 @@ def token_nll_backward(
                 opt,
                 out=x,
                 classes=classes,
+                weights=None if weights is None else weights[at],
                 of_entropy=OfEntropy(*(e[at] for e in entropies)) if entropies else None,
             )
             grads.add(x, h, at)

@@ -36,6 +36,7 @@ _OPTIONS = f"str backend, {fields_of(Options)}"  # the last arguments of every o
 _HEAD = fields_of(Head)
 _NEEDS = fields_of(Needs, prefix="needs_")
 _TOKENS = "(Tensor nll, Tensor norm, Tensor entropy, Tensor prediction)"
+_OF_PART = "Tensor? classes, Tensor? weights"  # as in `Backend.token_nll_backward`
 _OF_ENTROPY = "Tensor? entropy, Tensor? grad_entropy"  # both or neither
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
@@ -76,6 +77,18 @@ def _keep_entropy(ctx: Any, output: Tensors, metrics: bool) -> Tensor | None:
     return entropy if metrics else None
 
 
+def _save(ctx: Any, opt: Options, *tensors: Tensor | None) -> None:
+    """Keeps options and tensors for the backward."""
+    ctx.opt = opt._replace(class_weight=None)
+    ctx.save_for_backward(opt.class_weight, *tensors)
+
+
+def _saved(ctx: Any) -> tuple[Options, list[Any]]:
+    """What `_save` kept. Checkpointing allows no second look."""
+    class_weight, *tensors = ctx.saved_tensors
+    return ctx.opt._replace(class_weight=class_weight), tensors
+
+
 def _or_zeros(grad_nll: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
     """The gradient with respect to the losses, which only one of the two may have."""
     return torch.zeros_like(cast(Tensor, grad_entropy)) if grad_nll is None else grad_nll
@@ -113,7 +126,7 @@ def _(logits: Tensor, labels: Tensor, metrics: bool, *_: Any) -> Tensors:
 
 @operator(
     "nvamp::token_nll_backward",
-    f"(Tensor grad_nll, Tensor logits, Tensor labels, Tensor norm, Tensor? classes, {_OF_ENTROPY}, "
+    f"(Tensor grad_nll, Tensor logits, Tensor labels, Tensor norm, {_OF_PART}, {_OF_ENTROPY}, "
     f"{_OPTIONS}) -> Tensor",
 )
 def token_nll_backward(
@@ -122,6 +135,7 @@ def token_nll_backward(
     labels: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    weights: Tensor | None,
     entropy: Tensor | None,
     grad_entropy: Tensor | None,
     backend: str,
@@ -130,7 +144,8 @@ def token_nll_backward(
     grad = in_huge_pages(logits.new_empty(logits.shape))
     if logits.shape[-1]:
         of_entropy = _of_entropy(entropy, grad_entropy)
-        load(backend).token_nll_backward(grad_nll, logits, labels, norm, opt, grad, classes, of_entropy)
+        args = grad_nll, logits, labels, norm, opt, grad, classes, of_entropy, weights
+        load(backend).token_nll_backward(*args)
     return grad
 
 
@@ -148,6 +163,7 @@ def _token_nll_backward_(
     labels: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    weights: Tensor | None,
     entropy: Tensor | None,
     grad_entropy: Tensor | None,
     backend: str,
@@ -157,16 +173,17 @@ def _token_nll_backward_(
     grad = logits.detach()
     if logits.shape[-1]:
         of_entropy = _of_entropy(entropy, grad_entropy)
-        load(backend).token_nll_backward(grad_nll, grad, labels, norm, opt, grad, classes, of_entropy)
+        args = grad_nll, grad, labels, norm, opt, grad, classes, of_entropy, weights
+        load(backend).token_nll_backward(*args)
     torch.autograd.graph.increment_version(grad)
     return grad
 
 
 def _token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    logits, labels, metrics, inplace, ctx.backend, ctx.opt = inputs
+    logits, labels, metrics, inplace, ctx.backend, opt = inputs
     ctx.inplace = inplace and not saving_is_hooked()
     entropy = _keep_entropy(ctx, output, metrics)
-    ctx.save_for_backward(logits, labels, output[1], None, entropy)
+    _save(ctx, opt, logits, labels, output[1], None, None, entropy)
 
 
 def _token_nll_autograd(
@@ -176,14 +193,14 @@ def _token_nll_autograd(
 
 
 def _logits_gradient(ctx: Any, grad_nll: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor]:
-    logits, labels, norm, classes, entropy = ctx.saved_tensors
+    opt, (logits, labels, norm, *of_part, entropy) = _saved(ctx)
     grads = [grad for grad in (grad_nll, grad_entropy) if grad is not None]
     in_place = ctx.inplace and not is_of_leaf(logits) and no_overlap(logits)
     in_place = in_place and all(may_use_up(logits, grad) for grad in grads)
     backward = _token_nll_backward_ if in_place else token_nll_backward
     entropies = (None, None) if grad_entropy is None else (entropy, grad_entropy)
     grad_nll = _or_zeros(grad_nll, grad_entropy)
-    args = grad_nll, logits, labels, norm, classes, *entropies, ctx.backend, ctx.opt
+    args = grad_nll, logits, labels, norm, *of_part, *entropies, ctx.backend, opt
     return (cast(Tensor, backward(*args)),)
 
 
@@ -212,13 +229,14 @@ def _(head: Head, metrics: bool, *_: Any) -> Tensors:
 
 @operator(
     "nvamp::linear_token_nll_backward",
-    f"(Tensor grad_nll, Tensor norm, Tensor? classes, {_OF_ENTROPY}, {_HEAD}, {_NEEDS}, "
+    f"(Tensor grad_nll, Tensor norm, {_OF_PART}, {_OF_ENTROPY}, {_HEAD}, {_NEEDS}, "
     f"ScalarType? accum_dtype, {_OPTIONS}) -> ({_GRADIENTS})",
 )
 def linear_token_nll_backward(
     grad_nll: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    weights: Tensor | None,
     entropy: Tensor | None,
     grad_entropy: Tensor | None,
     head: Head,
@@ -232,7 +250,7 @@ def linear_token_nll_backward(
     of_entropy = _of_entropy(entropy, grad_entropy)
     with _as_is(head.hidden):
         return linear.token_nll_backward(
-            load(backend), grad_nll, norm, classes, of_entropy, head, needs, accum_dtype, opt
+            load(backend), grad_nll, norm, classes, weights, of_entropy, head, needs, accum_dtype, opt
         )
 
 
@@ -241,6 +259,7 @@ def _(
     grad_nll: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    weights: Tensor | None,
     entropy: Tensor | None,
     grad_entropy: Tensor | None,
     head: Head,
@@ -254,9 +273,9 @@ linear_token_nll_backward.register_autograd(_refuse)
 
 
 def _linear_token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    head, metrics, ctx.accum_dtype, ctx.backend, ctx.opt = inputs
+    head, metrics, ctx.accum_dtype, ctx.backend, opt = inputs
     entropy = _keep_entropy(ctx, output, metrics)
-    ctx.save_for_backward(output[1], None, entropy, *head)
+    _save(ctx, opt, output[1], None, None, entropy, *head)
 
 
 def _linear_token_nll_autograd(
@@ -266,12 +285,12 @@ def _linear_token_nll_autograd(
 
 
 def _head_gradients(ctx: Any, grad_nll: Tensor | None, grad_entropy: Tensor | None) -> list[Tensor | None]:
-    norm, classes, entropy, *tensors = ctx.saved_tensors
+    opt, (norm, classes, weights, entropy, *tensors) = _saved(ctx)
     head, needs = Head(*tensors), Needs(*ctx.needs_input_grad[:3])
     entropies = (None, None) if grad_entropy is None else (entropy, grad_entropy)
     grad_nll = _or_zeros(grad_nll, grad_entropy)
-    args = head, needs, ctx.accum_dtype, ctx.backend, ctx.opt
-    return _present(linear_token_nll_backward(grad_nll, norm, classes, *entropies, *args), needs)
+    args = head, needs, ctx.accum_dtype, ctx.backend, opt
+    return _present(linear_token_nll_backward(grad_nll, norm, classes, weights, *entropies, *args), needs)
 
 
 def _present(grads: Tensors, needs: Needs) -> list[Tensor | None]:
@@ -365,21 +384,21 @@ def _weighted_gradients(
 
 
 def _linear_nll_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    head, ctx.needs, ctx.few, use_up, ctx.accum_dtype, ctx.backend, ctx.opt = inputs
+    head, ctx.needs, ctx.few, use_up, ctx.accum_dtype, ctx.backend, opt = inputs
     ctx.use_up = use_up and not saving_is_hooked()  # a hook may keep what it saves
     ctx.mark_non_differentiable(*output[2 if ctx.few else 1 :])
-    ctx.save_for_backward(*head, *output[2:])
+    _save(ctx, opt, *head, *output[2:])
 
 
 def _linear_nll_sum_autograd(
     ctx: Any, grad_sum: Tensor | None, grad_nll: Tensor | None, *_: Any
 ) -> list[Tensor | None]:
-    hidden, weight, bias, labels, *units = ctx.saved_tensors  # once: checkpointing allows no second look
+    opt, (hidden, weight, bias, labels, *units) = _saved(ctx)
     if grad_sum is None:
         assert grad_nll is not None
         grad_sum = grad_nll.new_zeros(())
-    args = (grad_sum, grad_nll, Units(*units), Head(hidden, weight, bias, labels))
-    rest = (ctx.needs, ctx.few, ctx.accum_dtype, ctx.backend, ctx.opt)
+    args = (grad_sum, grad_nll, Units(*units), Head(hidden, weight, bias, labels), ctx.needs)
+    rest = (ctx.few, ctx.accum_dtype, ctx.backend, opt)
     if ctx.use_up and may_use_up(units[0], grad_sum, grad_nll):
         grads = _weighted_gradients(True, *args, *rest)
     else:
@@ -402,6 +421,7 @@ class Whole(NamedTuple):
     norm: Tensor  # [..., 2]
     nll: Tensor  # [...]
     classes: Tensor  # int64 []: how many there are
+    weights: Tensor | None  # [..., 2], those of `weights_of`
     entropy: Tensor | None  # [...]; None without metrics
 
 
@@ -462,11 +482,11 @@ def _(logits: Tensor, labels: Tensor, whole: Whole, *_: Any) -> Tensors:
 
 
 def _part_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    logits, labels, whole, inplace, ctx.backend, ctx.opt = inputs
+    logits, labels, whole, inplace, ctx.backend, opt = inputs
     ctx.inplace = inplace and not saving_is_hooked()
     if whole.entropy is None:
         ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(logits, labels, whole.norm, whole.classes, whole.entropy)
+    _save(ctx, opt, logits, labels, whole.norm, whole.classes, whole.weights, whole.entropy)
 
 
 part_nll.register_autograd(_logits_gradient, setup_context=_part_nll_setup)
@@ -506,10 +526,10 @@ def _(head: Head, whole: Whole, *_: Any) -> Tensors:
 
 
 def _linear_part_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    head, whole, ctx.accum_dtype, ctx.backend, ctx.opt = inputs
+    head, whole, ctx.accum_dtype, ctx.backend, opt = inputs
     if whole.entropy is None:
         ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(whole.norm, whole.classes, whole.entropy, *head)
+    _save(ctx, opt, whole.norm, whole.classes, whole.weights, whole.entropy, *head)
 
 
 linear_part_nll.register_autograd(_head_gradients, setup_context=_linear_part_nll_setup)

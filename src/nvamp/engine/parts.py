@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from nvamp.engine import ops, reference
-from nvamp.engine.checks import check_label_range
-from nvamp.engine.options import Head, Options
+from nvamp.engine.checks import check_class_weight, check_label_range
+from nvamp.engine.options import Head, Options, weights_of
 from nvamp.ranks import Ranks
 
 IGNORED, ELSEWHERE = -100, -1
@@ -43,6 +43,8 @@ class _Targets(NamedTuple):
     size: int  # classes of this part
     start: Tensor  # int64 []: classes of the parts before it
     classes: Tensor  # int64 []: of all parts
+    weights: Tensor | None  # [..., 2], those of `weights_of`
+    class_weight: Tensor | None  # [size]: of the classes of this part
 
     @classmethod
     def of(cls, labels: Tensor, size: int, opt: Options, ranks: Ranks) -> "_Targets":
@@ -55,7 +57,16 @@ class _Targets(NamedTuple):
         local = labels.long() - start
         local = torch.where((local >= 0) & (local < size), local, ELSEWHERE)
         invalid = ~ignored & ((labels < 0) | (labels >= classes))
-        return cls(torch.where(ignored, IGNORED, local), ignored, invalid, size, start, classes)
+        local = torch.where(ignored, IGNORED, local)
+        weights, class_weight = weights_of(labels, opt), opt.class_weight
+        if class_weight is not None:
+            check_class_weight(class_weight, classes)
+            class_weight = class_weight[start + torch.arange(size, device=labels.device)]
+        return cls(local, ignored, invalid, size, start, classes, weights, class_weight)
+
+    def local(self, opt: Options) -> Options:
+        """The options of this part."""
+        return opt._replace(ignore_index=IGNORED, class_weight=self.class_weight)
 
 
 def token_nll(
@@ -72,7 +83,7 @@ def token_nll(
     The labels [...] index the whole vocabulary; the logits [..., classes] belong to this part.
     """
     targets = _Targets.of(labels, logits.shape[-1], opt, ranks)
-    local = opt._replace(ignore_index=IGNORED)
+    local = targets.local(opt)
     if backend == "reference":
         return _reference(logits, targets, metrics, opt, ranks)
     statistics = ops.part_statistics(logits.detach(), targets.labels, metrics, backend, local)
@@ -90,7 +101,7 @@ def linear_token_nll(
     """
     targets = _Targets.of(head.labels, len(head.weight), opt, ranks)
     head = head._replace(labels=targets.labels)
-    local = opt._replace(ignore_index=IGNORED)
+    local = targets.local(opt)
     if backend == "reference":
         return _reference(reference.logits_of(head, IGNORED), targets, metrics, opt, ranks)
     fixed = Head(*(None if t is None else t.detach() for t in head))  # type: ignore[arg-type]
@@ -104,8 +115,7 @@ def _reference(
     logits: Tensor, targets: _Targets, metrics: bool, opt: Options, ranks: Ranks
 ) -> tuple[Tensor, ...]:
     """The same for autograd to differentiate: each rank's addend to a sum gets the gradient of the sum."""
-    local = opt._replace(ignore_index=IGNORED)
-    statistics = _Statistics(*reference.part_statistics(logits, targets.labels, local))
+    statistics = _Statistics(*reference.part_statistics(logits, targets.labels, targets.local(opt)))
     through = ranks._replace(total=lambda x: _Sum.apply(x, ranks))  # type: ignore[no-untyped-call]
     whole, prediction = _put_together(statistics, targets, metrics, opt, through)
     return _results(whole.nll, whole.norm, whole.entropy, prediction)
@@ -140,27 +150,32 @@ def _put_together(
     sums = [mass, s.at_label]
     if opt.label_smoothing:
         # Σ (largest − z) over all classes: the common part of all z would cost digits.
-        sums.append(s.sum_below + targets.size * lower)
+        size = targets.size if targets.class_weight is None else targets.class_weight.sum()
+        sums.append(s.sum_below + size * lower)
     if metrics:
         # The entropy of the whole is log_sum plus, over parts, share · (entropy − log of the part's mass).
         some = torch.where(total == 0, 1, total)
         sums.append(mass * (torch.where(total == 0, 0, s.entropy) + (lower - some.log())))
     total, at_label, *rest = ranks.total(torch.stack(sums))
     log_sum = total.log()
-    nll = (largest - at_label) + log_sum
+    below, of_lse = largest - at_label, log_sum
+    if opt.z_loss:
+        of_lse = of_lse + opt.z_loss * (largest + log_sum).square()
+    if targets.weights is not None:
+        below, of_lse = below * targets.weights[..., 0], of_lse * targets.weights[..., 1]
+    elif opt.label_smoothing:
+        below = below * (1 - opt.label_smoothing)
     if opt.label_smoothing:
         # Both may be inf, so `torch.lerp`, which takes their difference, would give NaN.
-        uniform = rest[0] / targets.classes + log_sum
-        nll = (1 - opt.label_smoothing) * nll + opt.label_smoothing * uniform
-    if opt.z_loss:
-        nll = nll + opt.z_loss * (largest + log_sum).square()
+        below = below + opt.label_smoothing * (rest[0] / targets.classes)
+    nll = below + of_lse
     nll = nll.masked_fill(targets.ignored, 0).masked_fill(targets.invalid, torch.nan)
     norm = torch.stack((largest, log_sum), -1).masked_fill(targets.invalid[..., None], torch.nan)
     if not metrics:
-        return ops.Whole(norm, nll, targets.classes, None), None
+        return ops.Whole(norm, nll, targets.classes, targets.weights, None), None
     entropy = (log_sum + rest[-1] / total).masked_fill(targets.ignored, 0)
     prediction = _first_of_largest(s.prediction, top == largest, targets, ranks)
-    return ops.Whole(norm, nll, targets.classes, entropy), prediction
+    return ops.Whole(norm, nll, targets.classes, targets.weights, entropy), prediction
 
 
 def _first_of_largest(prediction: Tensor, has_largest: Tensor, targets: _Targets, ranks: Ranks) -> Tensor:

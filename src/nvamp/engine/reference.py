@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from nvamp.engine.checks import check_label_range
-from nvamp.engine.options import Head, Options, accumulate_dtype
+from nvamp.engine.options import Head, Options, accumulate_dtype, weights_of
 
 
 def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
@@ -24,12 +24,15 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
     nll = F.cross_entropy(
         z.flatten(0, -2),
         labels.flatten().long(),
+        opt.class_weight,
         ignore_index=opt.ignore_index,
         label_smoothing=opt.label_smoothing,
         reduction="none",
     ).view(labels.shape)
     if opt.z_loss:
-        nll = nll + torch.where(valid, opt.z_loss * z.logsumexp(-1).square(), 0)
+        weights = weights_of(labels, opt)
+        weight = 1 if weights is None else weights[..., 1]
+        nll = nll + torch.where(valid, weight * opt.z_loss * z.logsumexp(-1).square(), 0)
     if not metrics:
         return (nll,)
     log_p = z.log_softmax(-1)
@@ -50,7 +53,9 @@ def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tenso
     total = e.sum(-1)
     some = torch.where(total == 0, 1, total)  # a part of no mass has an entropy of 0
     entropy = some.log() - (e * below.clamp(min=torch.finfo(e.dtype).min)).sum(-1) / some
-    results = torch.stack((top, total), -1), torch.where(labels < 0, 0, at_label), -below[..., :-1].sum(-1)
+    weight = 1 if opt.class_weight is None else opt.class_weight
+    sum_below = -(below[..., :-1] * weight).sum(-1)
+    results = torch.stack((top, total), -1), torch.where(labels < 0, 0, at_label), sum_below
     return *results, entropy, padded.argmax(-1)
 
 
