@@ -88,7 +88,9 @@ def metrics_are_those_of_one_process(rank: int, world: int) -> None:
     sizes = uneven(world)
 
     def results(function: Any, leaves: list[Tensor], *labels: Tensor, **options: Any) -> list[Tensor]:
-        nll, metrics = function(*leaves[:2], *labels, *leaves[2:], return_metrics=True, **options)
+        nll, metrics = function(
+            *leaves[:2], *labels, *leaves[2:], return_metrics=True, mean_logit=True, **options
+        )
         grads = torch.autograd.grad((nll - 0.7 * metrics.entropy).sum(), leaves)
         return [*(t.detach() for t in (nll, *metrics)), *grads]
 

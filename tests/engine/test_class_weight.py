@@ -99,13 +99,13 @@ def test_a_vocabulary_in_parts(backend: str, options: dict[str, Any]) -> None:
         logits, weight, bias = (piece[ranks.rank] for piece in pieces)
 
         def of_logits(x: Tensor) -> Tensor:
-            nll, _, entropy, _ = parts.token_nll(x, p.labels, True, False, backend, opt, ranks)
+            nll, _, entropy, _ = parts.token_nll(x, p.labels, 2, False, backend, opt, ranks)
             torch.testing.assert_close(nll, p.exact(p.logits, **options), **TIGHT)
             return combined(p, nll, entropy)
 
         def of_head(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
             head = Head(map_gradient(h, ranks.total), w, b, p.labels)
-            nll, _, entropy, _ = parts.linear_token_nll(head, True, None, backend, opt, ranks)
+            nll, _, entropy, _ = parts.linear_token_nll(head, 2, None, backend, opt, ranks)
             return combined(p, nll, entropy)
 
         value, by_logits = gradients(of_logits, logits)
@@ -260,7 +260,7 @@ def test_a_part_is_refused_if_the_whole_does_not_fit() -> None:
 
     def rank(ranks: Any) -> Any:
         part = p.logits.split([4, 5], -1)[ranks.rank]
-        return parts.token_nll(part, p.labels, False, False, "chunked", opt, ranks)
+        return parts.token_nll(part, p.labels, 0, False, "chunked", opt, ranks)
 
     for error in on_ranks(2, rank):
         assert "class_weight must have shape [9]" in str(error)

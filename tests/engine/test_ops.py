@@ -43,10 +43,10 @@ def flat(backend: str = "chunked", **options: Any) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("metrics", [True, False])
+@pytest.mark.parametrize("metrics", [0, 2, 3])
 @with_backend
 def test_opcheck_of_the_primitives(
-    options: dict[str, Any], dtype: torch.dtype, metrics: bool, backend: str
+    options: dict[str, Any], dtype: torch.dtype, metrics: int, backend: str
 ) -> None:
     p = make_problem(n=6, d=4, v=9, dtype=dtype)
     logits = p.logits.detach().requires_grad_()
@@ -82,7 +82,7 @@ def test_opcheck_of_the_backward_operators(backend: str) -> None:
     p = make_problem(n=6, d=4, v=9)
     head = (p.hidden, p.weight, p.bias, p.labels)
     needs = (True, True, False)
-    nll, norm, entropy, _ = ops.token_nll(p.logits, p.labels, True, False, *flat(backend))
+    nll, norm, entropy, *_ = ops.token_nll(p.logits, p.labels, 2, False, *flat(backend))
     for classes, of_entropy in product((None, torch.tensor(11)), ((None, None), (entropy, nll))):
         of_rows = norm, classes, None, *of_entropy
         torch.library.opcheck(
@@ -100,9 +100,9 @@ def test_opcheck_of_the_backward_operators(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("v", "metrics"), [(9, False), (9, True), (0, True)])
+@pytest.mark.parametrize(("v", "metrics"), [(9, 0), (9, 2), (9, 3), (0, 3)])
 @with_backend
-def test_opcheck_of_the_operators_on_parts(backend: str, v: int, metrics: bool, dtype: torch.dtype) -> None:
+def test_opcheck_of_the_operators_on_parts(backend: str, v: int, metrics: int, dtype: torch.dtype) -> None:
     p = make_problem(n=6, d=4, v=9, dtype=dtype)
     logits, weight, bias = p.logits[:, :v], p.weight[:v], p.bias[:v]
     head = [x.detach().requires_grad_() for x in (p.hidden, weight, bias)]
@@ -279,9 +279,9 @@ def runs(backend: str, create_graph: bool = False) -> dict[str, Callable[[], lis
         "linear part": lambda: run(
             lambda h, w, b: engine.linear_part_nll(Head(h, w, b, y), whole, None, *args), *head
         ),
-        "statistics of a part": lambda: list(engine.part_statistics(p.logits, y, True, *args)),
+        "statistics of a part": lambda: list(engine.part_statistics(p.logits, y, 3, *args)),
         "statistics of a linear part": lambda: list(
-            engine.linear_part_statistics(Head(*head, y), True, None, *args)
+            engine.linear_part_statistics(Head(*head, y), 3, None, *args)
         ),
     }
 

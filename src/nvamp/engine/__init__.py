@@ -49,6 +49,7 @@ class TokenMetrics(NamedTuple):
     prediction: Tensor  # int64: the class of the largest z, the first of equals; 0 if ignored
     entropy: Tensor  # nats, differentiable with any weight per token; 0 if ignored
     lse: Tensor  # logsumexp(z); 0 if ignored
+    mean_logit: Tensor | None = None  # mean of z over the classes; 0 if ignored; None unless asked for
 
 
 @overload
@@ -67,6 +68,7 @@ def token_nll(
     *,
     ignore_index: int = ...,
     return_metrics: Literal[True],
+    mean_logit: bool = ...,
     **options: Unpack[NLLOptions],
 ) -> tuple[Tensor, TokenMetrics]: ...
 @spelled_out(NLLOptions)
@@ -76,6 +78,7 @@ def token_nll(
     *,
     ignore_index: int = -100,
     return_metrics: bool = False,
+    mean_logit: bool = False,
     **options: Unpack[NLLOptions],
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
     """Negative log-likelihood of every label, `logsumexp(logits) − logits[label]`, in nats.
@@ -90,6 +93,7 @@ def token_nll(
             nothing is shifted here.
         ignore_index: the label of tokens that do not count: loss and gradient are 0.
         return_metrics: also return `TokenMetrics`, from the same pass.
+        mean_logit: with `return_metrics`, have the mean of the logits of each token among them.
         inplace_backward: let the backward write the gradient over the logits, which saves the memory of a
             gradient. If another backward needs the logits, PyTorch raises its error for a tensor modified in
             place. The option has no effect on logits that are leaves, views of leaves or DTensors or that
@@ -115,6 +119,7 @@ def token_nll(
             devices, where a check would wait for the device, such a label gives a loss and a gradient of NaN.
     """
     o = cast(NLLOptions, check_options(NLLOptions, options, "token_nll"))
+    metrics = _wanted(return_metrics, mean_logit)
     vocab_group = o["vocab_group"]
     if parts.has_dtensors(logits, labels):
         from nvamp.dtensors import local_logits  # only here: PyTorch can be built without it
@@ -127,12 +132,12 @@ def token_nll(
     check_transforms(name, logits)
     if vocab_group is not None:
         ranks = _ranks_of(vocab_group)
-        results = parts.token_nll(logits, labels, return_metrics, o["inplace_backward"], name, opt, ranks)
+        results = parts.token_nll(logits, labels, metrics, o["inplace_backward"], name, opt, ranks)
     elif name == "reference":
-        results = reference.token_nll(logits, labels, return_metrics, opt)
+        results = reference.token_nll(logits, labels, metrics, opt)
     else:
-        results = ops.token_nll(logits, labels, return_metrics, o["inplace_backward"], name, opt)
-        results = _with_lse(*results) if return_metrics else results[:1]
+        results = ops.token_nll(logits, labels, metrics, o["inplace_backward"], name, opt)
+        results = _with_lse(metrics, *results)
     return _result(labels, ignore_index, *results)
 
 
@@ -156,6 +161,7 @@ def linear_token_nll(
     *,
     ignore_index: int = ...,
     return_metrics: Literal[True],
+    mean_logit: bool = ...,
     **options: Unpack[LinearNLLOptions],
 ) -> tuple[Tensor, TokenMetrics]: ...
 @spelled_out(LinearNLLOptions)
@@ -167,6 +173,7 @@ def linear_token_nll(
     *,
     ignore_index: int = -100,
     return_metrics: bool = False,
+    mean_logit: bool = False,
     **options: Unpack[LinearNLLOptions],
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
     """`token_nll(hidden @ weight.T + bias, labels)`, with one chunk of the logits in memory at a time.
@@ -193,6 +200,7 @@ def linear_token_nll(
     The other arguments, the result and the errors are those of `token_nll`.
     """
     o = cast(LinearNLLOptions, check_options(LinearNLLOptions, options, "linear_token_nll"))
+    metrics = _wanted(return_metrics, mean_logit)
     vocab_group, accum_dtype = o["vocab_group"], o["accum_dtype"]
     if parts.has_dtensors(hidden, weight, labels, bias):
         from nvamp.dtensors import local_head
@@ -209,13 +217,13 @@ def linear_token_nll(
             from nvamp.distributed import map_gradient
 
             head = head._replace(hidden=map_gradient(head.hidden, ranks.total))
-        results = parts.linear_token_nll(head, return_metrics, accum_dtype, name, opt, ranks)
+        results = parts.linear_token_nll(head, metrics, accum_dtype, name, opt, ranks)
     elif name == "reference":
         logits = reference.logits_of(head, ignore_index)
-        results = reference.token_nll(logits, head.labels, return_metrics, opt)
+        results = reference.token_nll(logits, head.labels, metrics, opt)
     else:
-        results = ops.linear_token_nll(head, return_metrics, accum_dtype, name, opt)
-        results = _with_lse(*results) if return_metrics else results[:1]
+        results = ops.linear_token_nll(head, metrics, accum_dtype, name, opt)
+        results = _with_lse(metrics, *results)
     return _result(labels, ignore_index, *results)
 
 
@@ -297,8 +305,16 @@ def _backend(x: Tensor, o: EngineOptions) -> str:
     return "chunked" if name == "triton" and o["class_weight"] is not None and o["label_smoothing"] else name
 
 
-def _with_lse(nll: Tensor, norm: Tensor, entropy: Tensor, prediction: Tensor) -> tuple[Tensor, ...]:
-    return nll, norm.sum(-1), entropy, prediction
+def _wanted(return_metrics: bool, mean_logit: bool) -> int:
+    """How many metrics are wanted, as `Backend.token_nll` takes it."""
+    if mean_logit and not return_metrics:
+        raise ValueError("mean_logit is one of the metrics: it needs return_metrics=True")
+    return 2 * return_metrics + mean_logit
+
+
+def _with_lse(metrics: int, nll: Tensor, norm: Tensor, *found: Tensor) -> tuple[Tensor, ...]:
+    """(nll,) or, with `metrics`, (nll, lse) and those that were found."""
+    return (nll, norm.sum(-1), *found[:metrics]) if metrics else (nll,)
 
 
 def _result(
@@ -307,10 +323,10 @@ def _result(
     """The losses, shaped like the labels, and `TokenMetrics` if lse, entropy and prediction are given."""
     if not metrics:
         return nll.view(labels.shape)
-    nll, lse, entropy, prediction = (x.view(labels.shape) for x in (nll, *metrics))
+    nll, lse, entropy, prediction, *mean = (x.view(labels.shape) for x in (nll, *metrics))
     valid = labels != ignore_index
     correct = (prediction == labels) & valid
-    return nll, TokenMetrics(correct, prediction, entropy, torch.where(valid, lse, 0))
+    return nll, TokenMetrics(correct, prediction, entropy, torch.where(valid, lse, 0), *mean)
 
 
 def _head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, part: bool = False) -> Head:

@@ -60,22 +60,24 @@ class Backend(Protocol):
     entropies, predictions and gradients are 0.
     """
 
-    def token_nll(self, logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
-        """(nll, norm), with `metrics` (nll, norm, entropy, prediction), from logits [..., V] of any strides.
+    def token_nll(self, logits: Tensor, labels: Tensor, metrics: int, opt: Options) -> tuple[Tensor, ...]:
+        """(nll, norm), and as many metrics as are wanted, from logits [..., V] of any strides.
 
-        The prediction is the class of the largest z, the first of equals, in int64; in a row with NaN it may
-        be any class.
+        `metrics` says how many: 0; 2, the entropy and the prediction; or 3, the mean of z as well. The
+        prediction is the class of the largest z, the first of equals, in int64; in a row with NaN it may be
+        any class.
         """
 
     def part_statistics(
-        self, logits: Tensor, labels: Tensor, metrics: bool, opt: Options
+        self, logits: Tensor, labels: Tensor, metrics: int, opt: Options
     ) -> tuple[Tensor, ...]:
         """(norm, z of the label or 0 if it is in another part, Σ (largest − z)) for a part of the vocabulary.
 
         `norm` here is the largest z and Σ exp(z − largest), without the logarithm, so that it adds up over
         parts. The last sum is 0 without label smoothing, and Σ (0 − z) if the largest z is −inf; each class
         counts in it as much as its `class_weight`. `metrics` adds the entropy and the prediction, as if the
-        part were the whole; if Σ exp is 0, the entropy may be anything.
+        part were the whole; if Σ exp is 0, the entropy may be anything. In place of the mean there is
+        Σ (largest − z), in which all classes count alike.
         """
 
     def token_nll_backward(

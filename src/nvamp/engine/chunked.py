@@ -190,13 +190,13 @@ def _block_buffer(logits: Tensor) -> Tensor:
 # The backend: logits [..., V] of N rows ----------------------------------------------------------------
 
 
-def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
+def token_nll(logits: Tensor, labels: Tensor, metrics: int, opt: Options) -> tuple[Tensor, ...]:
     targets = targets_of(labels, logits.shape[-1], opt)
     weights = weights_of(targets.label, opt)
     n = labels.numel()
     buffer = _block_buffer(logits)
     nll, norm = buffer.new_empty(n), buffer.new_empty(n, 2)
-    entropy, prediction = buffer.new_empty(n), targets.label.new_empty(n)
+    entropy, prediction, mean = buffer.new_empty(n), targets.label.new_empty(n), buffer.new_empty(n)
     room = torch.empty_like(buffer) if metrics else buffer
     for x, at in _blocks(logits):
         p, rows = buffer[: len(x)], targets.rows(at)
@@ -207,25 +207,27 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
         if metrics:
             top, prediction[at] = z.max(-1)
             below = torch.sub(z, top[:, None], out=room[: len(x)])
+        if metrics > 2:
+            mean[at] = top + below.mean(-1)
         nll[at], norm[at] = _losses(z, rows, None if weights is None else weights[at], opt, p)
         if metrics:
             # Σ p is 1 up to rounding; uncorrected, that would cost the entropy and its gradient digits.
             total = p.sum(-1)
             norm[at, 1] += total - 1
             entropy[at] = norm[at, 1] - _weighted(below, p) / total
-    if metrics and targets.ignored is not None:
-        entropy.masked_fill_(targets.ignored, 0)
-        prediction.masked_fill_(targets.ignored, 0)
-    results = [t.view(labels.shape) for t in ((nll, entropy, prediction) if metrics else (nll,))]
-    return results[0], norm.view(*labels.shape, 2), *results[1:]
+    found = (entropy, prediction, mean)[:metrics]
+    if targets.ignored is not None:
+        for x in found:
+            x.masked_fill_(targets.ignored, 0)
+    return nll.view(labels.shape), norm.view(*labels.shape, 2), *(x.view(labels.shape) for x in found)
 
 
-def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
+def part_statistics(logits: Tensor, labels: Tensor, metrics: int, opt: Options) -> tuple[Tensor, ...]:
     targets = targets_of(labels, logits.shape[-1], opt, part=True)
     n = labels.numel()
     buffer = _block_buffer(logits)
     norm, at_label, sum_below = buffer.new_empty(n, 2), buffer.new_empty(n), buffer.new_zeros(n)
-    entropy, prediction = buffer.new_empty(n), targets.label.new_empty(n)
+    entropy, prediction, all_below = buffer.new_empty(n), targets.label.new_empty(n), buffer.new_empty(n)
     second = torch.empty_like(buffer) if metrics else buffer
     for x, at in _blocks(logits):
         room = buffer[: len(x)]
@@ -237,6 +239,8 @@ def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, opt: Options)
             sum_below[at] = -_mean(below, opt) * below.shape[1]
         if metrics:
             prediction[at] = z.argmax(-1)
+        if metrics > 2:
+            all_below[at] = -below.sum(-1)
         e = torch.exp(below, out=second[: len(x)])
         norm[at] = torch.stack((top, e.sum(-1)), -1)
         if metrics:
@@ -245,12 +249,10 @@ def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, opt: Options)
     if targets.invalid is not None:
         at_label.masked_fill_(targets.invalid, 0)
     if targets.ignored is not None:
-        for x in (norm, at_label, sum_below, entropy, prediction):
+        for x in (norm, at_label, sum_below, entropy, prediction, all_below):
             x[targets.ignored] = 0
-    results = [
-        t.view(labels.shape) for t in (at_label, sum_below, *((entropy, prediction) if metrics else ()))
-    ]
-    return norm.view(*labels.shape, 2), *results
+    found = at_label, sum_below, *(entropy, prediction, all_below)[:metrics]
+    return norm.view(*labels.shape, 2), *(x.view(labels.shape) for x in found)
 
 
 def token_nll_backward(

@@ -235,16 +235,16 @@ def _can_add_to_wider(total: Tensor) -> bool:
 
 
 def token_nll(
-    backend: Backend, head: Head, metrics: bool, accum_dtype: torch.dtype | None, opt: Options
+    backend: Backend, head: Head, metrics: int, accum_dtype: torch.dtype | None, opt: Options
 ) -> tuple[Tensor, ...]:
-    """(nll, norm) or, with `metrics`, (nll, norm, entropy, prediction), [N, ...] each."""
+    """`Backend.token_nll`, [N, ...] each."""
     return _of_each_chunk(
         lambda logits, labels: backend.token_nll(logits, labels, metrics, opt), head, accum_dtype, opt
     )
 
 
 def part_statistics(
-    backend: Backend, head: Head, metrics: bool, accum_dtype: torch.dtype | None, opt: Options
+    backend: Backend, head: Head, metrics: int, accum_dtype: torch.dtype | None, opt: Options
 ) -> tuple[Tensor, ...]:
     """`Backend.part_statistics`, for a weight that is a part of the vocabulary; [N, ...] each."""
     return _of_each_chunk(

@@ -35,25 +35,29 @@ Tensors = tuple[Tensor, ...]
 _OPTIONS = f"str backend, {fields_of(Options)}"  # the last arguments of every operator that looks at logits
 _HEAD = fields_of(Head)
 _NEEDS = fields_of(Needs, prefix="needs_")
-_TOKENS = "(Tensor nll, Tensor norm, Tensor entropy, Tensor prediction)"
+_METRICS = "Tensor entropy, Tensor prediction, Tensor mean"  # those not wanted are empty
+_TOKENS = f"(Tensor nll, Tensor norm, {_METRICS})"
 _OF_PART = "Tensor? classes, Tensor? weights"  # as in `Backend.token_nll_backward`
 _OF_ENTROPY = "Tensor? entropy, Tensor? grad_entropy"  # both or neither
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 
 def _tokens(nll: Tensor, norm: Tensor, *metrics: Tensor) -> Tensors:
-    """The results of an operator that always returns four."""
-    return nll, norm, *(metrics or _no_metrics(norm))
+    """The results of an operator that always returns five."""
+    return nll, norm, *_all_metrics(norm, metrics)
 
 
-def _no_metrics(norm: Tensor) -> Tensors:
-    return norm.new_empty(0), norm.new_empty(0, dtype=torch.int64)
+def _all_metrics(norm: Tensor, metrics: Tensors) -> Tensors:
+    """The metrics that there are, and empty tensors in place of the others."""
+    none = norm.new_empty(0), norm.new_empty(0, dtype=torch.int64), norm.new_empty(0)
+    return *metrics, *none[len(metrics) :]
 
 
-def _fake_tokens(x: Tensor, labels: Tensor, metrics: bool) -> Tensors:
+def _fake_tokens(x: Tensor, labels: Tensor, metrics: int) -> Tensors:
     nll = x.new_empty(labels.shape, dtype=accumulate_dtype(x.dtype))
-    entropy = torch.empty_like(nll) if metrics else nll.new_empty(0)
-    return nll, nll.new_empty(*labels.shape, 2), entropy, torch.empty_like(entropy, dtype=torch.int64)
+    prediction = torch.empty_like(nll, dtype=torch.int64)
+    found = (torch.empty_like(nll), prediction, torch.empty_like(nll))[:metrics]
+    return _tokens(nll, nll.new_empty(*labels.shape, 2), *found)
 
 
 def _fake_gradients(head: Head, needs: Needs, dtype: torch.dtype) -> Tensors:
@@ -70,10 +74,10 @@ def _as_is(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _keep_entropy(ctx: Any, output: Tensors, metrics: bool) -> Tensor | None:
+def _keep_entropy(ctx: Any, output: Tensors, metrics: int) -> Tensor | None:
     """The entropies, if any, for the backward: beside the losses only they have a gradient."""
-    _, norm, entropy, prediction = output
-    ctx.mark_non_differentiable(norm, prediction, *(() if metrics else (entropy,)))
+    _, norm, entropy, *others = output
+    ctx.mark_non_differentiable(norm, *others, *(() if metrics else (entropy,)))
     return entropy if metrics else None
 
 
@@ -110,17 +114,17 @@ def _refuse(*_: Any) -> Any:
 
 @operator(
     "nvamp::token_nll",
-    f"(Tensor logits, Tensor labels, bool metrics, bool inplace_backward, {_OPTIONS}) -> {_TOKENS}",
+    f"(Tensor logits, Tensor labels, int metrics, bool inplace_backward, {_OPTIONS}) -> {_TOKENS}",
 )
 def token_nll(
-    logits: Tensor, labels: Tensor, metrics: bool, inplace_backward: bool, backend: str, opt: Options
+    logits: Tensor, labels: Tensor, metrics: int, inplace_backward: bool, backend: str, opt: Options
 ) -> Tensors:
     check_label_range(labels, logits.shape[-1], opt.ignore_index)
     return _tokens(*load(backend).token_nll(logits, labels, metrics, opt))
 
 
 @token_nll.register_fake
-def _(logits: Tensor, labels: Tensor, metrics: bool, *_: Any) -> Tensors:
+def _(logits: Tensor, labels: Tensor, metrics: int, *_: Any) -> Tensors:
     return _fake_tokens(logits, labels, metrics)
 
 
@@ -187,7 +191,7 @@ def _token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None
 
 
 def _token_nll_autograd(
-    ctx: Any, grad_nll: Tensor | None, _norm: None, grad_entropy: Tensor | None, _prediction: None
+    ctx: Any, grad_nll: Tensor | None, _norm: None, grad_entropy: Tensor | None, *_: None
 ) -> tuple[Tensor]:
     return _logits_gradient(ctx, grad_nll, grad_entropy)
 
@@ -212,10 +216,10 @@ token_nll.register_autograd(_token_nll_autograd, setup_context=_token_nll_setup)
 
 @operator(
     "nvamp::linear_token_nll",
-    f"({_HEAD}, bool metrics, ScalarType? accum_dtype, {_OPTIONS}) -> {_TOKENS}",
+    f"({_HEAD}, int metrics, ScalarType? accum_dtype, {_OPTIONS}) -> {_TOKENS}",
 )
 def linear_token_nll(
-    head: Head, metrics: bool, accum_dtype: torch.dtype | None, backend: str, opt: Options
+    head: Head, metrics: int, accum_dtype: torch.dtype | None, backend: str, opt: Options
 ) -> Tensors:
     check_label_range(head.labels, len(head.weight), opt.ignore_index)
     with _as_is(head.hidden):
@@ -223,7 +227,7 @@ def linear_token_nll(
 
 
 @linear_token_nll.register_fake
-def _(head: Head, metrics: bool, *_: Any) -> Tensors:
+def _(head: Head, metrics: int, *_: Any) -> Tensors:
     return _fake_tokens(head.hidden, head.labels, metrics)
 
 
@@ -279,7 +283,7 @@ def _linear_token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) 
 
 
 def _linear_token_nll_autograd(
-    ctx: Any, grad_nll: Tensor | None, _norm: None, grad_entropy: Tensor | None, _prediction: None
+    ctx: Any, grad_nll: Tensor | None, _norm: None, grad_entropy: Tensor | None, *_: None
 ) -> list[Tensor | None]:
     return _head_gradients(ctx, grad_nll, grad_entropy)
 
@@ -411,7 +415,7 @@ linear_nll_sum.register_autograd(_linear_nll_sum_autograd, setup_context=_linear
 
 # A vocabulary in parts --------------------------------------------------------------------------------
 
-_STATISTICS = "(Tensor norm, Tensor at_label, Tensor sum_below, Tensor entropy, Tensor prediction)"
+_STATISTICS = f"(Tensor norm, Tensor at_label, Tensor sum_below, {_METRICS})"
 _RESULTS = "(Tensor nll, Tensor entropy)"
 
 
@@ -426,34 +430,35 @@ class Whole(NamedTuple):
 
 
 def _statistics(norm: Tensor, at_label: Tensor, sum_below: Tensor, *metrics: Tensor) -> Tensors:
-    """The results of an operator that always returns five."""
-    return norm, at_label, sum_below, *(metrics or _no_metrics(norm))
+    """The results of an operator that always returns six."""
+    return norm, at_label, sum_below, *_all_metrics(norm, metrics)
 
 
-def _of_no_class(x: Tensor, labels: Tensor, metrics: bool) -> Tensors:
+def _of_no_class(x: Tensor, labels: Tensor, metrics: int) -> Tensors:
     """The statistics of an empty part."""
     zeros = x.new_zeros(labels.shape, dtype=accumulate_dtype(x.dtype))
     norm = torch.stack((zeros - torch.inf, zeros), -1)
-    return _statistics(norm, zeros, zeros.clone(), *((zeros.clone(), zeros.long()) if metrics else ()))
+    found = (zeros.clone(), zeros.long(), zeros.clone())[:metrics]
+    return _statistics(norm, zeros, zeros.clone(), *found)
 
 
-def _fake_statistics(x: Tensor, labels: Tensor, metrics: bool) -> Tensors:
+def _fake_statistics(x: Tensor, labels: Tensor, metrics: int) -> Tensors:
     nll, norm, *rest = _fake_tokens(x, labels, metrics)
     return norm, nll, torch.empty_like(nll), *rest
 
 
 @operator(
     "nvamp::part_statistics",
-    f"(Tensor logits, Tensor labels, bool metrics, {_OPTIONS}) -> {_STATISTICS}",
+    f"(Tensor logits, Tensor labels, int metrics, {_OPTIONS}) -> {_STATISTICS}",
 )
-def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, backend: str, opt: Options) -> Tensors:
+def part_statistics(logits: Tensor, labels: Tensor, metrics: int, backend: str, opt: Options) -> Tensors:
     if not logits.shape[-1]:
         return _of_no_class(logits, labels, metrics)
     return _statistics(*load(backend).part_statistics(logits, labels, metrics, opt))
 
 
 @part_statistics.register_fake
-def _(logits: Tensor, labels: Tensor, metrics: bool, *_: Any) -> Tensors:
+def _(logits: Tensor, labels: Tensor, metrics: int, *_: Any) -> Tensors:
     return _fake_statistics(logits, labels, metrics)
 
 
@@ -494,10 +499,10 @@ part_nll.register_autograd(_logits_gradient, setup_context=_part_nll_setup)
 
 @operator(
     "nvamp::linear_part_statistics",
-    f"({_HEAD}, bool metrics, ScalarType? accum_dtype, {_OPTIONS}) -> {_STATISTICS}",
+    f"({_HEAD}, int metrics, ScalarType? accum_dtype, {_OPTIONS}) -> {_STATISTICS}",
 )
 def linear_part_statistics(
-    head: Head, metrics: bool, accum_dtype: torch.dtype | None, backend: str, opt: Options
+    head: Head, metrics: int, accum_dtype: torch.dtype | None, backend: str, opt: Options
 ) -> Tensors:
     if not len(head.weight):
         return _of_no_class(head.hidden, head.labels, metrics)
@@ -506,7 +511,7 @@ def linear_part_statistics(
 
 
 @linear_part_statistics.register_fake
-def _(head: Head, metrics: bool, *_: Any) -> Tensors:
+def _(head: Head, metrics: int, *_: Any) -> Tensors:
     return _fake_statistics(head.hidden, head.labels, metrics)
 
 

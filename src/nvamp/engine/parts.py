@@ -4,7 +4,8 @@ A softmax over all parts needs the largest z and Σ exp(z − largest) of each r
 needs the z of the label, which one part has. So the ranks exchange a few numbers a row and no logits:
 
     forward    three all-reduces: the sizes of the parts, W numbers; the largest z, N; sums, 2N (3N with
-               label smoothing, and N more with metrics); with metrics a fourth: where the largest z is, N
+               label smoothing, and N or 2N more with metrics); with metrics a fourth: where the largest z
+               is, N
     backward   none for the logits; one for the gradient of hidden, unless the caller does that
 
 The rest is the engine itself, part by part. Labels and hidden states must be the same on all ranks; then the
@@ -72,13 +73,13 @@ class _Targets(NamedTuple):
 def token_nll(
     logits: Tensor,
     labels: Tensor,
-    metrics: bool,
+    metrics: int,
     inplace_backward: bool,
     backend: str,
     opt: Options,
     ranks: Ranks,
 ) -> tuple[Tensor, ...]:
-    """(nll,) or, with `metrics`, (nll, lse, entropy, prediction), [...] each, for the whole vocabulary.
+    """The results of `reference.token_nll`, [...] each, for the whole vocabulary.
 
     The labels [...] index the whole vocabulary; the logits [..., classes] belong to this part.
     """
@@ -87,13 +88,13 @@ def token_nll(
     if backend == "reference":
         return _reference(logits, targets, metrics, opt, ranks)
     statistics = ops.part_statistics(logits.detach(), targets.labels, metrics, backend, local)
-    whole, prediction = _put_together(_Statistics(*statistics), targets, metrics, opt, ranks)
+    whole, others = _put_together(_Statistics(*statistics), targets, metrics, opt, ranks)
     nll, entropy = ops.part_nll(logits, targets.labels, whole, inplace_backward, backend, local)
-    return _results(nll, whole.norm, entropy, prediction)
+    return _results(nll, whole.norm, entropy, others)
 
 
 def linear_token_nll(
-    head: Head, metrics: bool, accum_dtype: torch.dtype | None, backend: str, opt: Options, ranks: Ranks
+    head: Head, metrics: int, accum_dtype: torch.dtype | None, backend: str, opt: Options, ranks: Ranks
 ) -> tuple[Tensor, ...]:
     """The same for N hidden states, from this part's rows of the weight.
 
@@ -106,43 +107,42 @@ def linear_token_nll(
         return _reference(reference.logits_of(head, IGNORED), targets, metrics, opt, ranks)
     fixed = Head(*(None if t is None else t.detach() for t in head))  # type: ignore[arg-type]
     statistics = ops.linear_part_statistics(fixed, metrics, accum_dtype, backend, local)
-    whole, prediction = _put_together(_Statistics(*statistics), targets, metrics, opt, ranks)
+    whole, others = _put_together(_Statistics(*statistics), targets, metrics, opt, ranks)
     nll, entropy = ops.linear_part_nll(head, whole, accum_dtype, backend, local)
-    return _results(nll, whole.norm, entropy, prediction)
+    return _results(nll, whole.norm, entropy, others)
 
 
 def _reference(
-    logits: Tensor, targets: _Targets, metrics: bool, opt: Options, ranks: Ranks
+    logits: Tensor, targets: _Targets, metrics: int, opt: Options, ranks: Ranks
 ) -> tuple[Tensor, ...]:
     """The same for autograd to differentiate: each rank's addend to a sum gets the gradient of the sum."""
     statistics = _Statistics(*reference.part_statistics(logits, targets.labels, targets.local(opt)))
     through = ranks._replace(total=lambda x: _Sum.apply(x, ranks))  # type: ignore[no-untyped-call]
-    whole, prediction = _put_together(statistics, targets, metrics, opt, through)
-    return _results(whole.nll, whole.norm, whole.entropy, prediction)
+    whole, others = _put_together(statistics, targets, metrics, opt, through)
+    return _results(whole.nll, whole.norm, whole.entropy, others)
 
 
 def _results(
-    nll: Tensor, norm: Tensor, entropy: Tensor | None, prediction: Tensor | None
+    nll: Tensor, norm: Tensor, entropy: Tensor | None, others: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    if entropy is None or prediction is None:
-        return (nll,)
-    return nll, norm.detach().sum(-1), entropy, prediction
+    return (nll, norm.detach().sum(-1), entropy, *others) if others and entropy is not None else (nll,)
 
 
 class _Statistics(NamedTuple):
-    """The results of `Backend.part_statistics`; the last two mean nothing without metrics."""
+    """The results of `Backend.part_statistics`; metrics that are not wanted mean nothing."""
 
     norm: Tensor  # [..., 2]
     at_label: Tensor  # [...], like all that follow
     sum_below: Tensor
     entropy: Tensor
     prediction: Tensor
+    all_below: Tensor
 
 
 def _put_together(
-    s: _Statistics, targets: _Targets, metrics: bool, opt: Options, ranks: Ranks
-) -> tuple[ops.Whole, Tensor | None]:
-    """Combines the statistics of all parts; with `metrics` it returns the prediction too."""
+    s: _Statistics, targets: _Targets, metrics: int, opt: Options, ranks: Ranks
+) -> tuple[ops.Whole, tuple[Tensor, ...]]:
+    """Combines the statistics of all parts. It also returns the metrics without gradient that are wanted."""
     top, total = s.norm.unbind(-1)
     largest = ranks.maximum(top)
     lower = torch.where(top == -torch.inf, 0, largest - top)  # how far this part's largest z is below it
@@ -152,6 +152,8 @@ def _put_together(
         # Σ (largest − z) over all classes: the common part of all z would cost digits.
         size = targets.size if targets.class_weight is None else targets.class_weight.sum()
         sums.append(s.sum_below + size * lower)
+    if metrics > 2:
+        sums.append(s.all_below + targets.size * lower)
     if metrics:
         # The entropy of the whole is log_sum plus, over parts, share · (entropy − log of the part's mass).
         some = torch.where(total == 0, 1, total)
@@ -172,10 +174,12 @@ def _put_together(
     nll = nll.masked_fill(targets.ignored, 0).masked_fill(targets.invalid, torch.nan)
     norm = torch.stack((largest, log_sum), -1).masked_fill(targets.invalid[..., None], torch.nan)
     if not metrics:
-        return ops.Whole(norm, nll, targets.classes, targets.weights, None), None
+        return ops.Whole(norm, nll, targets.classes, targets.weights, None), ()
     entropy = (log_sum + rest[-1] / total).masked_fill(targets.ignored, 0)
-    prediction = _first_of_largest(s.prediction, top == largest, targets, ranks)
-    return ops.Whole(norm, nll, targets.classes, targets.weights, entropy), prediction
+    others = [_first_of_largest(s.prediction, top == largest, targets, ranks)]
+    if metrics > 2:
+        others.append((largest - rest[-2].detach() / targets.classes).masked_fill(targets.ignored, 0))
+    return ops.Whole(norm, nll, targets.classes, targets.weights, entropy), tuple(others)
 
 
 def _first_of_largest(prediction: Tensor, has_largest: Tensor, targets: _Targets, ranks: Ranks) -> Tensor:

@@ -150,24 +150,32 @@ def _alike(x: Tensor, out: Tensor) -> bool:
 # The backend -------------------------------------------------------------------------------------------
 
 
-def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
-    nll, *rest = _pass_over(logits, labels, None, metrics, opt)
+def token_nll(logits: Tensor, labels: Tensor, metrics: int, opt: Options) -> tuple[Tensor, ...]:
+    sum_below = _room_for_sums(logits, labels) if metrics > 2 else None
+    nll, norm, *rest = _pass_over(logits, labels, sum_below, False, metrics, opt)
+    if sum_below is not None:
+        rest.append(norm[..., 0] - sum_below / logits.shape[-1])
     weights = weights_of(labels, opt)
     if weights is not None:
         nll *= weights[..., 1].masked_fill(labels == opt.ignore_index, 0)
-    return nll, *rest
+    return nll, norm, *rest
 
 
-def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
-    sum_below = torch.zeros(labels.shape, dtype=accumulate_dtype(logits.dtype), device=labels.device)
-    at_label, norm, *rest = _pass_over(logits, labels, sum_below, metrics, opt)
-    return norm, at_label, sum_below, *rest
+def part_statistics(logits: Tensor, labels: Tensor, metrics: int, opt: Options) -> tuple[Tensor, ...]:
+    sum_below = _room_for_sums(logits, labels)
+    summed = opt.label_smoothing or metrics > 2
+    at_label, norm, *rest = _pass_over(logits, labels, sum_below if summed else None, True, metrics, opt)
+    return norm, at_label, sum_below, *rest, *([sum_below.clone()] if metrics > 2 else [])
+
+
+def _room_for_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.zeros(labels.shape, dtype=accumulate_dtype(logits.dtype), device=labels.device)
 
 
 def _pass_over(
-    logits: Tensor, labels: Tensor, sum_below: Tensor | None, metrics: bool, opt: Options
+    logits: Tensor, labels: Tensor, sum_below: Tensor | None, part: bool, metrics: int, opt: Options
 ) -> tuple[Tensor, ...]:
-    """The results of `nll_kernel`; with `sum_below`, which it fills, those for a part of the vocabulary."""
+    """The results of `nll_kernel`, for a `part` of the vocabulary if it is one. It fills `sum_below`."""
     wide, vocab = accumulate_dtype(logits.dtype), logits.shape[-1]
     nll = torch.empty(labels.shape, dtype=wide, device=labels.device)
     norm = nll.new_empty(*labels.shape, 2)
@@ -175,7 +183,7 @@ def _pass_over(
     prediction = torch.empty_like(nll, dtype=torch.int64) if metrics else None
     of_rows = (labels, nll, norm, entropy, prediction, sum_below)
     flat = [None if t is None else t.contiguous().flatten(0, labels.dim() - 1) for t in of_rows]
-    sizes = reading(vocab, logits.dtype, opt.softcap is not None, labels.numel(), metrics)
+    sizes = reading(vocab, logits.dtype, opt.softcap is not None, labels.numel(), metrics > 0)
     for x, rows in _planes(logits):
         launch(
             kernels.nll_kernel,
@@ -186,8 +194,9 @@ def _pass_over(
             x.shape[1],
             *_strides(x),
             vocab,
-            METRICS=metrics,
-            PART=sum_below is not None,
+            METRICS=metrics > 0,
+            PART=part,
+            SUM=sum_below is not None,
             ADJACENT=x.stride(-1) == 1,
             **sizes.lanes(logits.dtype),
             **options_of(opt, nll),
