@@ -128,7 +128,17 @@ def _class_weight(name: str, value: object) -> object:
 # Options -----------------------------------------------------------------------------------------------
 
 
-class TokenOptions(TypedDict, total=False):
+class _TargetOptions(TypedDict, total=False):
+    label_smoothing: Annotated[float, Option(0.0, between(0, 1))]
+    z_loss: Annotated[float, Option(0.0, between(0))]
+
+
+class _PredictionOptions(TypedDict, total=False):
+    softcap: Annotated[float | None, Option(None, optional(between(0, open_low=True)))]
+    logit_scale: Annotated[float, Option(1.0, not_zero)]
+
+
+class TokenOptions(_TargetOptions, _PredictionOptions, total=False):
     """Keyword arguments that change the loss of a single token.
 
     With `x` the logits of a token, `y` its label and `z = softcap·tanh(logit_scale·x / softcap)`
@@ -145,23 +155,29 @@ class TokenOptions(TypedDict, total=False):
     above 0, and 30 in Gemma 2 (arXiv 2408.00118); `logit_scale` is not 0.
     """
 
-    label_smoothing: Annotated[float, Option(0.0, between(0, 1))]
-    z_loss: Annotated[float, Option(0.0, between(0))]
-    softcap: Annotated[float | None, Option(None, optional(between(0, open_low=True)))]
-    logit_scale: Annotated[float, Option(1.0, not_zero)]
 
-
-class EngineOptions(TokenOptions, total=False):
-    """Keyword arguments of all functions that compute the losses of tokens."""
-
-    class_weight: Annotated[Tensor | None, Option(None, optional(_class_weight))]
+class _Backend(TypedDict, total=False):
     backend: Annotated[str | None, Option(None, optional(_backend))]
 
 
-class PartOptions(EngineOptions, total=False):
+class _VocabGroup(TypedDict, total=False):
+    vocab_group: Annotated["Group | None", Option(None, optional(_group))]
+
+
+class EngineOptions(TokenOptions, _Backend, total=False):
+    """Keyword arguments of all functions that compute the losses of tokens."""
+
+    class_weight: Annotated[Tensor | None, Option(None, optional(_class_weight))]
+
+
+class PartOptions(EngineOptions, _VocabGroup, total=False):
     """The same for functions that take a vocabulary in parts on several ranks."""
 
-    vocab_group: Annotated["Group | None", Option(None, optional(_group))]
+
+class LogprobOptions(_PredictionOptions, _Backend, _VocabGroup, total=False):
+    """Keyword arguments of `nvamp.functional.logprobs`, which describes them."""
+
+    temperature: Annotated[float, Option(1.0, between(0, open_low=True))]
 
 
 class NLLOptions(PartOptions, total=False):
@@ -218,6 +234,7 @@ DECLARED: dict[type, dict[str, Option]] = {
         LogitsOptions,
         LinearOptions,
         TokenLossOptions,
+        LogprobOptions,
     )
 }
 
