@@ -124,7 +124,7 @@ def token_nll(
     if parts.has_dtensors(logits, labels):
         from nvamp.dtensors import local_logits  # only here: PyTorch can be built without it
 
-        logits, labels, vocab_group = local_logits(logits, labels, vocab_group)
+        logits, labels, vocab_group, _ = local_logits(logits, labels, vocab_group)
     check_logits(logits, part=vocab_group is not None)
     labels = check_labels(labels, logits, "logits")
     opt = _opt(ignore_index, o, logits, None if vocab_group is not None else logits.shape[-1])
@@ -205,7 +205,8 @@ def linear_token_nll(
     if parts.has_dtensors(hidden, weight, labels, bias):
         from nvamp.dtensors import local_head
 
-        hidden, weight, labels, bias, vocab_group = local_head(hidden, weight, labels, bias, vocab_group)
+        parts_of = local_head(hidden, weight, labels, bias, vocab_group)
+        hidden, weight, labels, bias, vocab_group, _ = parts_of
     head = _head(hidden, weight, labels, bias, part=vocab_group is not None)
     check_accum_dtype(accum_dtype, head.weight)
     opt = _opt(ignore_index, o, head.hidden, None if vocab_group is not None else len(head.weight))
