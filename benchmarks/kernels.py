@@ -201,7 +201,7 @@ def _layouts(dtype: torch.dtype, options: str, vocab: int) -> Iterator[Case]:
 def usages(architecture: str, case: Case, only: tuple[str, ...] = ()) -> Iterator[Usage]:
     """The usage of every launch for a case."""
     options = OPTIONS[case.options]
-    found = launches(case.logits(), options, metrics=2 * (options != Options()))
+    found = launches(case.logits(), options, metrics=3 * (options != Options()))
     for name in only or found:
         if case.layout == "contiguous" or name in ON_LOGITS:
             with compiling(architecture) as compiled:
