@@ -168,7 +168,7 @@ def errors(
     paths: dict[str, tuple[Losses, Results]] = {
         "logits": (lambda x: summed(token_nll(x, y, backend=backend, **options)), {"logits": x}),
         "logits, as a part of a vocabulary that is all of it": (
-            lambda x: summed(part_nll(x, y, False, False, backend, Options(**options), ALONE)[0]),
+            lambda x: summed(part_nll(x, y, 0, False, backend, Options(**options), ALONE)[0]),
             {"logits": x},
         ),
         "linear, recompute": (

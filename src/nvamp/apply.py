@@ -94,11 +94,12 @@ def of_logits(
     objective: Objective, logits: Tensor, labels: Tensor, ignore_index: int, o: LogitsOptions, call: Call
 ) -> Loss:
     """The loss of logits [..., S, V] and labels [..., S]."""
-    vocab_group = o["vocab_group"]
+    vocab_group, batch_group = o["vocab_group"], None
     if has_dtensors(logits, labels):
         from nvamp.dtensors import local_logits  # only here: PyTorch can be built without it
 
-        logits, labels, vocab_group = local_logits(logits, labels, vocab_group)
+        logits, labels, vocab_group, batch_group = local_logits(logits, labels, vocab_group)
+    shared = _Shared.of(o["process_group"], batch_group, "logits")
 
     def losses() -> _Losses:
         check_logits(logits, part=vocab_group is not None)
@@ -112,7 +113,7 @@ def of_logits(
         )
         return _Losses.of(found, targets, ignore_index, inputs)
 
-    return _loss(objective, logits, losses, o["process_group"], o["backend"], call)
+    return _loss(objective, logits, losses, shared, o["backend"], call)
 
 
 def of_hidden(
@@ -126,11 +127,13 @@ def of_hidden(
     call: Call,
 ) -> Loss:
     """The loss of hidden states [..., S, D], the weight [V, D] of the output layer and labels [..., S]."""
-    vocab_group = o["vocab_group"]
+    vocab_group, batch_group = o["vocab_group"], None
     if has_dtensors(hidden, weight, labels, bias):
         from nvamp.dtensors import local_head
 
-        hidden, weight, labels, bias, vocab_group = local_head(hidden, weight, labels, bias, vocab_group)
+        local = local_head(hidden, weight, labels, bias, vocab_group)
+        hidden, weight, labels, bias, vocab_group, batch_group = local
+    shared = _Shared.of(o["process_group"], batch_group, "hidden")
 
     def losses() -> _Losses:
         check_linear(hidden, weight, bias)
@@ -138,7 +141,7 @@ def of_hidden(
         few = None
         # Parts of a vocabulary would have to meet at every chunk, and the one pass has no entropies.
         if vocab_group is None and not objective.needs_entropy:
-            few = _few_in_one_pass(objective, targets, o["process_group"])
+            few = _few_in_one_pass(objective, targets, shared.group)
         if few is not None and can_one_pass(hidden, weight, bias, o["backend"]):
             total, nll = linear_nll_sum(
                 hidden,
@@ -161,7 +164,7 @@ def of_hidden(
         )
         return _Losses.of(found, targets, ignore_index, inputs)
 
-    return _loss(objective, hidden, losses, o["process_group"], o["backend"], call)
+    return _loss(objective, hidden, losses, shared, o["backend"], call)
 
 
 def of_tokens(
@@ -173,8 +176,9 @@ def of_tokens(
     call: Call,
 ) -> Loss:
     """The loss from per-token losses [...] computed elsewhere."""
+    shared = _Shared(process_group)
     return _loss(
-        objective, nll, lambda: _given(objective, nll, valid, entropy, call.inputs), process_group, None, call
+        objective, nll, lambda: _given(objective, nll, valid, entropy, call.inputs), shared, None, call
     )
 
 
@@ -198,6 +202,29 @@ def weights_of_tokens(
 
 
 # From losses to the loss -------------------------------------------------------------------------------
+
+
+class _Shared(NamedTuple):
+    """The ranks that share a batch.
+
+    `of_mean`: their gradients are such that the mean over the ranks, which DDP and FSDP take, is that of the
+    batch. Otherwise the sum is.
+    """
+
+    group: "Group | None"
+    of_mean: bool = True
+
+    @classmethod
+    def of(cls, process_group: "Group | None", batch_group: "Group | None", name: str) -> "_Shared":
+        """The group of the option, or of the mesh of DTensors; of their gradients PyTorch takes the sum."""
+        if batch_group is None:
+            return cls(process_group)
+        if process_group is not None:
+            raise ValueError(
+                f"process_group must be None if {name} is a DTensor sharded over the batch: its mesh has the "
+                "ranks that share it"
+            )
+        return cls(batch_group, of_mean=False)
 
 
 class _Losses(NamedTuple):
@@ -238,17 +265,17 @@ def _loss(
     objective: Objective,
     x: Tensor,
     losses_of_x: Callable[[], _Losses],
-    process_group: "Group | None",
+    shared: _Shared,
     backend: str | None,
     call: Call,
 ) -> Loss:
     """The result of a call of a loss: its value with its gradient and, if asked for, its statistics."""
-    ranks, stats_wanted = _ranks_of(process_group), call.return_stats or call.on_stats is not None
+    ranks, stats_wanted = _ranks_of(shared.group), call.return_stats or call.on_stats is not None
     losses, items = _together(
         objective, ranks, x, stats_wanted, lambda: (losses_of_x(), _items(call.num_items_in_batch))
     )
     result = _judge(objective, losses, items, ranks, backend)
-    loss = _value_with_gradient(result.loss, _terms(losses, result, ranks))
+    loss = _value_with_gradient(result.loss, _terms(losses, result, ranks.size if shared.of_mean else 1))
     if not stats_wanted:
         return loss
     stats = _stats(losses.batch(items, ranks), result)
@@ -280,8 +307,8 @@ def _check_result(objective: Objective, losses: _Losses, result: object) -> None
         raise TypeError(f"{name} weighs the entropy, so its needs_entropy must be True")
 
 
-def _terms(losses: _Losses, result: Result, ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (x, w): the gradient of the loss is that of Σ x·w at constant w."""
+def _terms(losses: _Losses, result: Result, times: int) -> list[tuple[Tensor, Tensor]]:
+    """Pairs (x, w): so many times the gradient of the loss is that of Σ x·w at constant w."""
     terms: list[tuple[Tensor, Tensor | None]]
     if losses.total is None:
         # The weights of other tokens do not matter: their losses have no gradient.
@@ -292,8 +319,7 @@ def _terms(losses: _Losses, result: Result, ranks: Ranks) -> list[tuple[Tensor, 
         terms.append((losses.entropy, result.entropy_weights))
     if _is_traced():  # the value is then computed from the terms, where 0·NaN would show
         terms = [(x, w if w is None or not w.dim() else torch.where(losses.valid, w, 0)) for x, w in terms]
-    # The mean over the ranks, which DDP and FSDP take, is then the gradient of the whole batch.
-    return [(x, w if ranks is ALONE else ranks.size * w) for x, w in terms if w is not None]
+    return [(x, w if times == 1 else times * w) for x, w in terms if w is not None]
 
 
 def _value_with_gradient(value: Tensor, terms: list[tuple[Tensor, Tensor]]) -> Tensor:

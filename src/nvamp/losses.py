@@ -50,6 +50,8 @@ class _Criterion(nn.Module):
         """Checks an option before it is kept, so that a wrong one fails where it is set."""
         if name in DECLARED[self._declared]:
             value = DECLARED[self._declared][name].check(name, value)
+            if name == "class_weight" and name not in self._buffers:
+                self.register_buffer(name, None, persistent=False)  # moves to a device with the module
         elif name == "ignore_index":
             value = check_ignore_index(name, value)
         elif name == "objective" and not isinstance(value, self._objective):
@@ -97,6 +99,7 @@ class _TokenCriterion(_Criterion):
     z_loss: float
     softcap: float | None
     logit_scale: float
+    class_weight: Tensor | None
     vocab_group: "Group | None"
     backend: str | None
 
@@ -120,6 +123,9 @@ class Loss(_TokenCriterion):
             shifted already.
         label_smoothing, z_loss, softcap, logit_scale: the loss of a token; see
             `nvamp.functional.TokenOptions`.
+        class_weight: [vocab], how much each class counts; see `nvamp.functional.token_nll`. It is a buffer,
+            which moves with the module and is not in its `state_dict`. The loss of the batch is not divided
+            by the sum of weights, as that of `torch.nn.CrossEntropyLoss` is: `num_items_in_batch` does that.
         inplace_backward: let the backward overwrite the logits; see `nvamp.functional.token_nll`.
         process_group: the ranks that share the batch, a `ProcessGroup` or a `DeviceMesh` of one dimension.
             Every rank gets the loss of the whole batch. The mean of the gradients over the ranks, which DDP

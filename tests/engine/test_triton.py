@@ -106,7 +106,7 @@ def test_nothing_looks_at_the_data(launched: list[tuple[Any, ...]], monkeypatch:
         assert [g.shape for g in grads] == [(100, 32), (501, 32), (501,)]
     _, norm = linear.token_nll(triton, head, False, None, opt)  # type: ignore[arg-type]
     targets = parts._Targets.of(head.labels, 501, opt, ALONE)
-    statistics = linear.part_statistics(triton, head._replace(labels=targets.labels), True, None, opt)  # type: ignore[arg-type]
+    statistics = linear.part_statistics(triton, head._replace(labels=targets.labels), 2, None, opt)  # type: ignore[arg-type]
     whole, prediction = parts._put_together(parts._Statistics(*statistics), targets, True, opt, ALONE)
     assert [x.shape for x in (*whole, prediction)] == [(100, 2), (100,), (), (100,), (100,)]  # type: ignore[union-attr]
     for classes, of_entropy in product((None, targets.classes), (None, OfEntropy(nll, nll))):

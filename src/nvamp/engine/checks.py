@@ -112,6 +112,17 @@ def check_accum_dtype(accum_dtype: torch.dtype | None, weight: Tensor) -> None:
         raise ValueError(f"accum_dtype must be {names} for a weight in {weight.dtype}, got {accum_dtype}")
 
 
+def check_class_weight(class_weight: Tensor, vocab: int | Tensor) -> None:
+    """Raises unless there is a weight for each of `vocab` classes. It does not wait to find out."""
+    if isinstance(vocab, Tensor) and (torch.compiler.is_compiling() or not devices.can_look(vocab)):
+        return
+    if len(class_weight) != vocab:
+        raise ValueError(
+            f"class_weight must have shape [{int(vocab)}], a weight for each class of the vocabulary, "
+            f"got {list(class_weight.shape)}"
+        )
+
+
 def check_label_range(labels: Tensor, vocab: int | Tensor, ignore_index: int) -> None:
     """Raises if a label is neither in [0, vocab) nor `ignore_index`; on a CPU only, so that nothing waits."""
     if not devices.can_look(labels):

@@ -244,16 +244,16 @@ def _can_add_to_wider(total: Tensor) -> bool:
 
 
 def token_nll(
-    backend: Backend, head: Head, metrics: bool, accum_dtype: torch.dtype | None, opt: Options
+    backend: Backend, head: Head, metrics: int, accum_dtype: torch.dtype | None, opt: Options
 ) -> tuple[Tensor, ...]:
-    """(nll, norm) or, with `metrics`, (nll, norm, entropy, prediction), [N, ...] each."""
+    """`Backend.token_nll`, [N, ...] each."""
     return _of_each_chunk(
         lambda logits, labels: backend.token_nll(logits, labels, metrics, opt), head, accum_dtype, opt
     )
 
 
 def part_statistics(
-    backend: Backend, head: Head, metrics: bool, accum_dtype: torch.dtype | None, opt: Options
+    backend: Backend, head: Head, metrics: int, accum_dtype: torch.dtype | None, opt: Options
 ) -> tuple[Tensor, ...]:
     """`Backend.part_statistics`, for a weight that is a part of the vocabulary; [N, ...] each."""
     return _of_each_chunk(
@@ -280,6 +280,7 @@ def token_nll_backward(
     grad_nll: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    weights: Tensor | None,
     of_entropy: OfEntropy | None,
     head: Head,
     needs: Needs,
@@ -288,9 +289,10 @@ def token_nll_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of Σ grad_nll·nll with respect to hidden, weight and bias, in their dtypes.
 
-    `classes` and `of_entropy` are as in `Backend.token_nll_backward`.
+    `classes`, `weights` and `of_entropy` are as in `Backend.token_nll_backward`.
     """
     rows = _Rows.of(head, opt, compact=devices.can_wait(head.hidden))
+    weights = None if weights is None else rows.gather(weights)
     norm, grad_nll, *entropies = (rows.gather(x) for x in (norm, grad_nll, *(of_entropy or ())))
     sum_dtype = _sum_dtype(head, len(rows.labels), accum_dtype)
     grads = _Gradients.empty(rows, needs, head.hidden.dtype, sum_dtype)
@@ -305,6 +307,7 @@ def token_nll_backward(
                 opt,
                 out=x,
                 classes=classes,
+                weights=None if weights is None else weights[at],
                 of_entropy=OfEntropy(*(e[at] for e in entropies)) if entropies else None,
             )
             grads.add(x, h, at)
