@@ -20,7 +20,7 @@ def local_logits(
         return logits, labels, vocab_group
     if vocab_group is not None:
         raise ValueError("vocab_group must be None if logits are a DTensor, which has its own mesh")
-    return logits.to_local(), labels, _group_of_shards("logits", logits, logits.ndim - 1)
+    return logits.to_local(), labels, group_of_shards("logits", logits, logits.ndim - 1)
 
 
 def local_head(
@@ -40,7 +40,7 @@ def local_head(
             raise ValueError("vocab_group must be None if hidden is a DTensor, which has its own mesh")
         if not isinstance(weight, DTensor):
             raise TypeError("weight must be a DTensor if hidden is one, got a plain tensor")
-        hidden, vocab_group = _replicated("hidden", hidden), _group_of_shards("weight", weight, 0)
+        hidden, vocab_group = _replicated("hidden", hidden), group_of_shards("weight", weight, 0)
     elif vocab_group is None:
         return hidden, _gathered(weight), labels, None if bias is None else _gathered(bias), None
     return hidden, _part("weight", weight), labels, None if bias is None else _part("bias", bias), vocab_group
@@ -49,7 +49,7 @@ def local_head(
 def _part(name: str, x: Tensor) -> Tensor:
     if not isinstance(x, DTensor):
         return x
-    _group_of_shards(name, x, 0)
+    group_of_shards(name, x, 0)
     return x.to_local()
 
 
@@ -67,7 +67,7 @@ def _replicated(name: str, x: DTensor) -> Tensor:
     return x.to_local()
 
 
-def _group_of_shards(name: str, x: DTensor, vocab_dim: int) -> dist.ProcessGroup | None:
+def group_of_shards(name: str, x: DTensor, vocab_dim: int) -> dist.ProcessGroup | None:
     """The group of the one mesh dimension over which `vocab_dim` of x is sharded; None if there is none."""
     group = None
     for dim, placement in enumerate(x.placements):
