@@ -99,6 +99,10 @@ class _TokenCriterion(_Criterion):
     logit_scale: float
     vocab_group: "Group | None"
     backend: str | None
+    token_metrics: bool = False
+
+    def _call(self, items: Items, inputs: TokenInputs, return_stats: bool = False) -> Call:
+        return super()._call(items, inputs, return_stats)._replace(metrics=self.token_metrics)
 
     def _of_logits(self, logits: Tensor, labels: Tensor, call: Call, **changed: object) -> apply.Loss:
         """The loss of logits; `changed` replaces options for this call."""
@@ -131,6 +135,8 @@ class Loss(_TokenCriterion):
     Attributes:
         on_stats: if set, called with the `NVAMPStats` of every loss. It gives access to the statistics of a
             loss that a trainer or a model computes, as in `nvamp.integrations.stats.log_stats`.
+        token_metrics: if True, the statistics include `accuracy` and `entropy`, from the same pass over the
+            logits: one more look at them, and with a `process_group` one more all-reduce of three numbers.
 
     All arguments are attributes too, and may be changed between calls.
 

@@ -96,8 +96,8 @@ def head_of(logits: DeferredLogits) -> HeadOfLoss:
     weights = [p.layer.weight for p in logits.products]
     if has_dtensors(*weights):
         raise NotImplementedError(
-            f"{logits.model} has adapters on an output layer that is sharded on its own: leave the layer in "
-            "the root's unit, as fully_shard(model) does"
+            f"{logits.model} has an adapter on an output layer that is in parts on several ranks: under FSDP "
+            "leave the layer in the root's unit, as fully_shard(model) does; a tp_plan excludes the adapter"
         )
     dtype = first.layer.weight.dtype
     scales = [p.scale / first.scale for p in logits.products]
@@ -113,7 +113,7 @@ def head_of(logits: DeferredLogits) -> HeadOfLoss:
 
 def _ranks_of(layer: Any) -> "Group | None":
     """The ranks over which transformers' tensor parallelism has split the classes of the layer."""
-    if "_nvamp_forward" not in vars(layer):
+    if not isinstance(layer, nn.Linear) or "_nvamp_forward" not in vars(layer):
         return None
     from nvamp.dtensors import group_of_shards
 
@@ -136,6 +136,15 @@ def check_layer(layer: Any, model: str) -> None:
         )
 
 
+def check_vocab_group(layer: Any, vocab_group: object) -> None:
+    """Raises a `ValueError` if a criterion has a `vocab_group` and the layer too is split over ranks."""
+    if vocab_group is not None and (_is_split(layer) or "_nvamp_forward" in vars(layer)):
+        raise ValueError(
+            "vocab_group must be None for a model with a tp_plan, which says itself which ranks share the "
+            "vocabulary"
+        )
+
+
 def _what_is_wrong(layer: Any) -> str | None:
     """What the layer is that `deferred` cannot be made of; None if it can."""
     name = _name_of(layer)
@@ -149,8 +158,9 @@ def _what_is_wrong(layer: Any) -> str | None:
     if getattr(getattr(layer, "_nvamp_unpatched", type(layer)), "forward", None) is not nn.Linear.forward:
         return name
     if "forward" in vars(layer) and not _is_split(layer):
-        replaced = vars(layer)["forward"]
-        return f"{name} whose forward has been replaced by {getattr(replaced, '__qualname__', replaced)}"
+        replaced = vars(layer).get("_hf_hook", vars(layer)["forward"])  # Accelerate's, or somebody's
+        by = getattr(replaced, "__qualname__", _name_of(replaced))
+        return f"{name} whose forward has been replaced by {by}"
     if is_traceable_wrapper_subclass(layer.weight) and not has_dtensors(layer.weight):
         return f"{name} whose weight is a {_name_of(layer.weight)}"
     return None

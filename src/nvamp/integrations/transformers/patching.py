@@ -16,7 +16,7 @@ from nvamp.integrations.transformers.model_loss import ModelLoss
 from nvamp.losses import LinearLoss
 
 
-def patch(model: Any, criterion: LinearLoss) -> None:
+def patch(model: Any, criterion: LinearLoss, *, eval_logits: bool = True) -> None:
     """Makes a causal language model compute `criterion` from its hidden states, without logits, in training.
 
     In training and with labels the model runs its own forward, but its output layer computes nothing: the
@@ -32,11 +32,15 @@ def patch(model: Any, criterion: LinearLoss) -> None:
 
     Args:
         model: a `PreTrainedModel` with a `torch.nn.Linear` as output layer and transformers'
-            `ForCausalLMLoss` as loss, or a `PeftModel` of one. Not yet prepared by Accelerate.
+            `ForCausalLMLoss` as loss, or a `PeftModel` of one, which may adapt that layer. Not yet prepared
+            by Accelerate. With `tp_plan="auto"` the layer keeps the classes of this rank.
         criterion: without `softcap` and `logit_scale` if the model has its own, which are then used.
+        eval_logits: `False` for no logits in evaluation either, if there are labels: all that a `Trainer`
+            needs without `compute_metrics`, or with `prediction_loss_only`.
 
     Raises:
         TypeError: the model, its output layer or the criterion is of another kind.
+        ValueError: the criterion has a `vocab_group` of its own, beside the one of `tp_plan`.
 
     A model that needs its logits for something else raises a `NotImplementedError` in training: see
     docs/architectures.md.
@@ -58,10 +62,11 @@ def patch(model: Any, criterion: LinearLoss) -> None:
     layers = heads.layers_of(model)
     for layer in layers:
         heads.check_layer(layer, type(model).__name__)
+        heads.check_vocab_group(layer, criterion.vocab_group)
     for layer in layers:
         _change(layer, _patched_layer)
     _change(model, _patched_model)
-    model.loss_function = _LinearModelLoss(criterion, before)
+    model.loss_function = _LinearModelLoss(criterion, before, eval_logits)
 
 
 def unpatch(model: Any) -> None:
@@ -83,13 +88,14 @@ def unpatch(model: Any) -> None:
 
 
 class _LinearModelLoss(ModelLoss):
-    """The loss of a patched model: of deferred logits in training, of logits otherwise."""
+    """The loss of a patched model: of deferred logits, or of logits in evaluation."""
 
     criterion: LinearLoss
 
-    def __init__(self, criterion: LinearLoss, before: Any) -> None:
+    def __init__(self, criterion: LinearLoss, before: Any, eval_logits: bool) -> None:
         super().__init__(criterion)
         self.before = before  # the `loss_function` that the model had been given
+        self.eval_logits = eval_logits
 
     def value(
         self,
@@ -208,13 +214,13 @@ def _patched_layer(base: Any) -> Any:
 
 @cache
 def _patched_model(base: Any) -> Any:
-    """The class `base` of a model, except that in training and with labels it computes no logits."""
+    """The class `base` of a model, except that with labels it computes no logits, in training at least."""
     position = list(signature(base.forward).parameters).index("labels") - 1
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         labels = args[position] if len(args) > position else kwargs.get("labels")
         loss = self.__dict__.get("_loss_function")
-        if labels is None or not self.training or not isinstance(loss, _LinearModelLoss):
+        if labels is None or not isinstance(loss, _LinearModelLoss) or (loss.eval_logits and not self.training):
             return base.forward(self, *args, **kwargs)
         layers = heads.layers_of(self)
         if not all(isinstance(layer, _Patched) for layer in layers):
