@@ -157,7 +157,9 @@ def of_hidden(
                 return_metrics=call.wants_metrics,
                 **_of(LinearSumOptions, o),
             )
-            return _Losses.of(tuple(nll) if call.wants_metrics else nll[0], targets, ignore_index, inputs, total)
+            return _Losses.of(
+                tuple(nll) if call.wants_metrics else nll[0], targets, ignore_index, inputs, total
+            )
         found = linear_token_nll(  # type: ignore[call-overload]
             hidden,
             weight,

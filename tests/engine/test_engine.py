@@ -516,7 +516,9 @@ def test_metrics(backend: str) -> None:
     torch.testing.assert_close(linear, from_logits)
     if backend != "reference":
         inputs = p.hidden, p.weight, p.labels, p.bias
-        one_pass = {few: linear_nll_sum(*inputs, few=few, return_metrics=True, backend=backend) for few in (0, 1, 3)}
+        one_pass = {
+            few: linear_nll_sum(*inputs, few=few, return_metrics=True, backend=backend) for few in (0, 1, 3)
+        }
         for _, nll, metrics in one_pass.values():
             torch.testing.assert_close(nll, p.exact(p.logits), **TIGHT)
             torch.testing.assert_close(metrics, from_logits)

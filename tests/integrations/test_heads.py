@@ -189,7 +189,9 @@ def with_two_tensors(model: Any) -> None:
 def test_refused_by_name(change: Callable[[Any], None], what: str) -> None:
     model = llama()
     change(model)
-    with pytest.raises(TypeError, match=f"output layer of LlamaForCausalLM must be .*, got .*{what}: use a loss"):
+    with pytest.raises(
+        TypeError, match=f"output layer of LlamaForCausalLM must be .*, got .*{what}: use a loss"
+    ):
         patch(model, LINEAR)
     assert type(model) is LlamaForCausalLM
 
@@ -198,7 +200,7 @@ def test_an_adapter_that_comes_later_needs_a_second_patch(batch: dict[str, Tenso
     model = llama()
     patch(model, LINEAR)
     adapted = lora(model, **HEAD)
-    with pytest.raises(NotImplementedError, match="been given an adapter, since .*: patch again"):
+    with pytest.raises(NotImplementedError, match=r"been given an adapter, since .*: patch again"):
         adapted(**batch)
     patch(adapted, LINEAR)
     assert_same(of_model(adapted, batch), of_logits(lora(llama(), **HEAD), batch, NVAMPLoss()))
@@ -236,7 +238,7 @@ def test_four_bits(adapter: bool, batch: dict[str, Tensor]) -> None:
     assert kind.__module__ == ("peft.tuners.lora.bnb" if adapter else "bitsandbytes.nn.modules")
     refused = llama()
     refused.lm_head = bnb.nn.Linear8bitLt(16, V, bias=False)
-    with pytest.raises(TypeError, match="got bitsandbytes.nn.modules.Linear8bitLt"):
+    with pytest.raises(TypeError, match=r"got bitsandbytes.nn.modules.Linear8bitLt"):
         patch(refused, LINEAR)
 
 
@@ -251,7 +253,10 @@ def test_no_logits_in_evaluation(grad: bool, batch: dict[str, Tensor]) -> None:
     with torch.set_grad_enabled(grad):
         outputs = model(**batch)
     assert outputs.logits is None
-    assert_same([outputs.loss.detach(), *(gradients(outputs.loss, model) if grad else [])], expected[: None if grad else 1])
+    assert_same(
+        [outputs.loss.detach(), *(gradients(outputs.loss, model) if grad else [])],
+        expected[: None if grad else 1],
+    )
     assert torch.equal(model(batch["input_ids"]).logits, logits)  # as in generation
     patch(model, LINEAR)
     assert torch.equal(model(**batch).logits, logits)

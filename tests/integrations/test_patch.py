@@ -606,7 +606,9 @@ def test_refused_in_training(cls: Any, message: str, batch: dict[str, Tensor]) -
 def test_a_new_output_layer_has_to_be_patched(model: Any, batch: dict[str, Tensor]) -> None:
     patch(model, LinearNVAMPLoss())
     model.resize_token_embeddings(V + 3, mean_resizing=False)
-    with pytest.raises(NotImplementedError, match="output layer of LlamaForCausalLM has been replaced, .*: patch again"):
+    with pytest.raises(
+        NotImplementedError, match=r"output layer of LlamaForCausalLM has been replaced, .*: patch again"
+    ):
         model(**batch)
     expected = of_logits(model, batch, NVAMPLoss())
     patch(model, LinearNVAMPLoss())

@@ -155,7 +155,9 @@ def test_accuracy_and_entropy(path: str, tmp_path: Path) -> None:
     if path != "compute_loss_func":
         criterion = LinearLoss(NVAMP())
         patch(model, criterion, eval_logits="," not in path)
-    trainer = trainer_with(compute_loss_func(criterion) if path == "compute_loss_func" else None, tmp_path, "none", model)
+    trainer = trainer_with(
+        compute_loss_func(criterion) if path == "compute_loss_func" else None, tmp_path, "none", model
+    )
     trainer.args.learning_rate = 0.0
     log_stats(trainer, criterion, token_metrics=True)
     trainer.train()

@@ -129,7 +129,9 @@ def test_metrics_add_up(chunks: int | None, micro_batches: list[tuple[Tensor, Te
             found.append(values)
     assert losses[:2] == losses[2:]
     assert found[2:] == [{}, {}]
-    logits = torch.cat([head(hidden)[labels != IGNORED] for hidden, labels in micro_batches]).double().detach()
+    logits = (
+        torch.cat([head(hidden)[labels != IGNORED] for hidden, labels in micro_batches]).double().detach()
+    )
     targets = torch.cat([labels[labels != IGNORED] for _, labels in micro_batches])
     p = logits.softmax(-1)
     nll = nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -160,7 +162,11 @@ def test_a_missing_input_is_named(micro_batches: list[tuple[Tensor, Tensor]]) ->
 
 @pytest.mark.parametrize(
     ("text", "what"),
-    [("ce:label_smoothing=0.1,z_loss=0.1", "label_smoothing, z_loss"), ("entropy", "the entropy"), ("ce", "metrics")],
+    [
+        ("ce:label_smoothing=0.1,z_loss=0.1", "label_smoothing, z_loss"),
+        ("entropy", "the entropy"),
+        ("ce", "metrics"),
+    ],
 )
 def test_what_torchtitan_does_not_gather(
     text: str, what: str, micro_batches: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch

@@ -325,7 +325,7 @@ def unit_gradients(
     accum_dtype: torch.dtype | None,
     opt: Options,
 ) -> tuple[tuple[Tensor, ...], Units]:
-    """(nll,) or, with `metrics`, (nll, norm, entropy, prediction), [N, ...] each; and what the backward needs.
+    """(nll,) or, with `metrics`, (nll, norm, entropy, prediction), [N, ...] each, and the units.
 
     The row of the largest loss is kept if `few` is 1.
     """

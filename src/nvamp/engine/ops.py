@@ -326,7 +326,18 @@ def _(
     max_grad = head.weight.new_empty(len(head.weight) if few == 1 else 0)
     max_hidden = head.hidden.new_empty(head.hidden.shape[1] if few == 1 else 0)
     hidden, weight, bias = _fake_gradients(head, needs, linear.held_dtype(head.weight, accum_dtype))
-    return nll.new_empty(()), nll, norm, *rest, index, max_grad, max_hidden, hidden, weight, bias.to(nll.dtype)
+    return (
+        nll.new_empty(()),
+        nll,
+        norm,
+        *rest,
+        index,
+        max_grad,
+        max_hidden,
+        hidden,
+        weight,
+        bias.to(nll.dtype),
+    )
 
 
 @operator(

@@ -16,9 +16,7 @@ _MEANS = {"cross_entropy": "mean", "dispersion": "dispersion", "std": "std", "ha
 _METRICS = {"accuracy": "accuracy", "entropy": "entropy"}
 
 
-def log_stats(
-    trainer: Any, criterion: Loss | LinearLoss | TokenLoss, *, token_metrics: bool = False
-) -> None:
+def log_stats(trainer: Any, criterion: Loss | LinearLoss | TokenLoss, *, token_metrics: bool = False) -> None:
     """Adds the components of the loss to everything that `trainer` logs, in training and in evaluation.
 
     They go where its other values go: to `log_history`, to TensorBoard and to whatever else `report_to`
@@ -63,7 +61,9 @@ def log_stats(
         log_stats(trainer, criterion)
     """
     if token_metrics and isinstance(criterion, TokenLoss):
-        raise TypeError("token_metrics need a Loss or a LinearLoss, got a TokenLoss, which sees no predictions")
+        raise TypeError(
+            "token_metrics need a Loss or a LinearLoss, got a TokenLoss, which sees no predictions"
+        )
     means = _MEANS | _METRICS if token_metrics else _MEANS
     meter, log = _Meter(tuple(means.values())), trainer.log
     criterion.on_stats = meter.add
@@ -102,7 +102,8 @@ def _summary(tables: Tensor, names: tuple[str, ...]) -> dict[str, float]:
 class _Meter:
     """Adds up the statistics of every call of a criterion, on its device.
 
-    It holds a table for training and one for evaluation: tokens, tokens times each of the means, largest loss.
+    It holds a table for training and one for evaluation: tokens, tokens times each of the means, and the
+    largest loss.
     """
 
     def __init__(self, means: tuple[str, ...]) -> None:

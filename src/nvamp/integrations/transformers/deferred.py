@@ -46,7 +46,7 @@ class DeferredLogits:
 
     @property
     def options(self) -> dict[str, float]:
-        """The options with which a loss of x over the scale of its first product is the loss of these logits."""
+        """The options with which a loss of x over the scale of its first product is that of the logits."""
         scale = self.products[0].scale
         if self._cap is not None:
             return {"softcap": self._cap, "logit_scale": scale * self._cap}

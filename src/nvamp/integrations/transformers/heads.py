@@ -1,7 +1,7 @@
 """The output layers that the linear path serves: what each computes, as a sum of products."""
 
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from nvamp.engine.parts import has_dtensors
 from nvamp.integrations.transformers.deferred import DeferredLogits, Product, Weights
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from nvamp.distributed import Group
 
 # Layers of PEFT that add products to the one of the layer they wrap, or change rows of its weight.
@@ -35,7 +37,9 @@ def layers_of(model: Any) -> list[Any]:
 def deferred(layer: Any, forward: Any, hidden: Tensor, model: str) -> DeferredLogits:
     """The logits of an output layer that has the given forward, not computed."""
     if isinstance(layer, nn.Linear):
-        return DeferredLogits((_of_4bit(layer, hidden) if _is_4bit(layer) else Product(hidden, layer),), model)
+        return DeferredLogits(
+            (_of_4bit(layer, hidden) if _is_4bit(layer) else Product(hidden, layer),), model
+        )
     with _Recorded(model, base_of(layer).out_features):
         logits: DeferredLogits = forward(layer, hidden)
     return logits
@@ -92,7 +96,9 @@ def head_of(logits: DeferredLogits) -> HeadOfLoss:
     first, *others = logits.products
     if not others:
         hidden, layer, _ = first
-        return HeadOfLoss(hidden, layer.weight, layer.bias, None if has_dtensors(hidden) else _ranks_of(layer))
+        return HeadOfLoss(
+            hidden, layer.weight, layer.bias, None if has_dtensors(hidden) else _ranks_of(layer)
+        )
     weights = [p.layer.weight for p in logits.products]
     if has_dtensors(*weights):
         raise NotImplementedError(
@@ -117,7 +123,7 @@ def _ranks_of(layer: Any) -> "Group | None":
         return None
     from nvamp.dtensors import group_of_shards
 
-    return group_of_shards("weight", layer.weight, 0)
+    return group_of_shards("weight", cast("DTensor", layer.weight), 0)
 
 
 def base_of(layer: Any) -> nn.Linear:
@@ -161,7 +167,7 @@ def _what_is_wrong(layer: Any) -> str | None:
         replaced = vars(layer).get("_hf_hook", vars(layer)["forward"])  # Accelerate's, or somebody's
         by = getattr(replaced, "__qualname__", _name_of(replaced))
         return f"{name} whose forward has been replaced by {by}"
-    if is_traceable_wrapper_subclass(layer.weight) and not has_dtensors(layer.weight):
+    if not has_dtensors(layer.weight) and is_traceable_wrapper_subclass(layer.weight):
         return f"{name} whose weight is a {_name_of(layer.weight)}"
     return None
 

@@ -79,7 +79,7 @@ def unpatch(model: Any) -> None:
     for module in patched:
         module.__class__ = module._nvamp_unpatched
         if "_nvamp_forward" in vars(module):
-            module.forward = vars(module).pop("_nvamp_forward")
+            vars(module)["forward"] = vars(module).pop("_nvamp_forward")
     loss = vars(model).get("_loss_function")
     if isinstance(loss, _LinearModelLoss):
         del model._loss_function
@@ -220,7 +220,11 @@ def _patched_model(base: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         labels = args[position] if len(args) > position else kwargs.get("labels")
         loss = self.__dict__.get("_loss_function")
-        if labels is None or not isinstance(loss, _LinearModelLoss) or (loss.eval_logits and not self.training):
+        if (
+            labels is None
+            or not isinstance(loss, _LinearModelLoss)
+            or (loss.eval_logits and not self.training)
+        ):
             return base.forward(self, *args, **kwargs)
         layers = heads.layers_of(self)
         if not all(isinstance(layer, _Patched) for layer in layers):
@@ -267,5 +271,3 @@ def _check_model(model: Any, own_loss: Any) -> None:
             f"the forward of this {name} has been replaced, as Accelerate does for mixed precision or for "
             "several devices: patch the model before it is prepared"
         )
-
-
