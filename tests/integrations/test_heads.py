@@ -84,7 +84,7 @@ def trainable_tokens() -> Any:
 MODELS: dict[str, Callable[[], Any]] = {
     "lora": lambda: lora(llama(), **HEAD),
     "lora with dropout": lambda: lora(llama(), lora_dropout=0.3, **HEAD),
-    "lora with bias": lambda: lora(llama(), lora_bias=True, **HEAD),
+    "lora with bias": lambda: lora(llama(), lora_bias=True, lora_alpha=3, **HEAD),
     "two adapters": two_adapters,
     "disabled": disabled,
     "merged": merged,

@@ -169,6 +169,7 @@ def test_accuracy_and_entropy(path: str, tmp_path: Path) -> None:
     assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
     log_stats(trainer, criterion)
     assert "eval_nvamp_entropy" not in trainer.evaluate()
+    assert not criterion.token_metrics
 
 
 def test_losses_of_tokens_have_no_accuracy(tmp_path: Path) -> None:
