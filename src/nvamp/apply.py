@@ -67,6 +67,8 @@ class NVAMPStats(NamedTuple):
     min_weight: Tensor  # the smallest ∂L/∂ℓ of a valid token
     max_weight: Tensor  # the largest
     hardest_share: Tensor  # the share of Σ |∂L/∂ℓ| on the hardest 1% of the tokens, rounded up
+    accuracy: Tensor | None = None  # the share of valid tokens whose label is the likeliest; see `on_stats`
+    entropy: Tensor | None = None  # mean entropy of the predictions of valid tokens, nats; the same
 
 
 Listener = Callable[[NVAMPStats], None]
@@ -79,6 +81,11 @@ class Call(NamedTuple):
     inputs: TokenInputs
     return_stats: bool
     on_stats: Listener | None
+    metrics: bool = False  # whether the statistics include accuracy and entropy
+
+    @property
+    def wants_metrics(self) -> bool:
+        return self.metrics and (self.return_stats or self.on_stats is not None)
 
 
 Loss = Tensor | tuple[Tensor, NVAMPStats]
@@ -108,7 +115,7 @@ def of_logits(
             logits,
             targets,
             ignore_index=ignore_index,
-            return_metrics=objective.needs_entropy,
+            return_metrics=objective.needs_entropy or call.wants_metrics,
             **_of(NLLOptions, o, vocab_group=vocab_group),
         )
         return _Losses.of(found, targets, ignore_index, inputs)
@@ -143,23 +150,26 @@ def of_hidden(
         if vocab_group is None and not objective.needs_entropy:
             few = _few_in_one_pass(objective, targets, shared.group)
         if few is not None and can_one_pass(hidden, weight, bias, o["backend"]):
-            total, nll = linear_nll_sum(
+            total, *nll = linear_nll_sum(  # type: ignore[call-overload]
                 hidden,
                 weight,
                 targets,
                 bias,
                 few=few,
                 ignore_index=ignore_index,
+                return_metrics=call.wants_metrics,
                 **_of(LinearSumOptions, o),
             )
-            return _Losses.of(nll, targets, ignore_index, inputs, total)
+            return _Losses.of(
+                tuple(nll) if call.wants_metrics else nll[0], targets, ignore_index, inputs, total
+            )
         found = linear_token_nll(  # type: ignore[call-overload]
             hidden,
             weight,
             targets,
             bias,
             ignore_index=ignore_index,
-            return_metrics=objective.needs_entropy,
+            return_metrics=objective.needs_entropy or call.wants_metrics,
             **_of(LinearNLLOptions, o, vocab_group=vocab_group),
         )
         return _Losses.of(found, targets, ignore_index, inputs)
@@ -196,7 +206,7 @@ def weights_of_tokens(
     def given() -> tuple[_Losses, Items]:
         return _given(objective, nll, valid, entropy, call.inputs), _items(call.num_items_in_batch)
 
-    losses, items = _together(objective, ranks, nll, False, given)
+    losses, items = _together(objective, ranks, nll, call, given)
     weights = _judge(objective, losses, items, ranks, None).weights()
     return torch.where(losses.valid, weights, 0).view(nll.shape)
 
@@ -234,7 +244,8 @@ class _Losses(NamedTuple):
     labels: Tensor  # [tokens] integers, or bool: whether it counts
     ignore_index: int  # the label of those that do not count
     inputs: Mapping[str, Tensor] = {}  # [tokens] each
-    entropy: Tensor | None = None  # [tokens], with gradient
+    entropy: Tensor | None = None  # [tokens], with gradient unless there is a `total`
+    correct: Tensor | None = None  # [tokens] bool: the label is the likeliest class
     total: Tensor | None = None  # Σ nll, with gradient; if set, only a few tokens of nll have a gradient
 
     @classmethod
@@ -247,8 +258,11 @@ class _Losses(NamedTuple):
         total: Tensor | None = None,
     ) -> "_Losses":
         """The losses from results of the engine, [...]."""
-        nll, entropy = (found, None) if isinstance(found, Tensor) else (found[0], found[1].entropy.flatten())
-        return cls(nll.flatten(), targets.flatten(), ignore_index, inputs, entropy, total)
+        nll, metrics = (found, None) if isinstance(found, Tensor) else found
+        losses = cls(nll.flatten(), targets.flatten(), ignore_index, inputs, total=total)
+        if metrics is None:
+            return losses
+        return losses._replace(entropy=metrics.entropy.flatten(), correct=metrics.correct.flatten())
 
     @property
     def valid(self) -> Tensor:
@@ -272,13 +286,16 @@ def _loss(
     """The result of a call of a loss: its value with its gradient and, if asked for, its statistics."""
     ranks, stats_wanted = _ranks_of(shared.group), call.return_stats or call.on_stats is not None
     losses, items = _together(
-        objective, ranks, x, stats_wanted, lambda: (losses_of_x(), _items(call.num_items_in_batch))
+        objective, ranks, x, call, lambda: (losses_of_x(), _items(call.num_items_in_batch))
     )
     result = _judge(objective, losses, items, ranks, backend)
     loss = _value_with_gradient(result.loss, _terms(losses, result, ranks.size if shared.of_mean else 1))
     if not stats_wanted:
         return loss
     stats = _stats(losses.batch(items, ranks), result)
+    if call.metrics and losses.correct is not None and losses.entropy is not None:
+        means = _means(losses.batch(items, ranks), losses.correct, losses.entropy.detach())
+        stats = stats._replace(accuracy=means[0], entropy=means[1])
     if call.on_stats is not None:
         call.on_stats(stats)
     return (loss, stats) if call.return_stats else loss
@@ -303,7 +320,7 @@ def _check_result(objective: Objective, losses: _Losses, result: object) -> None
     if result.shared is None and (result.per_token is None or losses.total is not None):
         few = "" if result.per_token is None else ", as its few_weights says"
         raise TypeError(f"{name}.evaluate must return a Result with `shared`{few}")
-    if result.entropy_weights is not None and losses.entropy is None:
+    if result.entropy_weights is not None and not objective.needs_entropy:
         raise TypeError(f"{name} weighs the entropy, so its needs_entropy must be True")
 
 
@@ -370,7 +387,7 @@ def _ranks_of(process_group: "Group | None") -> Ranks:
     return ranks_of(process_group)
 
 
-def _together(objective: Objective, ranks: Ranks, x: object, stats: bool, losses: Callable[[], T]) -> T:
+def _together(objective: Objective, ranks: Ranks, x: object, call: Call, losses: Callable[[], T]) -> T:
     """losses(), computed from the tensor x. If it raises, this rank first takes part in later collectives.
 
     The other ranks then get a loss of NaN. Otherwise they would wait for this rank forever.
@@ -383,8 +400,10 @@ def _together(objective: Objective, ranks: Ranks, x: object, stats: bool, losses
             inputs = dict.fromkeys((*objective.inputs, *objective.optional_inputs), nll)
             batch = Batch(nll, torch.ones_like(nll, dtype=torch.bool), None, ranks, inputs, nll)
             result = objective.evaluate(batch)
-            if stats:
+            if call.return_stats or call.on_stats is not None:
                 _statistics_of(batch, result)
+            if call.wants_metrics:
+                _means(batch, nll, nll)
         raise
 
 
@@ -539,6 +558,12 @@ def _stats(batch: Batch, result: Result) -> NVAMPStats:
         max_weight=over_valid(torch.amax, -torch.inf),
         hardest_share=_hardest_share(ell, valid, weights.abs()),
     )
+
+
+def _means(batch: Batch, *x: Tensor) -> list[Tensor]:
+    """The mean of each x [tokens] over the valid tokens of all ranks, 0 if there is none: one all-reduce."""
+    n, *sums = batch.sums(*(each.to(batch.nll.dtype) for each in x))
+    return [total / n.clamp(min=1) for total in sums]
 
 
 def _hardest_share(ell: Tensor, valid: Tensor, weights: Tensor) -> Tensor:

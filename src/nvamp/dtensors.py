@@ -114,6 +114,11 @@ def _sharded_dims(
     return found.get(vocab_dim), found.get(batch_dim)
 
 
+def group_of_shards(name: str, x: DTensor, vocab_dim: int) -> dist.ProcessGroup | None:
+    """The group over which `vocab_dim` of x is sharded; None if it is not."""
+    return _group(x, _sharded_dims(name, x, vocab_dim)[0])
+
+
 def _group(x: DTensor, mesh_dim: int | None) -> dist.ProcessGroup | None:
     return None if mesh_dim is None else x.device_mesh.get_group(mesh_dim)
 

@@ -102,6 +102,10 @@ class _TokenCriterion(_Criterion):
     class_weight: Tensor | None
     vocab_group: "Group | None"
     backend: str | None
+    token_metrics: bool = False
+
+    def _call(self, items: Items, inputs: TokenInputs, return_stats: bool = False) -> Call:
+        return super()._call(items, inputs, return_stats)._replace(metrics=self.token_metrics)
 
     def _of_logits(self, logits: Tensor, labels: Tensor, call: Call, **changed: object) -> apply.Loss:
         """The loss of logits; `changed` replaces options for this call."""
@@ -137,6 +141,8 @@ class Loss(_TokenCriterion):
     Attributes:
         on_stats: if set, called with the `NVAMPStats` of every loss. It gives access to the statistics of a
             loss that a trainer or a model computes, as in `nvamp.integrations.stats.log_stats`.
+        token_metrics: if True, the statistics include `accuracy` and `entropy`, from the same pass over the
+            logits: one more look at them, and with a `process_group` one more all-reduce of three numbers.
 
     All arguments are attributes too, and may be changed between calls.
 

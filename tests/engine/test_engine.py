@@ -221,7 +221,7 @@ def test_one_pass_waits_for_no_device(few: int, backend: str, monkeypatch: pytes
     with FakeTensorMode() as mode:
         head = Head(*map(mode.from_tensor, (p.hidden, p.weight, p.bias, p.labels)))
         engine = backends.load(backend)
-        nll, units = linear.unit_gradients(engine, head, needs, few, None, opt)
+        (nll,), units = linear.unit_gradients(engine, head, needs, few, False, None, opt)
         grads = linear.weighted_gradients(
             engine, nll.sum(), nll, units, head, needs, few, None, opt, in_place=True
         )
@@ -539,6 +539,14 @@ def test_metrics(backend: str) -> None:
     _, linear = linear_token_nll(p.hidden, p.weight, p.labels, p.bias, return_metrics=True, backend=backend)
     _, from_logits = token_nll(p.logits, p.labels, return_metrics=True, backend=backend)
     torch.testing.assert_close(linear, from_logits)
+    if backend != "reference":
+        inputs = p.hidden, p.weight, p.labels, p.bias
+        one_pass = {
+            few: linear_nll_sum(*inputs, few=few, return_metrics=True, backend=backend) for few in (0, 1, 3)
+        }
+        for _, nll, metrics in one_pass.values():
+            torch.testing.assert_close(nll, p.exact(p.logits), **TIGHT)
+            torch.testing.assert_close(metrics, from_logits)
 
 
 @with_backend
@@ -740,6 +748,7 @@ X, W, Y = torch.zeros(2, 3, 5), torch.zeros(7, 5), torch.zeros(2, 3, dtype=torch
         (lambda: linear_token_nll(X, W.T, Y), ValueError, r"weight must have shape \[vocabulary, 5\].* got \[5, 7\]"),
         (lambda: linear_token_nll(X[..., :0], W[:, :0], Y), ValueError, r"hidden must have .* got \[2, 3, 0\]"),
         (lambda: linear_token_nll(X[0, 0], W, Y), ValueError, r"hidden must have shape \[..., features\]"),
+        (lambda: linear_token_nll(X, W[:0, 0], Y), ValueError, r"got \[0\], as .* ZeRO-3 .* leave it after the backward"),
         (lambda: linear_token_nll(X, W.half(), Y), TypeError, "weight must have the dtype of hidden, torch.float32"),
         (lambda: linear_token_nll(X, W, Y, W[0]), ValueError, r"bias must have shape \[7\], got \[5\]"),
         (lambda: linear_token_nll(X, W.to("meta"), Y), ValueError, "weight must be on the device of hidden"),

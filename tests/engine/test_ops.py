@@ -64,15 +64,15 @@ def test_opcheck_of_the_primitives(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, True, False)])
-@pytest.mark.parametrize("few", [0, 1, 3])
+@pytest.mark.parametrize(("few", "metrics"), [(0, True), (1, False), (3, False), (1, True)])
 @with_backend
 def test_opcheck_of_the_one_pass_operator(
-    dtype: torch.dtype, trained: tuple[bool, ...], few: int, backend: str
+    dtype: torch.dtype, trained: tuple[bool, ...], few: int, metrics: bool, backend: str
 ) -> None:
     p = make_problem(n=6, d=4, v=9, dtype=dtype)
     head = [x.requires_grad_(t) for x, t in zip((p.hidden, p.weight, p.bias), trained, strict=True)]
     torch.library.opcheck(
-        ops.linear_nll_sum.default, (*head, p.labels, *trained, few, False, None, *flat(backend))
+        ops.linear_nll_sum.default, (*head, p.labels, *trained, few, metrics, False, None, *flat(backend))
     )
 
 
@@ -92,7 +92,8 @@ def test_opcheck_of_the_backward_operators(backend: str) -> None:
             ops.linear_token_nll_backward.default, (nll, *of_rows, *head, *needs, None, *flat(backend))
         )
     for few in (0, 1, 3):
-        total, nll, *units = ops.linear_nll_sum(*head, *needs, few, False, None, *flat(backend))
+        total, nll, *rest = ops.linear_nll_sum(*head, *needs, few, False, False, None, *flat(backend))
+        units = rest[4:]
         torch.library.opcheck(
             ops.linear_nll_sum_backward.default,
             (total, nll if few else None, *units, *head, *needs, few, None, *flat(backend)),

@@ -96,7 +96,7 @@ def test_nothing_looks_at_the_data(launched: list[tuple[Any, ...]], monkeypatch:
     with pytest.raises((RuntimeError, NotImplementedError)):  # what a look at the data is here
         head.labels.sum().item()
 
-    _, units = linear.unit_gradients(triton, head, needs, 1, None, opt)  # type: ignore[arg-type]
+    _, units = linear.unit_gradients(triton, head, needs, 1, False, None, opt)  # type: ignore[arg-type]
     index, grad, hidden, *of_sum = units
     assert (index.shape, grad.shape, hidden.shape) == ((1,), (501,), (32,))
     assert [u.shape for u in of_sum] == [(100, 32), (501, 32), (501,)]
@@ -191,7 +191,7 @@ def test_memory_on_an_accelerator(
     engine: Any = triton
     with Allocations(head.hidden, head.weight, head.labels, nll, norm) as held:
         if one_pass:
-            _, units = linear.unit_gradients(engine, head, needs, few, None, opt)
+            _, units = linear.unit_gradients(engine, head, needs, few, False, None, opt)
             linear.weighted_gradients(engine, nll[0], nll, units, head, needs, few, None, opt, in_place=True)
         else:
             linear.token_nll_backward(engine, nll, norm, None, None, head, needs, None, opt)

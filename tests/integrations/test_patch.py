@@ -538,16 +538,6 @@ def test_lora(first: str, saved: list[str] | None, batch: dict[str, Tensor]) -> 
     assert all("_nvamp_unpatched" not in vars(type(module)) for module in adapted.modules())
 
 
-def test_lora_of_the_output_layer_is_refused(batch: dict[str, Tensor]) -> None:
-    adapted = lora(llama(), target_modules=["lm_head"])
-    with pytest.raises(TypeError, match=r"plain torch.nn.Linear, got peft.tuners.lora.layer.Linear"):
-        patch(adapted, LinearNVAMPLoss())
-    model = llama()
-    patch(model, LinearNVAMPLoss())
-    with pytest.raises(TypeError, match=r"plain torch.nn.Linear, got peft.tuners.lora.layer.Linear"):
-        lora(model, target_modules=["lm_head"])(**batch)
-
-
 # What is refused, and what a call leaves alone ---------------------------------------------------------
 
 
@@ -567,7 +557,7 @@ def test_refused_before_it_begins(model: Any) -> None:
     with pytest.raises(TypeError, match=r"LlamaModel .*no loss: its forward takes no labels"):
         patch(model.model, LinearNVAMPLoss())
     head, model.lm_head = model.lm_head, Quantized(16, V)
-    with pytest.raises(TypeError, match=r"plain torch.nn.Linear, got .*test_patch.Quantized: use a loss"):
+    with pytest.raises(TypeError, match=r"plain torch.nn.Linear, .* got .*test_patch.Quantized: use a loss"):
         patch(model, LinearNVAMPLoss())
     model.lm_head = head
     assert vars(model) == before
@@ -616,7 +606,9 @@ def test_refused_in_training(cls: Any, message: str, batch: dict[str, Tensor]) -
 def test_a_new_output_layer_has_to_be_patched(model: Any, batch: dict[str, Tensor]) -> None:
     patch(model, LinearNVAMPLoss())
     model.resize_token_embeddings(V + 3, mean_resizing=False)
-    with pytest.raises(NotImplementedError, match="replaced, patch again"):
+    with pytest.raises(
+        NotImplementedError, match=r"output layer of LlamaForCausalLM has been replaced, .*: patch again"
+    ):
         model(**batch)
     expected = of_logits(model, batch, NVAMPLoss())
     patch(model, LinearNVAMPLoss())

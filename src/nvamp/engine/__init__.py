@@ -247,6 +247,30 @@ def can_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: s
     return differentiated and not half and backend_for(hidden, backend) != "reference"
 
 
+@overload
+def linear_nll_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    few: int,
+    ignore_index: int = ...,
+    return_metrics: Literal[False] = ...,
+    **options: Unpack[LinearSumOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_nll_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    few: int,
+    ignore_index: int = ...,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearSumOptions],
+) -> tuple[Tensor, Tensor, TokenMetrics]: ...
 def linear_nll_sum(
     hidden: Tensor,
     weight: Tensor,
@@ -255,8 +279,9 @@ def linear_nll_sum(
     *,
     few: int,
     ignore_index: int = -100,
+    return_metrics: bool = False,
     **options: Unpack[LinearSumOptions],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, TokenMetrics]:
     """The sum of the losses, and the losses [...]; the gradient of the sum is taken in the forward.
 
     This takes three matrix products instead of the four of `linear_token_nll`, but holds the gradients of
@@ -267,6 +292,8 @@ def linear_nll_sum(
             largest loss, the first if tied; its row is kept. More: any rows; the backward computes their
             logits again and adds their part to the gradient of the weight, two products of that many rows.
             Outside a CPU, rows beyond the `few` largest gradients by magnitude are silently dropped.
+        return_metrics: also return `TokenMetrics`, here without gradient, from one more look at each chunk of
+            logits.
 
     The other arguments and the errors are those of `linear_token_nll`; `"reference"` does not have it.
     """
@@ -279,8 +306,10 @@ def linear_nll_sum(
     needs = Needs(*(t is not None and t.requires_grad for t in head[:3]))
     name = _backend(hidden, o)
     check_transforms(name, *head[:3])
-    total, nll, *_ = ops.linear_nll_sum(head, needs, few, True, accum_dtype, name, opt)
-    return total, nll.view(labels.shape)
+    wanted = _wanted(return_metrics, mean_logit=False)
+    total, *tokens = ops.linear_nll_sum(head, needs, few, wanted, True, accum_dtype, name, opt)[:6]
+    found = _result(labels, ignore_index, *_with_lse(wanted, *tokens))
+    return (total, found) if isinstance(found, Tensor) else (total, *found)
 
 
 def _opt(ignore_index: int, o: EngineOptions, x: Tensor, vocab: int | None) -> Options:

@@ -60,6 +60,12 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: bool = False) -> None:
     """Raises unless hidden [..., D], weight [V, D] and bias [V] fit together in shape, dtype and device."""
+    if weight.dim() == 1 and not weight.numel():
+        raise ValueError(
+            f"weight must have shape [vocabulary, {hidden.shape[-1]}], got {list(weight.shape)}, as "
+            "DeepSpeed's ZeRO-3 leaves a weight between the layers: compute the loss within "
+            "deepspeed.zero.GatheredParameters([weight]), and leave it after the backward"
+        )
     if weight.dim() != 2 or (weight.shape[0] == 0 and not part) or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must have shape [vocabulary, {hidden.shape[-1]}] for hidden {list(hidden.shape)}, "

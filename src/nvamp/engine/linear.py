@@ -329,36 +329,49 @@ class Units(NamedTuple):
 
 
 def unit_gradients(
-    backend: Backend, head: Head, needs: Needs, few: int, accum_dtype: torch.dtype | None, opt: Options
-) -> tuple[Tensor, Units]:
-    """nll [N], and what the backward needs; the row of the largest loss is kept if `few` is 1."""
+    backend: Backend,
+    head: Head,
+    needs: Needs,
+    few: int,
+    metrics: int,
+    accum_dtype: torch.dtype | None,
+    opt: Options,
+) -> tuple[tuple[Tensor, ...], Units]:
+    """(nll,) or, with `metrics`, the results of `Backend.token_nll`, [N, ...] each, and the units.
+
+    The row of the largest loss is kept if `few` is 1.
+    """
     rows = _Rows.of(head, opt, compact=devices.can_look(head.hidden))
     held = held_dtype(head.weight, accum_dtype)
     sum_dtype = torch.promote_types(held, _sum_dtype(head, len(rows.labels), accum_dtype))
     grads = _Gradients.empty(rows, needs, held, sum_dtype)
     slices = rows.slices(accum_dtype, one_pass=True)
     largest = Largest.none(head, len(slices)) if few == 1 else None
-    losses = [grads.bias.new_empty(0)]
+    found: list[tuple[Tensor, ...]] = []
 
     def take_chunks() -> None:  # as above
         for i, (x, h, at) in enumerate(rows.chunks(slices)):
             labels = rows.labels[at]
-            losses.append(backend.unit_gradient_(x, labels, opt))
+            of_logits = backend.token_nll(x, labels, metrics, opt)[1:] if metrics else ()
+            nll = backend.unit_gradient_(x, labels, opt)
+            found.append((nll, *of_logits))
             if largest is not None:
-                backend.keep_largest(largest, Chunk(i, at.start, losses[-1], labels, x, h), opt)
+                backend.keep_largest(largest, Chunk(i, at.start, nll, labels, x, h), opt)
             grads.add(x, h, at)
 
     take_chunks()
-    nll = rows.scatter(torch.cat(losses))
+    if not found:
+        found.append(backend.token_nll(head.weight.new_empty(0, len(head.weight)), rows.labels, metrics, opt))
+    tokens = tuple(rows.scatter(torch.cat(results)) for results in zip(*found, strict=True))
     of_sum = grads.result(held)
     if largest is None:
         none = head.weight.new_empty(0)
-        return nll, Units(none.long(), none, none.clone(), *of_sum)
+        return tokens, Units(none.long(), none, none.clone(), *of_sum)
     index = largest.row[-1:]
     if rows.where is not None and len(rows.where):
         index = rows.where[index]
     # A copy, not a view: a fake tensor does not know what else its memory holds.
-    return nll, Units(index.clone(), largest.grad, largest.hidden, *of_sum)
+    return tokens, Units(index.clone(), largest.grad, largest.hidden, *of_sum)
 
 
 def weighted_gradients(

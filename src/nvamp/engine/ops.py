@@ -358,13 +358,14 @@ linear_token_nll.register_autograd(_linear_token_nll_autograd, setup_context=_li
 
 @operator(
     "nvamp::linear_nll_sum",
-    f"({_HEAD}, {_NEEDS}, SymInt few, bool use_up, ScalarType? accum_dtype, {_OPTIONS}) "
-    f"-> (Tensor sum, Tensor nll, {fields_of(Units)})",
+    f"({_HEAD}, {_NEEDS}, SymInt few, int metrics, bool use_up, ScalarType? accum_dtype, {_OPTIONS}) "
+    f"-> (Tensor sum, {_TOKENS[1:-1]}, {fields_of(Units)})",
 )
 def linear_nll_sum(
     head: Head,
     needs: Needs,
     few: int,
+    metrics: int,
     use_up: bool,
     accum_dtype: torch.dtype | None,
     backend: str,
@@ -376,18 +377,39 @@ def linear_nll_sum(
     """
     check_label_range(head.labels, len(head.weight), opt.ignore_index)
     with _as_is(head.hidden):
-        nll, units = linear.unit_gradients(load(backend), head, needs, few, accum_dtype, opt)
-    return nll.sum(), nll, *units
+        tokens, units = linear.unit_gradients(load(backend), head, needs, few, metrics, accum_dtype, opt)
+    nll, *rest = tokens
+    return nll.sum(), *_tokens(nll, *(rest or (nll.new_empty(0, 2),))), *units
 
 
 @linear_nll_sum.register_fake
-def _(head: Head, needs: Needs, few: int, use_up: bool, accum_dtype: torch.dtype | None, *_: Any) -> Tensors:
-    nll = _fake_tokens(head.hidden, head.labels, False)[0]
+def _(
+    head: Head,
+    needs: Needs,
+    few: int,
+    metrics: int,
+    use_up: bool,
+    accum_dtype: torch.dtype | None,
+    *_: Any,
+) -> Tensors:
+    nll, norm, *rest = _fake_tokens(head.hidden, head.labels, metrics)
+    norm = norm if metrics else norm.new_empty(0, 2)
     index = head.labels.new_empty(int(few == 1), dtype=torch.int64)
     max_grad = head.weight.new_empty(len(head.weight) if few == 1 else 0)
     max_hidden = head.hidden.new_empty(head.hidden.shape[1] if few == 1 else 0)
     hidden, weight, bias = _fake_gradients(head, needs, linear.held_dtype(head.weight, accum_dtype))
-    return nll.new_empty(()), nll, index, max_grad, max_hidden, hidden, weight, bias.to(nll.dtype)
+    return (
+        nll.new_empty(()),
+        nll,
+        norm,
+        *rest,
+        index,
+        max_grad,
+        max_hidden,
+        hidden,
+        weight,
+        bias.to(nll.dtype),
+    )
 
 
 @operator(
@@ -437,10 +459,10 @@ def _weighted_gradients(
 
 
 def _linear_nll_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    head, ctx.needs, ctx.few, use_up, ctx.accum_dtype, ctx.backend, opt = inputs
+    head, ctx.needs, ctx.few, _, use_up, ctx.accum_dtype, ctx.backend, opt = inputs
     ctx.use_up = use_up and not saving_is_hooked()  # a hook may keep what it saves
     ctx.mark_non_differentiable(*output[2 if ctx.few else 1 :])
-    _save(ctx, opt, *head, *output[2:])
+    _save(ctx, opt, *head, *output[6:])
 
 
 def _linear_nll_sum_autograd(

@@ -1,7 +1,7 @@
 """A stand-in for the logits of a patched model: it knows how they would be computed, and does not do it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,45 +12,58 @@ _OF_ITS_OWN_LOSS = frozenset(
 )
 
 
+class Weights(NamedTuple):
+    """The weight [V, D] and the bias [V] of a product."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Product(NamedTuple):
+    """A part of logits that is not computed: scale·(hidden @ weightᵀ + bias)."""
+
+    hidden: Tensor  # [..., D]
+    layer: nn.Linear | Weights  # the loss reads the weight of a layer when it is computed
+    scale: float = 1.0
+
+
 class DeferredLogits:
-    """The logits of an output layer, not computed: `scale·x`, or `cap·tanh(scale·x)`, x = layer(hidden).
+    """The logits of an output layer, not computed: x or `cap·tanh(x)`, x a sum of products.
 
     Models scale, soft-cap and cast their logits before the loss; these operations are recorded and become the
-    loss's `logit_scale` and `softcap`. Any other raises a `NotImplementedError` that names it.
+    loss's `logit_scale` and `softcap`. Adapters of the layer add products. Any other operation raises a
+    `NotImplementedError` that names it.
 
     Attributes:
-        hidden: [..., D], the input of the layer.
-        layer: a `torch.nn.Linear`; the loss reads its weight when it is computed.
+        products: the first is the one of the layer itself.
         model: the name of the model's class, for errors.
     """
 
-    def __init__(
-        self, hidden: Tensor, layer: nn.Linear, model: str, scale: float = 1.0, cap: float | None = None
-    ) -> None:
-        self.hidden = hidden
-        self.layer = layer
+    def __init__(self, products: tuple[Product, ...], model: str, cap: float | None = None) -> None:
+        self.products = products
         self.model = model
-        self._scale = scale
         self._cap = cap
 
     @property
     def options(self) -> dict[str, float]:
-        """The options with which a loss of x is the loss of these logits."""
+        """The options with which a loss of x over the scale of its first product is that of the logits."""
+        scale = self.products[0].scale
         if self._cap is not None:
-            return {"softcap": self._cap, "logit_scale": self._scale * self._cap}
-        return {} if self._scale == 1 else {"logit_scale": self._scale}
+            return {"softcap": self._cap, "logit_scale": scale * self._cap}
+        return {} if scale == 1 else {"logit_scale": scale}
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.hidden.shape[:-1], self.layer.out_features))
+        hidden, layer, _ = self.products[0]
+        return torch.Size((*hidden.shape[:-1], len(layer.weight)))
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.layer.weight.dtype
+        return self.products[0].layer.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.hidden.device
+        return self.products[0].hidden.device
 
     def to(self, *args: Any, **kwargs: Any) -> "DeferredLogits":
         """Itself: the loss is computed in at least float32, on the device of the hidden states."""
@@ -59,10 +72,18 @@ class DeferredLogits:
     def contiguous(self) -> "DeferredLogits":
         return self
 
+    def clone(self) -> "DeferredLogits":
+        return self
+
     def tanh(self) -> "DeferredLogits":
         if self._cap is not None:
             raise self._refusal("tanh after tanh")
-        return DeferredLogits(self.hidden, self.layer, self.model, self._scale, 1.0)
+        return DeferredLogits(self.products, self.model, 1.0)
+
+    def __add__(self, other: Any) -> "DeferredLogits":
+        if not isinstance(other, DeferredLogits) or self._cap is not None or other._cap is not None:
+            raise self._refusal("add")
+        return DeferredLogits((*self.products, *other.products), self.model)
 
     def __mul__(self, factor: Any) -> "DeferredLogits":
         return self._scaled("*", factor, 1.0)
@@ -77,12 +98,11 @@ class DeferredLogits:
         if not isinstance(number, int | float) or (self._cap is not None and number <= 0):
             what = type(number).__name__ if isinstance(number, Tensor) else repr(number)
             raise self._refusal(f"{operation} {what}")
-        scale, cap = self._scale, self._cap
-        if cap is None:
-            scale *= number**power
-        else:
-            cap *= number**power
-        return DeferredLogits(self.hidden, self.layer, self.model, scale, cap)
+        factor = number**power
+        if self._cap is not None:
+            return DeferredLogits(self.products, self.model, self._cap * factor)
+        products = tuple(p._replace(scale=p.scale * factor) for p in self.products)
+        return DeferredLogits(products, self.model)
 
     @classmethod
     def __torch_function__(
@@ -125,5 +145,5 @@ def _refused(name: str) -> Callable[..., Any]:
 
 
 # Python looks operators up in the class.
-for _name in ("add", "radd", "sub", "rsub", "neg", "pow", "matmul", "rtruediv", "getitem", "setitem", "iter"):
+for _name in ("radd", "sub", "rsub", "neg", "pow", "matmul", "rtruediv", "getitem", "setitem", "iter"):
     setattr(DeferredLogits, f"__{_name}__", _refused(_name))

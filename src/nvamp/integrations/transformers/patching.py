@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from nvamp.apply import TokenInputs
+from nvamp.integrations.transformers import heads
 from nvamp.integrations.transformers.deferred import DeferredLogits
 from nvamp.integrations.transformers.model_loss import ModelLoss
 from nvamp.losses import LinearLoss
 
 
-def patch(model: Any, criterion: LinearLoss) -> None:
+def patch(model: Any, criterion: LinearLoss, *, eval_logits: bool = True) -> None:
     """Makes a causal language model compute `criterion` from its hidden states, without logits, in training.
 
     In training and with labels the model runs its own forward, but its output layer computes nothing: the
@@ -31,11 +32,15 @@ def patch(model: Any, criterion: LinearLoss) -> None:
 
     Args:
         model: a `PreTrainedModel` with a `torch.nn.Linear` as output layer and transformers'
-            `ForCausalLMLoss` as loss, or a `PeftModel` of one. Not yet prepared by Accelerate.
+            `ForCausalLMLoss` as loss, or a `PeftModel` of one, which may adapt that layer. Not yet prepared
+            by Accelerate. With `tp_plan="auto"` the layer keeps the classes of this rank.
         criterion: without `softcap` and `logit_scale` if the model has its own, which are then used.
+        eval_logits: `False` for no logits in evaluation either, if there are labels: all that a `Trainer`
+            needs without `compute_metrics`, or with `prediction_loss_only`.
 
     Raises:
         TypeError: the model, its output layer or the criterion is of another kind.
+        ValueError: the criterion has a `vocab_group` of its own, beside the one of `tp_plan`.
 
     A model that needs its logits for something else raises a `NotImplementedError` in training: see
     docs/architectures.md.
@@ -54,10 +59,14 @@ def patch(model: Any, criterion: LinearLoss) -> None:
         before = before.before
     else:
         _check_model(model, before)
-    for layer in _output_layers(model):
+    layers = heads.layers_of(model)
+    for layer in layers:
+        heads.check_layer(layer, type(model).__name__)
+        heads.check_vocab_group(layer, criterion.vocab_group)
+    for layer in layers:
         _change(layer, _patched_layer)
     _change(model, _patched_model)
-    model.loss_function = _LinearModelLoss(criterion, before)
+    model.loss_function = _LinearModelLoss(criterion, before, eval_logits)
 
 
 def unpatch(model: Any) -> None:
@@ -69,6 +78,8 @@ def unpatch(model: Any) -> None:
             raise TypeError(f"{type(module).__name__} is sharded: unpatch a model before it is sharded")
     for module in patched:
         module.__class__ = module._nvamp_unpatched
+        if "_nvamp_forward" in vars(module):
+            vars(module)["forward"] = vars(module).pop("_nvamp_forward")
     loss = vars(model).get("_loss_function")
     if isinstance(loss, _LinearModelLoss):
         del model._loss_function
@@ -77,13 +88,14 @@ def unpatch(model: Any) -> None:
 
 
 class _LinearModelLoss(ModelLoss):
-    """The loss of a patched model: of deferred logits in training, of logits otherwise."""
+    """The loss of a patched model: of deferred logits, or of logits in evaluation."""
 
     criterion: LinearLoss
 
-    def __init__(self, criterion: LinearLoss, before: Any) -> None:
+    def __init__(self, criterion: LinearLoss, before: Any, eval_logits: bool) -> None:
         super().__init__(criterion)
         self.before = before  # the `loss_function` that the model had been given
+        self.eval_logits = eval_logits
 
     def value(
         self,
@@ -95,12 +107,14 @@ class _LinearModelLoss(ModelLoss):
     ) -> Any:
         criterion = self.criterion
         if isinstance(logits, DeferredLogits):
-            layer = logits.layer
+            hidden, weight, bias, vocab_group = heads.head_of(logits)
             changed: dict[str, object] = {**self._own_options(logits)}
+            if vocab_group is not None:
+                changed["vocab_group"] = vocab_group
             if shifted:
                 changed["shift"] = False
             call = criterion._call(num_items_in_batch, inputs)
-            return criterion._of_hidden(logits.hidden, layer.weight, labels, layer.bias, call, **changed)
+            return criterion._of_hidden(hidden, weight, labels, bias, call, **changed)
         if any(call.loss is self for call in _state.calls):
             raise NotImplementedError(
                 "the loss got logits that are not from the patched output layer: if the layer has been "
@@ -162,12 +176,15 @@ class _Patched:
 
 
 def _change(module: Any, patched: Any) -> None:
-    if not isinstance(module, _Patched):
-        module.__class__ = patched(type(module))
+    if isinstance(module, _Patched):
+        return
+    if "forward" in vars(module):  # of tensor parallelism: it would hide the one of the class
+        module._nvamp_forward = vars(module).pop("forward")
+    module.__class__ = patched(type(module))
 
 
 def _new_patched(base: Any) -> Any:
-    cls = _patched_layer(base) if issubclass(base, nn.Linear) else _patched_model(base)
+    cls = _patched_model(base) if hasattr(base, "get_output_embeddings") else _patched_layer(base)
     return cls.__new__(cls)
 
 
@@ -187,7 +204,9 @@ def _patched_layer(base: Any) -> Any:
     def forward(self: Any, hidden: Tensor) -> Any:
         for call in _state.calls:
             if any(layer is self for layer in call.layers):
-                return DeferredLogits(hidden, self, call.model)
+                return heads.deferred(self, base.forward, hidden, call.model)
+        if (own := vars(self).get("_nvamp_forward")) is not None:
+            return own(hidden)
         return base.forward(self, hidden)
 
     return _subclass(base, forward)
@@ -195,15 +214,25 @@ def _patched_layer(base: Any) -> Any:
 
 @cache
 def _patched_model(base: Any) -> Any:
-    """The class `base` of a model, except that in training and with labels it computes no logits."""
+    """The class `base` of a model, except that with labels it computes no logits, in training at least."""
     position = list(signature(base.forward).parameters).index("labels") - 1
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         labels = args[position] if len(args) > position else kwargs.get("labels")
         loss = self.__dict__.get("_loss_function")
-        if labels is None or not self.training or not isinstance(loss, _LinearModelLoss):
+        if (
+            labels is None
+            or not isinstance(loss, _LinearModelLoss)
+            or (loss.eval_logits and not self.training)
+        ):
             return base.forward(self, *args, **kwargs)
-        with _under_way(_Call(base.__name__, loss, _output_layers(self))):
+        layers = heads.layers_of(self)
+        if not all(isinstance(layer, _Patched) for layer in layers):
+            raise NotImplementedError(
+                f"the output layer of {base.__name__} has been replaced, or been given an adapter, since the "
+                "model was patched: patch again"
+            )
+        with _under_way(_Call(base.__name__, loss, layers)):
             outputs = base.forward(self, *args, **kwargs)
         return _without_logits(outputs, base.__name__)
 
@@ -242,25 +271,3 @@ def _check_model(model: Any, own_loss: Any) -> None:
             f"the forward of this {name} has been replaced, as Accelerate does for mixed precision or for "
             "several devices: patch the model before it is prepared"
         )
-
-
-def _output_layers(model: Any) -> list[Any]:
-    """The modules that may compute the logits: several if PEFT trains a copy of the output layer."""
-    layer = model.get_output_embeddings()
-    layers = [layer]
-    if hasattr(layer, "modules_to_save"):
-        layers = [layer.original_module, *layer.modules_to_save.values()]
-    for layer in layers:
-        if not isinstance(layer, _Patched) and not _is_plain(layer):
-            kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-            raise TypeError(
-                f"the output layer of {type(model).__name__} must be a plain torch.nn.Linear, got {kind}: "
-                "use a loss of logits, compute_loss_func(Loss(...)) or, if the model computes its loss with "
-                "model.loss_function, loss_function(Loss(...))"
-            )
-    return layers
-
-
-def _is_plain(layer: Any) -> bool:
-    """Whether it computes what a `torch.nn.Linear` does: not quantized, adapted, or wrapped by Accelerate."""
-    return getattr(type(layer), "forward", None) is nn.Linear.forward and "forward" not in vars(layer)
