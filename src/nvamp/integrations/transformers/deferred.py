@@ -1,37 +1,93 @@
 """A stand-in for the logits of a patched model: it knows how they would be computed, and does not do it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-# The first operation of a model that computes the cross-entropy of its logits itself.
-_OF_ITS_OWN_LOSS = frozenset(
-    ("view", "reshape", "flatten", "getitem", "transpose", "permute", "log_softmax", "cross_entropy")
-)
+# The first operation of a model that computes the loss of its logits itself, and not as their cross-entropy.
+_OF_ITS_OWN_LOSS = frozenset(("getitem", "flatten", "transpose", "permute", "log_softmax", "cross_entropy"))
+
+
+class Run(Protocol):
+    """A forward of a patched model."""
+
+    @property
+    def model(self) -> str:
+        """The name of the model's class, for errors."""
+        ...
+
+    def cross_entropy(self, asked: "Asked") -> Tensor:
+        """The criterion in place of a cross-entropy that the model computes itself."""
+        ...
+
+
+class Asked(NamedTuple):
+    """A call of `torch.nn.functional.cross_entropy` whose place a criterion can take."""
+
+    logits: Any
+    labels: Tensor
+    ignore_index: int
+
+    @classmethod
+    def of(
+        cls,
+        input: Any,
+        target: Tensor,
+        weight: Tensor | None = None,
+        size_average: None = None,
+        ignore_index: int = -100,
+        reduce: None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> "Asked | None":
+        """The call, if it asks for the mean loss of logits [N, V] and labels [N], without any option."""
+        plain = weight is None and reduction == "mean" and not label_smoothing
+        return cls(input, target, ignore_index) if plain and len(input.shape) == 2 else None
 
 
 class DeferredLogits:
     """The logits of an output layer, not computed: `scale·x`, or `cap·tanh(scale·x)`, x = layer(hidden).
 
-    Models scale, soft-cap and cast their logits before the loss; these operations are recorded and become the
-    loss's `logit_scale` and `softcap`. Any other raises a `NotImplementedError` that names it.
+    Models scale, soft-cap and cast their logits before the loss, and some add a bias; these operations are
+    recorded and become the loss's `logit_scale`, `softcap` and bias. Those that compute their loss themselves
+    take rows and flatten; `torch.nn.functional.cross_entropy` of the result is the criterion's loss. Anything
+    else raises a `NotImplementedError` that names it.
 
     Attributes:
         hidden: [..., D], the input of the layer.
         layer: a `torch.nn.Linear`; the loss reads its weight when it is computed.
-        model: the name of the model's class, for errors.
+        run: the forward to which they belong.
     """
 
     def __init__(
-        self, hidden: Tensor, layer: nn.Linear, model: str, scale: float = 1.0, cap: float | None = None
+        self,
+        hidden: Tensor,
+        layer: nn.Linear,
+        run: Run,
+        scale: float = 1.0,
+        cap: float | None = None,
+        added: Tensor | None = None,
     ) -> None:
         self.hidden = hidden
         self.layer = layer
-        self.model = model
+        self.run = run
         self._scale = scale
         self._cap = cap
+        self._added = added
+
+    @property
+    def model(self) -> str:
+        return self.run.model
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the layer and what the model adds to its logits, [V]."""
+        if self._added is None:
+            return self.layer.bias
+        added = self._added.flatten().to(self.layer.weight)
+        return added if self.layer.bias is None else self.layer.bias + added
 
     @property
     def options(self) -> dict[str, float]:
@@ -62,7 +118,37 @@ class DeferredLogits:
     def tanh(self) -> "DeferredLogits":
         if self._cap is not None:
             raise self._refusal("tanh after tanh")
-        return DeferredLogits(self.hidden, self.layer, self.model, self._scale, 1.0)
+        return self._changed(cap=1.0)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def view(self, *shape: Any) -> "DeferredLogits":
+        """The logits in another shape, which keeps the vocabulary as its last dimension."""
+        sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if sizes[-1:] != (self.shape[-1],):
+            raise self._refusal(f"view to {sizes}")
+        return self._changed(hidden=self.hidden.reshape(*sizes[:-1], self.hidden.shape[-1]))
+
+    reshape = view
+
+    def __add__(self, added: Any) -> "DeferredLogits":
+        # A bias: one number per class, added before the logits are scaled or capped.
+        plain = self._scale == 1 and self._cap is None and self._added is None
+        if not (plain and isinstance(added, Tensor) and added.numel() == added.shape[-1] == self.shape[-1]):
+            raise self._refusal("add")
+        return self._changed(added=added)
+
+    __radd__ = __add__
+
+    def __getitem__(self, rows: Any) -> "DeferredLogits":
+        """Some of the rows: slices and an ellipsis, without a change of the vocabulary."""
+        taken = rows if isinstance(rows, tuple) else (rows,)
+        slices = all(row is ... or isinstance(row, slice) for row in taken)
+        vocabulary = taken[-1] if ... in taken or len(taken) == self.hidden.dim() else ...
+        if not slices or vocabulary not in (..., slice(None)):
+            raise self._refusal("getitem")
+        return self._changed(hidden=self.hidden[rows])
 
     def __mul__(self, factor: Any) -> "DeferredLogits":
         return self._scaled("*", factor, 1.0)
@@ -82,7 +168,23 @@ class DeferredLogits:
             scale *= number**power
         else:
             cap *= number**power
-        return DeferredLogits(self.hidden, self.layer, self.model, scale, cap)
+        return self._changed(scale=scale, cap=cap)
+
+    def _changed(
+        self,
+        hidden: Tensor | None = None,
+        scale: float | None = None,
+        cap: float | None = None,
+        added: Tensor | None = None,
+    ) -> "DeferredLogits":
+        return DeferredLogits(
+            self.hidden if hidden is None else hidden,
+            self.layer,
+            self.run,
+            self._scale if scale is None else scale,
+            self._cap if cap is None else cap,
+            self._added if added is None else added,
+        )
 
     @classmethod
     def __torch_function__(
@@ -91,10 +193,12 @@ class DeferredLogits:
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> "DeferredLogits":
+    ) -> Any:
         own = next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls))
         if func in (torch.tanh, nn.functional.tanh) and len(args) == 1:
             return own.tanh()
+        if func is nn.functional.cross_entropy and (asked := Asked.of(*args, **(kwargs or {}))):
+            return own.run.cross_entropy(asked)
         raise own._refusal(getattr(func, "__name__", str(func)))
 
     def __getattr__(self, name: str) -> Any:
@@ -106,11 +210,11 @@ class DeferredLogits:
         return self
 
     def _refusal(self, operation: str) -> NotImplementedError:
-        ways = "compute_loss_func(Loss(...))"
+        ways = "compute_loss_func(Loss(...), model)"
         if operation in _OF_ITS_OWN_LOSS:
             ways += "; a model that computes its cross-entropy itself ignores model.loss_function"
         else:
-            ways += " or loss_function(Loss(...))"
+            ways += " or loss_function(Loss(...), model)"
         return NotImplementedError(
             f"{self.model} needs its logits for {operation!r}, and a patched model has none in training: "
             f"unpatch it and use a loss of logits, {ways}"
@@ -125,5 +229,5 @@ def _refused(name: str) -> Callable[..., Any]:
 
 
 # Python looks operators up in the class.
-for _name in ("add", "radd", "sub", "rsub", "neg", "pow", "matmul", "rtruediv", "getitem", "setitem", "iter"):
+for _name in ("sub", "rsub", "neg", "pow", "matmul", "rtruediv", "setitem", "iter"):
     setattr(DeferredLogits, f"__{_name}__", _refused(_name))

@@ -2,15 +2,18 @@
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, wraps
 from inspect import signature
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nvamp.apply import TokenInputs
-from nvamp.integrations.transformers.deferred import DeferredLogits
+from nvamp.integrations.columns import token_inputs
+from nvamp.integrations.transformers.alignment import loss_shifts
+from nvamp.integrations.transformers.deferred import Asked, DeferredLogits
 from nvamp.integrations.transformers.model_loss import ModelLoss
 from nvamp.losses import LinearLoss
 
@@ -30,8 +33,9 @@ def patch(model: Any, criterion: LinearLoss) -> None:
     A second patch replaces the criterion; `unpatch` restores the model.
 
     Args:
-        model: a `PreTrainedModel` with a `torch.nn.Linear` as output layer and transformers'
-            `ForCausalLMLoss` as loss, or a `PeftModel` of one. Not yet prepared by Accelerate.
+        model: a `PreTrainedModel` with a `torch.nn.Linear` as output layer, or a `PeftModel` of one. Its own
+            loss is a cross-entropy of its logits, with the label of the next place, as in causal models, or
+            of the same, as in encoder-decoders. Not yet prepared by Accelerate.
         criterion: without `softcap` and `logit_scale` if the model has its own, which are then used.
 
     Raises:
@@ -48,21 +52,22 @@ def patch(model: Any, criterion: LinearLoss) -> None:
         raise TypeError(
             f"criterion must be a LinearLoss, such as LinearLoss(NVAMP()), got {type(criterion).__name__}"
         )
-    model = _base_model(model)
+    model = base_model(model)
     before = model.__dict__.get("_loss_function")
     if isinstance(before, _LinearModelLoss):
         before = before.before
     else:
-        _check_model(model, before)
+        _check_model(model)
+    shifts = loss_shifts(model)
     for layer in _output_layers(model):
         _change(layer, _patched_layer)
     _change(model, _patched_model)
-    model.loss_function = _LinearModelLoss(criterion, before)
+    model.loss_function = _LinearModelLoss(criterion, shifts, before)
 
 
 def unpatch(model: Any) -> None:
     """Makes a patched model what it was before; leaves any other model as it is."""
-    model = _base_model(model)
+    model = base_model(model)
     patched = [module for module in model.modules() if isinstance(module, _Patched)]
     for module in patched:
         if "_nvamp_unpatched" not in vars(type(module)):
@@ -81,9 +86,28 @@ class _LinearModelLoss(ModelLoss):
 
     criterion: LinearLoss
 
-    def __init__(self, criterion: LinearLoss, before: Any) -> None:
-        super().__init__(criterion)
+    def __init__(self, criterion: LinearLoss, shifts: bool, before: Any) -> None:
+        super().__init__(criterion, shifts)
         self.before = before  # the `loss_function` that the model had been given
+        # Whether the model calls this function. One that computes its cross-entropy itself does not.
+        self.called_by_model: bool | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.called_by_model = True
+        return super().__call__(*args, **kwargs)
+
+    def in_place_of(self, asked: Asked, given: Mapping[str, Any]) -> Tensor:
+        """The loss in place of the model's own cross-entropy, in a forward with the arguments `given`."""
+        self.called_by_model = False
+        columns: Any = {n: x.flatten() for n, x in token_inputs(given).items() if isinstance(x, Tensor)}
+        return super().__call__(
+            asked.logits,
+            None,
+            num_items_in_batch=given.get("num_items_in_batch"),
+            ignore_index=asked.ignore_index,
+            shift_labels=asked.labels,
+            **columns,
+        )
 
     def value(
         self,
@@ -100,12 +124,12 @@ class _LinearModelLoss(ModelLoss):
             if shifted:
                 changed["shift"] = False
             call = criterion._call(num_items_in_batch, inputs)
-            return criterion._of_hidden(logits.hidden, layer.weight, labels, layer.bias, call, **changed)
+            return criterion._of_hidden(logits.hidden, layer.weight, labels, logits.bias, call, **changed)
         if any(call.loss is self for call in _state.calls):
             raise NotImplementedError(
                 "the loss got logits that are not from the patched output layer: if the layer has been "
                 "replaced, patch again; if the model has several, unpatch it and set model.loss_function = "
-                "loss_function(Loss(...))"
+                "loss_function(Loss(...), model)"
             )
         return super().value(logits, labels, shifted, num_items_in_batch, inputs)
 
@@ -125,6 +149,26 @@ class _Call(NamedTuple):
     model: str
     loss: _LinearModelLoss
     layers: list[nn.Module]
+    given: Mapping[str, Any]
+
+    def cross_entropy(self, asked: Asked) -> Tensor:
+        return self.loss.in_place_of(asked, self.given)
+
+
+class _OfLogits(TorchFunctionMode):
+    """A patched model in evaluation: the criterion in place of a cross-entropy that it computes itself."""
+
+    def __init__(self, loss: _LinearModelLoss, given: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.loss, self.given = loss, given
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # A criterion that the model calls as its loss function may call PyTorch's cross-entropy.
+        own = func is nn.functional.cross_entropy and not self.loss.called_by_model
+        if own and (asked := Asked.of(*args, **kwargs)):
+            return self.loss.in_place_of(asked, self.given)
+        return func(*args, **kwargs)
 
 
 class _State(threading.local):
@@ -187,7 +231,7 @@ def _patched_layer(base: Any) -> Any:
     def forward(self: Any, hidden: Tensor) -> Any:
         for call in _state.calls:
             if any(layer is self for layer in call.layers):
-                return DeferredLogits(hidden, self, call.model)
+                return DeferredLogits(hidden, self, call)
         return base.forward(self, hidden)
 
     return _subclass(base, forward)
@@ -201,9 +245,12 @@ def _patched_model(base: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         labels = args[position] if len(args) > position else kwargs.get("labels")
         loss = self.__dict__.get("_loss_function")
-        if labels is None or not self.training or not isinstance(loss, _LinearModelLoss):
+        if labels is None or not isinstance(loss, _LinearModelLoss):
             return base.forward(self, *args, **kwargs)
-        with _under_way(_Call(base.__name__, loss, _output_layers(self))):
+        if not self.training:
+            with nullcontext() if loss.called_by_model else _OfLogits(loss, kwargs):
+                return base.forward(self, *args, **kwargs)
+        with _under_way(_Call(base.__name__, loss, _output_layers(self), kwargs)):
             outputs = base.forward(self, *args, **kwargs)
         return _without_logits(outputs, base.__name__)
 
@@ -220,7 +267,7 @@ def _without_logits(outputs: Any, model: str) -> Any:
     return tuple(value for value in outputs if not isinstance(value, DeferredLogits))
 
 
-def _base_model(model: Any) -> Any:
+def base_model(model: Any) -> Any:
     """The transformers model itself, which a `PeftModel` wraps."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -229,14 +276,10 @@ def _base_model(model: Any) -> Any:
     return model
 
 
-def _check_model(model: Any, own_loss: Any) -> None:
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
+def _check_model(model: Any) -> None:
     name = type(model).__name__
     if "labels" not in signature(model.forward).parameters:
         raise TypeError(f"{name} computes no loss: its forward takes no labels")
-    if own_loss is None and model.loss_function is not ForCausalLMLoss:
-        raise TypeError(f"{name} has the loss {model.loss_function.__name__}, which is not a causal model's")
     if "forward" in model.__dict__:
         raise TypeError(
             f"the forward of this {name} has been replaced, as Accelerate does for mixed precision or for "
@@ -256,7 +299,7 @@ def _output_layers(model: Any) -> list[Any]:
             raise TypeError(
                 f"the output layer of {type(model).__name__} must be a plain torch.nn.Linear, got {kind}: "
                 "use a loss of logits, compute_loss_func(Loss(...)) or, if the model computes its loss with "
-                "model.loss_function, loss_function(Loss(...))"
+                "model.loss_function, loss_function(Loss(...), model)"
             )
     return layers
 
