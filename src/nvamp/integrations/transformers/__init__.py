@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from nvamp.integrations.columns import needs_of
-from nvamp.integrations.transformers.alignment import own_loss
+from nvamp.integrations.transformers.alignment import loss_shifts, own_loss
 from nvamp.integrations.transformers.model_loss import Criterion, ModelLoss, share
 from nvamp.integrations.transformers.patching import base_model, patch, unpatch
 
@@ -32,9 +32,9 @@ def compute_loss_func(criterion: Criterion, model: Any = None) -> LossFunction:
             scalar. It shifts the labels itself, as `nvamp.Loss` does. For models whose own loss scores a
             position against the label at the same place it must be a `nvamp.Loss`, which then does not shift.
         model: the model of the `Trainer`, which runs on six tokens to find out what its own loss does.
-            Without it, outputs that hold the state of an encoder and those of models of masked tokens are taken to
-            be of such a model. Those of a decoder do not show it: give `BartForCausalLM`, `XLNetLMHeadModel`
-            and their like.
+            Without it, outputs that hold the state of an encoder and those of models of masked tokens are
+            taken to be of such a model. Those of a decoder do not show it: give `BartForCausalLM`,
+            `XLNetLMHeadModel` and their like.
 
     Raises:
         TypeError: the own loss of the model is the cross-entropy neither of the next label nor of the same.
@@ -96,13 +96,12 @@ def loss_function(criterion: Criterion, model: Any) -> ModelLoss:
     if model is None:
         return ModelLoss(criterion)
     model = base_model(model)
-    own = own_loss(model)
-    if not own.is_loss_function:
+    if not own_loss(model).is_loss_function:
         raise TypeError(
             f"{type(model).__name__} computes its loss itself and ignores model.loss_function: use "
             "patch(model, LinearLoss(...)) or compute_loss_func(Loss(...), model)"
         )
-    return ModelLoss(criterion, own.shifts)
+    return ModelLoss(criterion, loss_shifts(model))
 
 
 def logits_of(outputs: Any) -> Tensor:

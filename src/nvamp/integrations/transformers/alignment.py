@@ -101,17 +101,22 @@ def _seeded() -> torch.Generator:
 def _batch(model: Any) -> dict[str, Any]:
     """Six tokens for the model; as encoder-decoder it gets the states of an encoder, whatever that takes."""
     tokens = torch.arange(3, 3 + _TOKENS[1], device=model.device)[None]
-    config = model.config
-    if not config.is_encoder_decoder:
+    if not model.config.is_encoder_decoder:
         return {"input_ids": tokens}
-    batch: dict[str, Any] = {"decoder_input_ids": tokens}
     if model.main_input_name == "input_ids":
-        return batch | {"input_ids": tokens}
+        return {"input_ids": tokens, "decoder_input_ids": tokens}
+    return {"encoder_outputs": encoder_outputs(model, _TOKENS), "decoder_input_ids": tokens}
+
+
+def encoder_outputs(model: Any, shape: tuple[int, int]) -> Any:
+    """Random states [*shape, hidden size] as the output of the encoder, whatever the encoder itself takes."""
     from transformers.modeling_outputs import BaseModelOutput
 
-    features = getattr(config, "encoder", config).hidden_size
-    states = torch.zeros(*_TOKENS, features, device=model.device, dtype=model.dtype)
-    return batch | {"encoder_outputs": BaseModelOutput(states)}
+    config = getattr(model.config, "encoder", model.config)
+    size = getattr(config, "hidden_size", None) or config.get_text_config().hidden_size
+    states = BaseModelOutput(torch.randn(*shape, size, generator=_seeded()).to(model.device, model.dtype))
+    states.attention_mask = None  # some decoders ask for the encoder's
+    return states
 
 
 @contextmanager

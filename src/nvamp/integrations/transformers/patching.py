@@ -99,7 +99,7 @@ class _LinearModelLoss(ModelLoss):
     def in_place_of(self, asked: Asked, given: Mapping[str, Any]) -> Tensor:
         """The loss in place of the model's own cross-entropy, in a forward with the arguments `given`."""
         self.called_by_model = False
-        columns: Any = {n: x.flatten() for n, x in token_inputs(given).items() if isinstance(x, Tensor)}
+        columns: Any = {name: _like(asked.labels, x) for name, x in token_inputs(given).items()}
         return super().__call__(
             asked.logits,
             None,
@@ -141,6 +141,14 @@ class _LinearModelLoss(ModelLoss):
                 f"softcap nor logit_scale, got softcap={c.softcap}, logit_scale={c.logit_scale}"
             )
         return own
+
+
+def _like(labels: Tensor, column: Any) -> Any:
+    """A column [B, S] of the batch, flat as the labels that the model has made: all, or without the first."""
+    if not isinstance(column, Tensor):
+        return column
+    following = column[..., 1:].flatten()
+    return following if following.shape == labels.shape else column.flatten()
 
 
 class _Call(NamedTuple):
