@@ -46,11 +46,11 @@ def own_loss(model: Any) -> OwnLoss:
         TypeError: its loss is the mean cross-entropy neither with the labels t+1 nor with the labels t, or
             the model does not run on six tokens.
     """
-    name, batch = type(model).__name__, _batch(model)
+    name = type(model).__name__
     calls: list[str] = []
 
     def loss_of(labels: Tensor) -> tuple[Any, Tensor]:
-        outputs = model(**batch, labels=labels.to(model.device))
+        outputs = model(**_batch(model), labels=labels.to(model.device))  # some change their inputs
         return outputs["loss"], outputs["logits"]
 
     with _default_loss(model) as own, _evaluation(model), _random_logits(model):
