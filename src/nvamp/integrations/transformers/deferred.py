@@ -6,9 +6,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-# The first operation of a model that computes the loss of its logits itself, and not as their cross-entropy.
-_OF_ITS_OWN_LOSS = frozenset(("getitem", "flatten", "transpose", "permute", "log_softmax", "cross_entropy"))
-
 
 class Run(Protocol):
     """A forward of a patched model."""
@@ -210,14 +207,10 @@ class DeferredLogits:
         return self
 
     def _refusal(self, operation: str) -> NotImplementedError:
-        ways = "compute_loss_func(Loss(...), model)"
-        if operation in _OF_ITS_OWN_LOSS:
-            ways += "; a model that computes its cross-entropy itself ignores model.loss_function"
-        else:
-            ways += " or loss_function(Loss(...), model)"
         return NotImplementedError(
             f"{self.model} needs its logits for {operation!r}, and a patched model has none in training: "
-            f"unpatch it and use a loss of logits, {ways}"
+            "unpatch it and use a loss of logits, compute_loss_func(Loss(...), model) or "
+            "loss_function(Loss(...), model)"
         )
 
 
