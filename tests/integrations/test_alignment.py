@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from nvamp import LinearLoss, LinearNVAMPLoss, Loss, NVAMPLoss
-from nvamp.integrations.transformers import compute_loss_func, loss_function, patch, unpatch
+from nvamp.integrations.transformers import compute_loss_func, loss_function, patch, patching, unpatch
 from nvamp.integrations.transformers.alignment import OwnLoss, loss_shifts, own_loss
+from nvamp.integrations.transformers.deferred import DeferredLogits
 from nvamp.objectives import NVAMP, CrossEntropy, TokenWeighted
 from nvamp.study.models import quiet
 from tests.integrations.architectures import CONFIG, Architecture, batch_of, build
@@ -104,6 +105,8 @@ SAME = ["T5ForConditionalGeneration", "BartForConditionalGeneration", "T5GemmaFo
 def test_evaluation_has_the_loss_of_training(name: str, backend: str) -> None:
     """Before any training, and after."""
     model = model_of(name)
+    if name.startswith("Bart"):
+        model.final_logits_bias.copy_(torch.randn(99, generator=torch.Generator().manual_seed(0)))
     batch = batch_of(model)
     expected = {}
     for training in (True, False):  # T5Gemma's logits differ
@@ -130,6 +133,38 @@ def test_the_number_of_tokens_and_their_weights_reach_the_criterion() -> None:
         torch.testing.assert_close(loss, (weight * nll).sum() / 50, rtol=1e-12, atol=0)
     with pytest.raises(TypeError, match="a column 'token_weight' in the batch"):
         model(**batch)
+
+
+def test_a_bias_is_of_the_layer_and_of_the_model() -> None:
+    """Added before the logits are scaled and capped."""
+    torch.manual_seed(0)
+    layer, added, hidden = nn.Linear(4, 7).double(), torch.randn(1, 7).double(), torch.randn(2, 5, 4).double()
+    labels = torch.randint(7, (2, 5))
+
+    def loss_of(logits: Any) -> Tensor:
+        logits = torch.tanh((logits + added) * 0.5) * 3
+        return nn.functional.cross_entropy(logits[:, 1:].reshape(-1, 7), labels[:, 1:].flatten())
+
+    criterion = patching._LinearModelLoss(LinearLoss(CrossEntropy()), True, None)
+    run = patching._Call("a model", criterion, [layer], {})
+    torch.testing.assert_close(
+        loss_of(DeferredLogits(hidden, layer, run)), loss_of(layer(hidden)), rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled(training: bool) -> None:
+    """The graph breaks at the loss."""
+    model = model_of("T5ForConditionalGeneration").train(training)
+    batch = batch_of(model)
+    expected = NVAMPLoss(shift=False)(model(**batch).logits, batch["labels"])
+    patch(model, LinearNVAMPLoss())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(**batch).loss, expected, rtol=1e-12, atol=0)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -306,8 +306,7 @@ def _output_layers(model: Any) -> list[Any]:
             kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
             raise TypeError(
                 f"the output layer of {type(model).__name__} must be a plain torch.nn.Linear, got {kind}: "
-                "use a loss of logits, compute_loss_func(Loss(...)) or, if the model computes its loss with "
-                "model.loss_function, loss_function(Loss(...), model)"
+                "use a loss of logits, compute_loss_func(Loss(...), model) or loss_function(Loss(...), model)"
             )
     return layers
 
