@@ -119,7 +119,7 @@ def test_shifted_labels(labels: bool, model: Any, batch: dict[str, Tensor]) -> N
     expected = of_logits(model, {**batch, "labels": shifted}, NVAMPLoss(**OPTIONS, shift=False))
     wrong = torch.zeros_like(shifted)
     logits = model(batch["input_ids"]).logits
-    loss = loss_function(NVAMPLoss(**OPTIONS))(
+    loss = loss_function(NVAMPLoss(**OPTIONS), model)(
         logits, wrong if labels else None, vocab_size=V, shift_labels=shifted
     )
     assert_same([loss.detach(), *gradients(loss, model)], expected)
@@ -244,7 +244,7 @@ def test_every_objective(objective: str, items: int | None, model: Any, batch: d
     columns = columns_of(objective)
     expected = by_hand(model, batch, objective, columns, items)
     number = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
-    model.loss_function = loss_function(Loss(parse(objective)))
+    model.loss_function = loss_function(Loss(parse(objective)), model)
     loss = model(**batch, **columns, **number).loss
     assert_same([loss.detach(), *gradients(loss, model)], expected)
     patch(model, LinearLoss(parse(objective)))
@@ -266,7 +266,7 @@ def test_columns_beside_shifted_labels_are_shifted(
         "shift_labels": nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100),
         **shifted,
     }
-    model.loss_function = loss_function(Loss(parse(objective)))
+    model.loss_function = loss_function(Loss(parse(objective)), model)
     loss = model(**batch).loss
     assert_same([loss.detach(), *gradients(loss, model)], expected)
     patch(model, LinearLoss(parse(objective)))
@@ -279,7 +279,7 @@ def test_columns_that_do_not_fit_are_named(
 ) -> None:
     def give(objective: Any) -> None:
         if as_loss_function:
-            model.loss_function = loss_function(Loss(objective))
+            model.loss_function = loss_function(Loss(objective), model)
         else:
             patch(model, LinearLoss(objective))
 
@@ -377,7 +377,7 @@ def test_unpatch_restores(model: Any, batch: dict[str, Tensor]) -> None:
 
 
 def test_a_loss_function_of_the_user_comes_back(model: Any, batch: dict[str, Tensor]) -> None:
-    model.loss_function = own = loss_function(NVAMPLoss(**OPTIONS))
+    model.loss_function = own = loss_function(NVAMPLoss(**OPTIONS), model)
     loss = model(**batch).loss
     patch(model, LinearNVAMPLoss(**OPTIONS))
     assert_same([model(**batch).loss.detach()], [loss.detach()])
@@ -590,7 +590,10 @@ class WithSigmoid(LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
-        (WithEntropy, r"WithEntropy needs its logits for 'softmax', .* or loss_function\(Loss\(\.\.\.\)\)$"),
+        (
+            WithEntropy,
+            r"WithEntropy needs its logits for 'softmax', .* or loss_function\(Loss\(\.\.\.\), model\)$",
+        ),
         (WithoutLoss, "WithoutLoss computed no loss of its logits"),
         (WithSigmoid, "WithSigmoid needs its logits for 'sigmoid'"),
     ],
@@ -647,7 +650,7 @@ def test_loss_function_is_called_as_transformers_own(
 ) -> None:
     expected = model(**batch, **items).loss
     expected_gradients = gradients(expected, model)
-    model.loss_function = loss_function(NVAMPLoss(**CROSS_ENTROPY))
+    model.loss_function = loss_function(NVAMPLoss(**CROSS_ENTROPY), model)
     outputs = model(**batch, **items)
     assert outputs.logits.shape == (3, SEQ, V)
     found = [outputs.loss.detach(), *gradients(outputs.loss, model)]
@@ -657,8 +660,8 @@ def test_loss_function_is_called_as_transformers_own(
 def test_errors_of_loss_function(batch: dict[str, Tensor]) -> None:
     logits, labels = torch.randn(3, SEQ, V), batch["labels"]
     with pytest.raises(ValueError, match="neither labels nor shift_labels"):
-        loss_function(NVAMPLoss())(logits, None)
+        loss_function(NVAMPLoss(), None)(logits, None)
     with pytest.raises(ValueError, match="has ignore_index=-100, the model asks for 7"):
-        loss_function(NVAMPLoss())(logits, labels, ignore_index=7)
-    with pytest.raises(TypeError, match="shift_labels need a Loss, got <function ForCausalLMLoss"):
-        loss_function(ForCausalLMLoss)(logits, labels, shift_labels=labels)
+        loss_function(NVAMPLoss(), None)(logits, labels, ignore_index=7)
+    with pytest.raises(TypeError, match="need a Loss, got <function ForCausalLMLoss"):
+        loss_function(ForCausalLMLoss, None)(logits, labels, shift_labels=labels)

@@ -188,7 +188,7 @@ def test_weights_of_the_batch_reach_the_loss(way: str, tmp_path: Path) -> None:
         if way == "patch":
             patch(model, LinearLoss(TokenWeighted()))
         else:
-            model.loss_function = loss_function(Loss(TokenWeighted()))
+            model.loss_function = loss_function(Loss(TokenWeighted()), model)
         moved, logged = run(collate, accumulate, None, tmp_path, model, remove_unused_columns=False)
         if accumulate == 1:
             expected, expected_log = descended(batches)

@@ -99,7 +99,7 @@ def trained(case: Case, batch: int, accumulate: int, grouped: bool, folder: Path
     if isinstance(criterion, LinearLoss):
         patch(model, criterion)
     elif criterion and case.path == "loss_function":
-        model.loss_function = loss_function(criterion)
+        model.loss_function = loss_function(criterion, model)
     elif criterion:
         by_trainer = compute_loss_func(criterion)
     rows = Rows(case.unequal, weighted="weight" in (case.objective or ""))

@@ -176,7 +176,7 @@ class WithLossFunction(transformers.Trainer):  # type: ignore[misc]  # transform
     """transformers' own trainer, of the model's logits."""
 
     def __init__(self, model: Any, **options: Any) -> None:
-        model.loss_function = loss_function(Loss(TokenWeighted()))
+        model.loss_function = loss_function(Loss(TokenWeighted()), model)
         super().__init__(model, **options)
 
 

@@ -6,8 +6,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from nvamp.integrations.columns import needs_of
+from nvamp.integrations.transformers.alignment import loss_shifts, own_loss
 from nvamp.integrations.transformers.model_loss import Criterion, ModelLoss, share
-from nvamp.integrations.transformers.patching import patch, unpatch
+from nvamp.integrations.transformers.patching import base_model, patch, unpatch
 
 __all__ = ["Criterion", "LossFunction", "compute_loss_func", "logits_of", "loss_function", "patch", "unpatch"]
 
@@ -20,7 +21,7 @@ class LossFunction(Protocol):
     ) -> Tensor: ...
 
 
-def compute_loss_func(criterion: Criterion) -> LossFunction:
+def compute_loss_func(criterion: Criterion, model: Any = None) -> LossFunction:
     """`criterion` as the `compute_loss_func` of a `Trainer`; the model then computes no loss of its own.
 
     If the `Trainer` gives the number of tokens of the optimizer step, the loss of a criterion with a
@@ -28,9 +29,15 @@ def compute_loss_func(criterion: Criterion) -> LossFunction:
 
     Args:
         criterion: called as `criterion(logits [B, S, V], labels [B, S], num_items_in_batch=...)`, returns a
-            scalar. It shifts the labels itself, as `nvamp.Loss` does.
+            scalar. It shifts the labels itself, as `nvamp.Loss` does. For models whose own loss scores a
+            position against the label at the same place it must be a `nvamp.Loss`, which then does not shift.
+        model: the model of the `Trainer`, which runs on six tokens to find out what its own loss does.
+            Without it, outputs that hold the state of an encoder and those of models of masked tokens are
+            taken to be of such a model. Those of a decoder do not show it: give `BartForCausalLM`,
+            `XLNetLMHeadModel` and their like.
 
     Raises:
+        TypeError: the own loss of the model is the cross-entropy neither of the next label nor of the same.
         ValueError: the objective needs per-token inputs, `token_weight` for example. The `Trainer` gives this
             function the labels and no other column of the batch; `loss_function` and `patch` see them.
 
@@ -46,19 +53,31 @@ def compute_loss_func(criterion: Criterion) -> LossFunction:
         raise ValueError(
             f"the criterion needs {', '.join(needs)}, but a Trainer gives compute_loss_func the labels and "
             "no other column of the batch: use patch(model, LinearLoss(...)) or model.loss_function = "
-            "loss_function(Loss(...)), with remove_unused_columns=False in TrainingArguments"
+            "loss_function(Loss(...), model), with remove_unused_columns=False in TrainingArguments"
         )
+
+    shifts = None if model is None else own_loss(base_model(model)).shifts
+    in_place = ModelLoss(criterion, shifts=False)
 
     def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if labels is None:
             raise ValueError("labels are missing: the batches of the Trainer need a column named 'labels'")
+        if not (_of_next_tokens(outputs) if shifts is None else shifts):
+            return in_place(logits_of(outputs), labels, num_items_in_batch=num_items_in_batch)
         value = criterion(logits_of(outputs), labels, num_items_in_batch=num_items_in_batch)
         return share(value, num_items_in_batch, criterion)
 
     return loss
 
 
-def loss_function(criterion: Criterion) -> ModelLoss:
+def _of_next_tokens(outputs: Any) -> bool:
+    """Whether outputs may be a causal model's, whose logits predict the next token, by their kind."""
+    from transformers.modeling_outputs import MaskedLMOutput
+
+    return not isinstance(outputs, MaskedLMOutput) and not hasattr(outputs, "encoder_last_hidden_state")
+
+
+def loss_function(criterion: Criterion, model: Any) -> ModelLoss:
     """`criterion` as `model.loss_function`: the model computes its logits, and this is its loss of them.
 
     It is called as transformers' `ForCausalLMLoss` is, and treats `num_items_in_batch` as `compute_loss_func`
@@ -74,7 +93,15 @@ def loss_function(criterion: Criterion) -> ModelLoss:
         model.loss_function = loss_function(Loss(TokenWeighted()))
         loss = model(input_ids=tokens, labels=labels, token_weight=token_weight).loss
     """
-    return ModelLoss(criterion)
+    if model is None:
+        return ModelLoss(criterion)
+    model = base_model(model)
+    if not own_loss(model).is_loss_function:
+        raise TypeError(
+            f"{type(model).__name__} computes its loss itself and ignores model.loss_function: use "
+            "patch(model, LinearLoss(...)) or compute_loss_func(Loss(...), model)"
+        )
+    return ModelLoss(criterion, loss_shifts(model))
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nvamp.engine.parts import has_dtensors
-from nvamp.integrations.transformers.deferred import DeferredLogits, Product, Weights
+from nvamp.integrations.transformers.deferred import DeferredLogits, Product, Run, Weights
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -34,13 +34,11 @@ def layers_of(model: Any) -> list[Any]:
     return [layer, base_of(layer)] if _is_adapted(layer) else [layer]
 
 
-def deferred(layer: Any, forward: Any, hidden: Tensor, model: str) -> DeferredLogits:
+def deferred(layer: Any, forward: Any, hidden: Tensor, run: Run) -> DeferredLogits:
     """The logits of an output layer that has the given forward, not computed."""
     if isinstance(layer, nn.Linear):
-        return DeferredLogits(
-            (_of_4bit(layer, hidden) if _is_4bit(layer) else Product(hidden, layer),), model
-        )
-    with _Recorded(model, base_of(layer).out_features):
+        return DeferredLogits((_of_4bit(layer, hidden) if _is_4bit(layer) else Product(hidden, layer),), run)
+    with _Recorded(run, base_of(layer).out_features):
         logits: DeferredLogits = forward(layer, hidden)
     return logits
 
@@ -60,16 +58,16 @@ def _of_4bit(layer: Any, hidden: Tensor) -> Product:
 class _Recorded(TorchFunctionMode):
     """Products with a weight of all classes are recorded and not computed."""
 
-    def __init__(self, model: str, vocab: int) -> None:
+    def __init__(self, run: Run, vocab: int) -> None:
         super().__init__()
-        self.model = model
+        self.run = run
         self.vocab = vocab
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is linear:
             hidden, weights = _arguments(*args, **(kwargs or {}))
             if isinstance(hidden, Tensor) and len(weights.weight) == self.vocab:
-                return DeferredLogits((Product(hidden, weights),), self.model)
+                return DeferredLogits((Product(hidden, weights),), self.run)
         return func(*args, **(kwargs or {}))
 
 
@@ -96,9 +94,10 @@ def head_of(logits: DeferredLogits) -> HeadOfLoss:
     first, *others = logits.products
     if not others:
         hidden, layer, _ = first
-        return HeadOfLoss(
-            hidden, layer.weight, layer.bias, None if has_dtensors(hidden) else _ranks_of(layer)
-        )
+        bias = layer.bias
+        if logits.added is not None:
+            bias = _sum_of([logits.added] if bias is None else [bias, logits.added], layer.weight)
+        return HeadOfLoss(hidden, layer.weight, bias, None if has_dtensors(hidden) else _ranks_of(layer))
     weights = [p.layer.weight for p in logits.products]
     if has_dtensors(*weights):
         raise NotImplementedError(
@@ -106,15 +105,16 @@ def head_of(logits: DeferredLogits) -> HeadOfLoss:
             "leave the layer in the root's unit, as fully_shard(model) does; a tp_plan excludes the adapter"
         )
     dtype = first.layer.weight.dtype
-    scales = [p.scale / first.scale for p in logits.products]
-    parts = [(p.hidden * scale).to(dtype) for p, scale in zip(logits.products, scales, strict=True)]
-    biases = [
-        p.layer.bias.to(dtype) * scale
-        for p, scale in zip(logits.products, scales, strict=True)
-        if p.layer.bias is not None
-    ]
-    bias = torch.stack(biases).sum(0) if biases else None
+    scaled = [(p, p.scale / first.scale) for p in logits.products]
+    biases = [p.layer.bias * scale for p, scale in scaled if p.layer.bias is not None]
+    bias = _sum_of(biases if logits.added is None else [*biases, logits.added], first.layer.weight)
+    parts = [(p.hidden * scale).to(dtype) for p, scale in scaled]
     return HeadOfLoss(torch.cat(parts, -1), torch.cat([w.to(dtype) for w in weights], 1), bias)
+
+
+def _sum_of(biases: list[Tensor], weight: Tensor) -> Tensor | None:
+    """Their sum [V], in the dtype and on the device of the weight; None if there is none."""
+    return torch.stack([bias.to(weight) for bias in biases]).sum(0) if biases else None
 
 
 def _ranks_of(layer: Any) -> "Group | None":
@@ -137,8 +137,7 @@ def check_layer(layer: Any, model: str) -> None:
         raise TypeError(
             f"the output layer of {model} must be a plain torch.nn.Linear, one in 4 bits of bitsandbytes, or "
             f"either with PEFT's LoRA or trainable tokens, got {found}: use a loss of logits, "
-            "compute_loss_func(Loss(...)) or, if the model computes its loss with model.loss_function, "
-            "loss_function(Loss(...))"
+            "compute_loss_func(Loss(...), model) or loss_function(Loss(...), model)"
         )
 
 

@@ -14,10 +14,16 @@ Criterion = Callable[..., Tensor]
 
 
 class ModelLoss:
-    """What `model.loss_function` calls: a criterion of logits."""
+    """What `model.loss_function` calls: a criterion of logits.
 
-    def __init__(self, criterion: Criterion) -> None:
+    Args:
+        shifts: whether the model's own loss scores position t against label t+1. If not, labels are used as
+            they are, as `shift_labels` are, whatever the criterion's own `shift`.
+    """
+
+    def __init__(self, criterion: Criterion, shifts: bool = True) -> None:
         self.criterion = criterion
+        self.shifts = shifts
 
     def __call__(
         self,
@@ -58,7 +64,7 @@ class ModelLoss:
             num_items_in_batch = num_items_in_batch.to(device, non_blocking=True)
         moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
         inputs = cast(TokenInputs, moved)
-        shifted = shift_labels is not None
+        shifted = shift_labels is not None or not self.shifts
         value = self.value(logits, targets.to(device), shifted, num_items_in_batch, inputs)
         return share(value, num_items_in_batch, self.criterion)
 
@@ -77,7 +83,9 @@ class ModelLoss:
                 logits, labels, criterion._call(num_items_in_batch, inputs), **changed
             )
         if shifted:
-            raise TypeError(f"shift_labels need a Loss, got {criterion!r}, which shifts the labels itself")
+            raise TypeError(
+                f"labels that are not to be shifted need a Loss, got {criterion!r}, which shifts them itself"
+            )
         return criterion(logits, labels, num_items_in_batch=num_items_in_batch, **inputs)
 
 

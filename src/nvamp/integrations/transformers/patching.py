@@ -2,16 +2,19 @@
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, wraps
 from inspect import signature
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nvamp.apply import TokenInputs
+from nvamp.integrations.columns import token_inputs
 from nvamp.integrations.transformers import heads
-from nvamp.integrations.transformers.deferred import DeferredLogits
+from nvamp.integrations.transformers.alignment import loss_shifts
+from nvamp.integrations.transformers.deferred import Asked, DeferredLogits
 from nvamp.integrations.transformers.model_loss import ModelLoss
 from nvamp.losses import LinearLoss
 
@@ -31,9 +34,10 @@ def patch(model: Any, criterion: LinearLoss, *, eval_logits: bool = True) -> Non
     A second patch replaces the criterion; `unpatch` restores the model.
 
     Args:
-        model: a `PreTrainedModel` with a `torch.nn.Linear` as output layer and transformers'
-            `ForCausalLMLoss` as loss, or a `PeftModel` of one, which may adapt that layer. Not yet prepared
-            by Accelerate. With `tp_plan="auto"` the layer keeps the classes of this rank.
+        model: a `PreTrainedModel` with a `torch.nn.Linear` as output layer, or a `PeftModel` of one, which
+            may adapt that layer. Its own loss is a cross-entropy of its logits, with the label of the next
+            place, as in causal models, or of the same, as in encoder-decoders. Not yet prepared by
+            Accelerate. With `tp_plan="auto"` the layer keeps the classes of this rank.
         criterion: without `softcap` and `logit_scale` if the model has its own, which are then used.
         eval_logits: `False` for no logits in evaluation either, if there are labels: all that a `Trainer`
             needs without `compute_metrics`, or with `prediction_loss_only`.
@@ -53,25 +57,25 @@ def patch(model: Any, criterion: LinearLoss, *, eval_logits: bool = True) -> Non
         raise TypeError(
             f"criterion must be a LinearLoss, such as LinearLoss(NVAMP()), got {type(criterion).__name__}"
         )
-    model = _base_model(model)
+    model = base_model(model)
     before = model.__dict__.get("_loss_function")
     if isinstance(before, _LinearModelLoss):
         before = before.before
     else:
-        _check_model(model, before)
-    layers = heads.layers_of(model)
+        _check_model(model)
+    shifts, layers = loss_shifts(model), heads.layers_of(model)
     for layer in layers:
         heads.check_layer(layer, type(model).__name__)
         heads.check_vocab_group(layer, criterion.vocab_group)
     for layer in layers:
         _change(layer, _patched_layer)
     _change(model, _patched_model)
-    model.loss_function = _LinearModelLoss(criterion, before, eval_logits)
+    model.loss_function = _LinearModelLoss(criterion, shifts, before, eval_logits)
 
 
 def unpatch(model: Any) -> None:
     """Makes a patched model what it was before; leaves any other model as it is."""
-    model = _base_model(model)
+    model = base_model(model)
     patched = [module for module in model.modules() if isinstance(module, _Patched)]
     for module in patched:
         if "_nvamp_unpatched" not in vars(type(module)):
@@ -92,10 +96,29 @@ class _LinearModelLoss(ModelLoss):
 
     criterion: LinearLoss
 
-    def __init__(self, criterion: LinearLoss, before: Any, eval_logits: bool) -> None:
-        super().__init__(criterion)
+    def __init__(self, criterion: LinearLoss, shifts: bool, before: Any, eval_logits: bool) -> None:
+        super().__init__(criterion, shifts)
         self.before = before  # the `loss_function` that the model had been given
         self.eval_logits = eval_logits
+        # Whether the model calls this function. One that computes its cross-entropy itself does not.
+        self.called_by_model: bool | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.called_by_model = True
+        return super().__call__(*args, **kwargs)
+
+    def in_place_of(self, asked: Asked, given: Mapping[str, Any]) -> Tensor:
+        """The loss in place of the model's own cross-entropy, in a forward with the arguments `given`."""
+        self.called_by_model = False
+        columns: Any = {name: _like(asked.labels, x) for name, x in token_inputs(given).items()}
+        return super().__call__(
+            asked.logits,
+            None,
+            num_items_in_batch=given.get("num_items_in_batch"),
+            ignore_index=asked.ignore_index,
+            shift_labels=asked.labels,
+            **columns,
+        )
 
     def value(
         self,
@@ -119,7 +142,7 @@ class _LinearModelLoss(ModelLoss):
             raise NotImplementedError(
                 "the loss got logits that are not from the patched output layer: if the layer has been "
                 "replaced, patch again; if the model has several, unpatch it and set model.loss_function = "
-                "loss_function(Loss(...))"
+                "loss_function(Loss(...), model)"
             )
         return super().value(logits, labels, shifted, num_items_in_batch, inputs)
 
@@ -133,12 +156,40 @@ class _LinearModelLoss(ModelLoss):
         return own
 
 
+def _like(labels: Tensor, column: Any) -> Any:
+    """A column [B, S] of the batch, flat as the labels that the model has made: all, or without the first."""
+    if not isinstance(column, Tensor):
+        return column
+    following = column[..., 1:].flatten()
+    return following if following.shape == labels.shape else column.flatten()
+
+
 class _Call(NamedTuple):
     """A forward of a patched model during which no logits are computed."""
 
     model: str
     loss: _LinearModelLoss
     layers: list[nn.Module]
+    given: Mapping[str, Any]
+
+    def cross_entropy(self, asked: Asked) -> Tensor:
+        return self.loss.in_place_of(asked, self.given)
+
+
+class _OfLogits(TorchFunctionMode):
+    """A patched model in evaluation: the criterion in place of a cross-entropy that it computes itself."""
+
+    def __init__(self, loss: _LinearModelLoss, given: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.loss, self.given = loss, given
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # A criterion that the model calls as its loss function may call PyTorch's cross-entropy.
+        own = func is nn.functional.cross_entropy and not self.loss.called_by_model
+        if own and (asked := Asked.of(*args, **kwargs)):
+            return self.loss.in_place_of(asked, self.given)
+        return func(*args, **kwargs)
 
 
 class _State(threading.local):
@@ -204,7 +255,7 @@ def _patched_layer(base: Any) -> Any:
     def forward(self: Any, hidden: Tensor) -> Any:
         for call in _state.calls:
             if any(layer is self for layer in call.layers):
-                return heads.deferred(self, base.forward, hidden, call.model)
+                return heads.deferred(self, base.forward, hidden, call)
         if (own := vars(self).get("_nvamp_forward")) is not None:
             return own(hidden)
         return base.forward(self, hidden)
@@ -220,19 +271,18 @@ def _patched_model(base: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         labels = args[position] if len(args) > position else kwargs.get("labels")
         loss = self.__dict__.get("_loss_function")
-        if (
-            labels is None
-            or not isinstance(loss, _LinearModelLoss)
-            or (loss.eval_logits and not self.training)
-        ):
+        if labels is None or not isinstance(loss, _LinearModelLoss):
             return base.forward(self, *args, **kwargs)
+        if loss.eval_logits and not self.training:
+            with nullcontext() if loss.called_by_model else _OfLogits(loss, kwargs):
+                return base.forward(self, *args, **kwargs)
         layers = heads.layers_of(self)
         if not all(isinstance(layer, _Patched) for layer in layers):
             raise NotImplementedError(
                 f"the output layer of {base.__name__} has been replaced, or been given an adapter, since the "
                 "model was patched: patch again"
             )
-        with _under_way(_Call(base.__name__, loss, layers)):
+        with _under_way(_Call(base.__name__, loss, layers, kwargs)):
             outputs = base.forward(self, *args, **kwargs)
         return _without_logits(outputs, base.__name__)
 
@@ -249,7 +299,7 @@ def _without_logits(outputs: Any, model: str) -> Any:
     return tuple(value for value in outputs if not isinstance(value, DeferredLogits))
 
 
-def _base_model(model: Any) -> Any:
+def base_model(model: Any) -> Any:
     """The transformers model itself, which a `PeftModel` wraps."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -258,14 +308,10 @@ def _base_model(model: Any) -> Any:
     return model
 
 
-def _check_model(model: Any, own_loss: Any) -> None:
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
+def _check_model(model: Any) -> None:
     name = type(model).__name__
     if "labels" not in signature(model.forward).parameters:
         raise TypeError(f"{name} computes no loss: its forward takes no labels")
-    if own_loss is None and model.loss_function is not ForCausalLMLoss:
-        raise TypeError(f"{name} has the loss {model.loss_function.__name__}, which is not a causal model's")
     if "forward" in model.__dict__:
         raise TypeError(
             f"the forward of this {name} has been replaced, as Accelerate does for mixed precision or for "
