@@ -6,8 +6,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from nvamp.integrations.columns import needs_of
-from nvamp.integrations.transformers.model_loss import Criterion, ModelLoss, share
-from nvamp.integrations.transformers.patching import patch, unpatch
+from nvamp.integrations.sequences import check_whole_sequences
+from nvamp.integrations.transformers.model_loss import Criterion, ModelLoss, check_criterion, share
+from nvamp.integrations.transformers.patching import patch, unpatch, watch_assignments
 
 __all__ = ["Criterion", "LossFunction", "compute_loss_func", "logits_of", "loss_function", "patch", "unpatch"]
 
@@ -16,7 +17,13 @@ class LossFunction(Protocol):
     """What `Trainer(compute_loss_func=...)` calls."""
 
     def __call__(
-        self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+        self,
+        outputs: Any,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
+        *,
+        trainer: object = None,
+        **extra: object,
     ) -> Tensor: ...
 
 
@@ -42,14 +49,26 @@ def compute_loss_func(criterion: Criterion) -> LossFunction:
         criterion = Loss(NVAMP(), process_group=torch.distributed.group.WORLD)
         Trainer(model, args, train_dataset=data, compute_loss_func=compute_loss_func(criterion))
     """
+    check_criterion(criterion)
     if needs := needs_of(criterion):
         raise ValueError(
             f"the criterion needs {', '.join(needs)}, but a Trainer gives compute_loss_func the labels and "
             "no other column of the batch: use patch(model, LinearLoss(...)) or model.loss_function = "
             "loss_function(Loss(...)), with remove_unused_columns=False in TrainingArguments"
         )
+    check_whole_sequences(criterion)
 
-    def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def loss(
+        outputs: Any,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
+        *,
+        trainer: object = None,
+        **extra: object,
+    ) -> Tensor:
+        check_whole_sequences(criterion)
+        if given := [name for name, value in extra.items() if value is not None]:
+            raise TypeError(f"{', '.join(given)}: compute_loss_func has no use for it, so it must be None")
         if labels is None:
             raise ValueError("labels are missing: the batches of the Trainer need a column named 'labels'")
         value = criterion(logits_of(outputs), labels, num_items_in_batch=num_items_in_batch)
@@ -58,7 +77,7 @@ def compute_loss_func(criterion: Criterion) -> LossFunction:
     return loss
 
 
-def loss_function(criterion: Criterion) -> ModelLoss:
+def loss_function(criterion: Criterion, *, logits_without_labels: bool = False) -> ModelLoss:
     """`criterion` as `model.loss_function`: the model computes its logits, and this is its loss of them.
 
     It is called as transformers' `ForCausalLMLoss` is, and treats `num_items_in_batch` as `compute_loss_func`
@@ -74,7 +93,9 @@ def loss_function(criterion: Criterion) -> ModelLoss:
         model.loss_function = loss_function(Loss(TokenWeighted()))
         loss = model(input_ids=tokens, labels=labels, token_weight=token_weight).loss
     """
-    return ModelLoss(criterion)
+    check_criterion(criterion)
+    watch_assignments()
+    return ModelLoss(criterion, logits_without_labels)
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """A criterion as the `loss_function` of a transformers model."""
 
+import threading
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -7,17 +8,48 @@ from torch import Tensor
 
 from nvamp.apply import TokenInputs
 from nvamp.integrations.columns import check_inputs, token_inputs
-from nvamp.losses import LinearLoss, Loss
+from nvamp.losses import LinearLoss, Loss, TokenLoss
 
 # (logits [B, S, V], labels [B, S], num_items_in_batch=...) -> scalar; it shifts the labels itself.
 Criterion = Callable[..., Tensor]
 
 
-class ModelLoss:
-    """What `model.loss_function` calls: a criterion of logits."""
+def check_criterion(criterion: object) -> None:
+    """Raises a `TypeError` unless it can be called with logits and labels."""
+    if isinstance(criterion, type):
+        raise TypeError(f"criterion must be an instance, got the class {criterion.__name__}")
+    if isinstance(criterion, LinearLoss | TokenLoss) or not callable(criterion):
+        other = " or patch(model, LinearLoss(...))" if isinstance(criterion, LinearLoss) else ""
+        raise TypeError(
+            "criterion must be a loss of logits, such as Loss(NVAMP()), got "
+            f"{type(criterion).__name__}: use that{other}"
+        )
 
-    def __init__(self, criterion: Criterion) -> None:
+
+class _Calls(threading.local):
+    """The losses that were called in the call of a model that is under way in this thread.
+
+    It is no ContextVar because `torch.compile` cannot trace one.
+    """
+
+    def __init__(self) -> None:
+        # Set here and not in the class: an attribute that a compiled first call adds would fail its guards.
+        self.made: tuple[ModelLoss, ...] | None = None  # `None` if no call is under way
+
+
+calls = _Calls()
+
+
+class ModelLoss:
+    """What `model.loss_function` calls: a criterion of logits.
+
+    Attributes:
+        logits_without_labels: whether the model may be called in training without labels, for its logits.
+    """
+
+    def __init__(self, criterion: Criterion, logits_without_labels: bool = False) -> None:
         self.criterion = criterion
+        self.logits_without_labels = logits_without_labels
 
     def __call__(
         self,
@@ -44,6 +76,8 @@ class ModelLoss:
             TypeError: the objective needs something that the batch does not hold, or has no use for it.
             ValueError: there are no labels, or `ignore_index` is not the criterion's.
         """
+        if calls.made is not None:
+            calls.made = (*calls.made, self)
         own_index = getattr(self.criterion, "ignore_index", -100)
         if ignore_index not in (-100, own_index):
             raise ValueError(f"the criterion has ignore_index={own_index}, the model asks for {ignore_index}")

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from nvamp.apply import TokenInputs
 from nvamp.integrations.transformers.deferred import DeferredLogits
+from nvamp.integrations.transformers.guard import guarded
 from nvamp.integrations.transformers.model_loss import ModelLoss
 from nvamp.losses import LinearLoss
 
 
-def patch(model: Any, criterion: LinearLoss) -> None:
+def patch(model: Any, criterion: LinearLoss, *, logits_without_labels: bool = False) -> None:
     """Makes a causal language model compute `criterion` from its hidden states, without logits, in training.
 
     In training and with labels the model runs its own forward, but its output layer computes nothing: the
@@ -31,14 +32,20 @@ def patch(model: Any, criterion: LinearLoss) -> None:
 
     Args:
         model: a `PreTrainedModel` with a `torch.nn.Linear` as output layer and transformers'
-            `ForCausalLMLoss` as loss, or a `PeftModel` of one. Not yet prepared by Accelerate.
+            `ForCausalLMLoss` as loss, or what wraps one, such as a `PeftModel` or the result of
+            `torch.compile`. Not yet prepared by Accelerate.
         criterion: without `softcap` and `logit_scale` if the model has its own, which are then used.
+        logits_without_labels: let the model be called in training without labels, for logits with a gradient.
+            By default such a call raises, because a loss of these logits is not the criterion's. TRL's
+            trainers with a loss of their own, such as `DPOTrainer` and `GKDTrainer`, need no permission.
 
     Raises:
         TypeError: the model, its output layer or the criterion is of another kind.
 
-    A model that needs its logits for something else raises a `NotImplementedError` in training: see
-    docs/architectures.md.
+    From then on the model raises a `RuntimeError` if a call would train it with another loss: its forward
+    has been replaced by one that computes a loss, such as Liger's; TRL's own `SFTTrainer` calls it; or it is
+    called in training without labels. A model that needs its logits for something else raises a
+    `NotImplementedError` in training: see docs/architectures.md.
 
     Example:
         patch(model, LinearLoss(Tail(share=0.05)))
@@ -57,23 +64,55 @@ def patch(model: Any, criterion: LinearLoss) -> None:
     for layer in _output_layers(model):
         _change(layer, _patched_layer)
     _change(model, _patched_model)
-    model.loss_function = _LinearModelLoss(criterion, before)
+    model.loss_function = _LinearModelLoss(criterion, logits_without_labels, before)
 
 
 def unpatch(model: Any) -> None:
-    """Makes a patched model what it was before; leaves any other model as it is."""
+    """Makes a patched model what it was before; leaves any other model as it is.
+
+    Args:
+        model: the model, or what wraps it, as for `patch`.
+
+    Raises:
+        TypeError: the model was sharded after it was patched, and has not changed.
+    """
     model = _base_model(model)
+    loss = vars(model).get("_loss_function")
     patched = [module for module in model.modules() if isinstance(module, _Patched)]
+    if patched == [model] and not isinstance(loss, _LinearModelLoss):
+        return  # it has the class for its `loss_function`
     for module in patched:
         if "_nvamp_unpatched" not in vars(type(module)):
             raise TypeError(f"{type(module).__name__} is sharded: unpatch a model before it is sharded")
     for module in patched:
         module.__class__ = module._nvamp_unpatched
-    loss = vars(model).get("_loss_function")
     if isinstance(loss, _LinearModelLoss):
         del model._loss_function
-        if loss.before is not None:
-            model.loss_function = loss.before
+        loss = loss.before
+    if loss is not None:
+        model.loss_function = loss
+        watch(model)
+
+
+def watch(model: Any) -> None:
+    """Makes the model raise if it trains with a loss other than its `loss_function`, a `ModelLoss`."""
+    takes_labels = "labels" in signature(type(model).forward).parameters
+    if takes_labels and isinstance(vars(model).get("_loss_function"), ModelLoss):
+        _change(model, _patched_model)
+
+
+@cache
+def watch_assignments() -> None:
+    """Makes `model.loss_function = loss_function(...)` watch the model; assigning anything else is as before."""
+    from transformers import PreTrainedModel
+
+    own = PreTrainedModel.loss_function
+
+    def assign(model: Any, loss: Any) -> None:
+        own.fset(model, loss)
+        watch(model)
+
+    PreTrainedModel.loss_function = own.setter(assign)
 
 
 class _LinearModelLoss(ModelLoss):
@@ -81,8 +120,8 @@ class _LinearModelLoss(ModelLoss):
 
     criterion: LinearLoss
 
-    def __init__(self, criterion: LinearLoss, before: Any) -> None:
-        super().__init__(criterion)
+    def __init__(self, criterion: LinearLoss, logits_without_labels: bool, before: Any) -> None:
+        super().__init__(criterion, logits_without_labels)
         self.before = before  # the `loss_function` that the model had been given
 
     def value(
@@ -171,13 +210,13 @@ def _new_patched(base: Any) -> Any:
     return cls.__new__(cls)
 
 
-def _subclass(base: Any, forward: Any) -> Any:
+def _subclass(base: Any, forward: Any, **methods: Any) -> Any:
     wraps(base.forward)(forward)
     # Without `__wrapped__`, which Accelerate would follow to the unpatched forward when it unwraps a model.
     del forward.__wrapped__
     forward.__signature__ = signature(base.forward)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (_Patched, base), {**names, "forward": forward, "_nvamp_unpatched": base})
+    return type(base.__name__, (_Patched, base), {**names, **methods, "forward": forward, "_nvamp_unpatched": base})
 
 
 @cache
@@ -195,19 +234,38 @@ def _patched_layer(base: Any) -> Any:
 
 @cache
 def _patched_model(base: Any) -> Any:
-    """The class `base` of a model, except that in training and with labels it computes no logits."""
+    """The class `base` of a model, except that it trains with its `ModelLoss` and no other.
+
+    If that is the loss of a patched model, it computes no logits in training and with labels.
+    """
     position = list(signature(base.forward).parameters).index("labels") - 1
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        labels = args[position] if len(args) > position else kwargs.get("labels")
+    def labels_of(args: Any, kwargs: Any) -> Any:
+        return args[position] if len(args) > position else kwargs.get("labels")
+
+    def watched(model: Any, call: Any, args: Any, kwargs: Any) -> Any:
+        loss = model.__dict__.get("_loss_function")
+        if not isinstance(loss, ModelLoss):
+            return call(model, *args, **kwargs)
+        fused_head = bool(kwargs.get("fused_lm_head"))
+        return guarded(model, loss, lambda: call(model, *args, **kwargs), labels_of(args, kwargs), fused_head)
+
+    def without_logits(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = self.__dict__.get("_loss_function")
-        if labels is None or not self.training or not isinstance(loss, _LinearModelLoss):
+        if labels_of(args, kwargs) is None or not self.training or not isinstance(loss, _LinearModelLoss):
             return base.forward(self, *args, **kwargs)
         with _under_way(_Call(base.__name__, loss, _output_layers(self))):
             outputs = base.forward(self, *args, **kwargs)
         return _without_logits(outputs, base.__name__)
 
-    return _subclass(base, forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return watched(self, without_logits, args, kwargs)
+
+    # Another library may replace the forward of an instance; its calls are watched too.
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return watched(self, base.__call__, args, kwargs)
+
+    return _subclass(base, forward, __call__=__call__)
 
 
 def _without_logits(outputs: Any, model: str) -> Any:
@@ -221,12 +279,23 @@ def _without_logits(outputs: Any, model: str) -> Any:
 
 
 def _base_model(model: Any) -> Any:
-    """The transformers model itself, which a `PeftModel` wraps."""
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "loss_function"):
-        raise TypeError(f"model must be a transformers model or a PeftModel, got {type(model).__name__}")
-    return model
+    """The transformers model itself, which PEFT, `torch.compile`, FSDP and others wrap."""
+    from transformers import PreTrainedModel
+
+    found = [m for m in model.modules() if isinstance(m, PreTrainedModel)] if isinstance(model, nn.Module) else []
+    if found and set(found) <= set(found[0].modules()):
+        return found[0]
+    several = ", which holds several" if found else ""
+    raise TypeError(
+        "model must be a transformers model or a PeftModel, or wrap one, "
+        f"got {type(model).__name__}{several}"
+    )
+
+
+def installed_loss(model: Any) -> ModelLoss | None:
+    """What `patch` or `loss_function` has installed on the model or on what it wraps, if anything."""
+    loss = vars(_base_model(model)).get("_loss_function")
+    return loss if isinstance(loss, ModelLoss) else None
 
 
 def _check_model(model: Any, own_loss: Any) -> None:
@@ -240,7 +309,8 @@ def _check_model(model: Any, own_loss: Any) -> None:
     if "forward" in model.__dict__:
         raise TypeError(
             f"the forward of this {name} has been replaced, as Accelerate does for mixed precision or for "
-            "several devices: patch the model before it is prepared"
+            "several devices, TRL for its trainers and Liger for its loss: patch the model before, and without "
+            "Liger's fused_linear_cross_entropy"
         )
 
 

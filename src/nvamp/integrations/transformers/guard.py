@@ -1,0 +1,92 @@
+"""A model with a criterion trains with no other loss: a call that would is an error."""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvamp.integrations.transformers.model_loss import ModelLoss, calls
+
+_SFT = "trl.trainer.sft_trainer"
+
+
+def guarded(model: Any, loss: ModelLoss, forward: Callable[[], Any], labels: Any, fused_head: bool) -> Any:
+    """The outputs of `forward()`, a call of the model with these labels.
+
+    Args:
+        loss: the model's `loss_function`.
+        fused_head: whether TRL asks its own head for the losses of the tokens.
+
+    Raises:
+        RuntimeError: the outputs hold a loss, and `loss` was not called; or they hold logits that another
+            loss could be trained from.
+    """
+    before = calls.made
+    calls.made = ()
+    try:
+        outputs = forward()
+    finally:
+        made = calls.made
+        calls.made = None if before is None else (*before, *made)
+    if not any(called is loss for called in made):
+        _refuse_another_loss(type(model).__name__, loss, outputs, labels, fused_head)
+    return outputs
+
+
+def _refuse_another_loss(model: str, loss: ModelLoss, outputs: Any, labels: Any, fused_head: bool) -> None:
+    installed = f"the criterion of this {model}, {type(loss.criterion).__name__}"
+    if fused_head:
+        if _caller_in_trl() == _SFT:
+            raise RuntimeError(
+                f"trl.SFTTrainer computes a loss of its own and does not call {installed}: use "
+                "nvamp.integrations.trl.SFTTrainer(criterion=TokenLoss(...)) with a model that has none, which "
+                "unpatch(model) gives back"
+            )
+    elif _has_loss(outputs, labels):
+        raise RuntimeError(
+            f"the forward computed a loss and did not call {installed}. Liger's fused loss does that: turn it "
+            'off with liger_kernel_config={"fused_linear_cross_entropy": False} in TrainingArguments, or with '
+            "fused_linear_cross_entropy=False where Liger is applied. A model that computes its loss itself "
+            "needs a Trainer with compute_loss_func(Loss(...))"
+        )
+    elif not loss.logits_without_labels and _may_be_trained(outputs) and _caller_in_trl() in (None, _SFT):
+        raise RuntimeError(
+            f"the model was called in training without labels, so its logits do not go through {installed}. A "
+            "Trainer calls it so if it has a compute_loss_func or a label_smoothing_factor, or takes the labels "
+            "for a loss of its own. Pass the labels, with label_smoothing as an option of the criterion; or "
+            "unpatch(model) to train with the other loss; or, if the logits are for something else, give "
+            "logits_without_labels=True to patch or loss_function"
+        )
+
+
+def _has_loss(outputs: Any, labels: Any) -> bool:
+    if isinstance(outputs, Mapping):
+        return outputs.get("loss") is not None
+    return labels is not None and isinstance(outputs, tuple)  # the first of them is the loss
+
+
+def _may_be_trained(outputs: Any) -> bool:
+    """Whether the outputs hold logits with a gradient, as they do not under `torch.no_grad`."""
+    if isinstance(outputs, Mapping):
+        logits = outputs.get("logits")
+    else:
+        logits = outputs[0] if isinstance(outputs, tuple) and outputs else None
+    return isinstance(logits, Tensor) and logits.dim() > 1 and logits.requires_grad
+
+
+@torch.compiler.disable
+def _caller_in_trl() -> str | None:
+    """The module of TRL that the call comes from, if one is on the stack.
+
+    TRL's trainers, except for `SFTTrainer`, compute losses that are no criterion's (DPO, GKD and others), from
+    the same calls of a model as those that would forget one. No argument of these calls tells them apart.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        module: str = frame.f_globals.get("__name__", "")
+        if module.startswith("trl."):
+            return module
+        frame = frame.f_back
+    return None
