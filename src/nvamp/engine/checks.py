@@ -60,6 +60,12 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: bool = False) -> None:
     """Raises unless hidden [..., D], weight [V, D] and bias [V] fit together in shape, dtype and device."""
+    if hasattr(weight, "ds_shape") and weight.shape != weight.ds_shape:
+        raise ValueError(
+            f"weight is partitioned by DeepSpeed ZeRO-3: it has shape {list(weight.shape)} on this rank, not "
+            f"{list(weight.ds_shape)}. Compute the loss and its backward within "
+            "deepspeed.zero.GatheredParameters([weight])"
+        )
     if weight.dim() != 2 or (weight.shape[0] == 0 and not part) or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must have shape [vocabulary, {hidden.shape[-1]}] for hidden {list(hidden.shape)}, "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nvamp.apply import NVAMPStats
+from nvamp.integrations.check import check_arguments
 from nvamp.losses import LinearLoss, Loss, TokenLoss
 
 __all__ = ["log_stats"]
@@ -41,6 +42,10 @@ def log_stats(trainer: Any, criterion: Loss | LinearLoss | TokenLoss) -> None:
             those that report run before a user's.
         criterion: the one that the trainer, or its model, computes. Its `on_stats` is set.
 
+    Raises:
+        ValueError: arguments of the trainer keep it from training with the criterion; see
+            `nvamp.integrations.check.check_arguments`.
+
     Warns:
         UserWarning: at a log, if the criterion has not been called in training since the last one.
 
@@ -49,6 +54,7 @@ def log_stats(trainer: Any, criterion: Loss | LinearLoss | TokenLoss) -> None:
         trainer = Trainer(model, args, train_dataset=data, compute_loss_func=compute_loss_func(criterion))
         log_stats(trainer, criterion)
     """
+    check_arguments(trainer, criterion)
     meter, log = _Meter(), trainer.log
     criterion.on_stats = meter.add
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,36 +29,37 @@ def guarded(model: Any, loss: ModelLoss, forward: Callable[[], Any], labels: Any
     try:
         outputs = forward()
     finally:
-        made = calls.made
+        made: tuple[ModelLoss, ...] = calls.made or ()
         calls.made = None if before is None else (*before, *made)
     if not any(called is loss for called in made):
-        _refuse_another_loss(type(model).__name__, loss, outputs, labels, fused_head)
+        _refuse_another_loss(model, loss, outputs, labels, fused_head)
     return outputs
 
 
-def _refuse_another_loss(model: str, loss: ModelLoss, outputs: Any, labels: Any, fused_head: bool) -> None:
-    installed = f"the criterion of this {model}, {type(loss.criterion).__name__}"
+def _refuse_another_loss(model: Any, loss: ModelLoss, outputs: Any, labels: Any, fused_head: bool) -> None:
+    installed = f"the criterion of this {type(model).__name__}, {type(loss.criterion).__name__}"
+    could_train = model.training and not loss.logits_without_labels and _has_logits_to_train(outputs)
     if fused_head:
         if _caller_in_trl() == _SFT:
             raise RuntimeError(
                 f"trl.SFTTrainer computes a loss of its own and does not call {installed}: use "
-                "nvamp.integrations.trl.SFTTrainer(criterion=TokenLoss(...)) with a model that has none, which "
-                "unpatch(model) gives back"
+                "nvamp.integrations.trl.SFTTrainer(criterion=TokenLoss(...)), with a model that is not "
+                "patched and has no loss_function"
             )
     elif _has_loss(outputs, labels):
         raise RuntimeError(
-            f"the forward computed a loss and did not call {installed}. Liger's fused loss does that: turn it "
-            'off with liger_kernel_config={"fused_linear_cross_entropy": False} in TrainingArguments, or with '
-            "fused_linear_cross_entropy=False where Liger is applied. A model that computes its loss itself "
-            "needs a Trainer with compute_loss_func(Loss(...))"
+            f"the forward computed a loss and did not call {installed}. Liger's fused loss does that: turn "
+            'it off with liger_kernel_config={"fused_linear_cross_entropy": False} in TrainingArguments, or '
+            "with fused_linear_cross_entropy=False where Liger is applied. A model that computes its loss "
+            "itself needs a Trainer with compute_loss_func(Loss(...))"
         )
-    elif not loss.logits_without_labels and _may_be_trained(outputs) and _caller_in_trl() in (None, _SFT):
+    elif could_train and _caller_in_trl() in (None, _SFT):
         raise RuntimeError(
-            f"the model was called in training without labels, so its logits do not go through {installed}. A "
-            "Trainer calls it so if it has a compute_loss_func or a label_smoothing_factor, or takes the labels "
-            "for a loss of its own. Pass the labels, with label_smoothing as an option of the criterion; or "
-            "unpatch(model) to train with the other loss; or, if the logits are for something else, give "
-            "logits_without_labels=True to patch or loss_function"
+            "the model was called in training without labels, so its logits do not go through "
+            f"{installed}. A Trainer calls it so if it has a label_smoothing_factor or a compute_loss_func, "
+            "or takes the labels for a loss of its own. Pass the labels, with label_smoothing as an option "
+            "of the criterion; or unpatch(model) to train with the other loss; or, if the logits are for "
+            "something else, give logits_without_labels=True to patch or loss_function"
         )
 
 
@@ -67,8 +69,8 @@ def _has_loss(outputs: Any, labels: Any) -> bool:
     return labels is not None and isinstance(outputs, tuple)  # the first of them is the loss
 
 
-def _may_be_trained(outputs: Any) -> bool:
-    """Whether the outputs hold logits with a gradient, as they do not under `torch.no_grad`."""
+def _has_logits_to_train(outputs: Any) -> bool:
+    """Whether there are logits with a gradient: there are none under `torch.no_grad`, as in generation."""
     if isinstance(outputs, Mapping):
         logits = outputs.get("logits")
     else:
@@ -76,14 +78,14 @@ def _may_be_trained(outputs: Any) -> bool:
     return isinstance(logits, Tensor) and logits.dim() > 1 and logits.requires_grad
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _caller_in_trl() -> str | None:
     """The module of TRL that the call comes from, if one is on the stack.
 
-    TRL's trainers, except for `SFTTrainer`, compute losses that are no criterion's (DPO, GKD and others), from
-    the same calls of a model as those that would forget one. No argument of these calls tells them apart.
+    TRL's other trainers compute losses of their own (DPO, GKD) by the same calls of a model as `SFTTrainer`,
+    or as somebody who forgets the criterion: no argument tells them apart.
     """
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         module: str = frame.f_globals.get("__name__", "")
         if module.startswith("trl."):

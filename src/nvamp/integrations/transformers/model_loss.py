@@ -18,12 +18,14 @@ def check_criterion(criterion: object) -> None:
     """Raises a `TypeError` unless it can be called with logits and labels."""
     if isinstance(criterion, type):
         raise TypeError(f"criterion must be an instance, got the class {criterion.__name__}")
-    if isinstance(criterion, LinearLoss | TokenLoss) or not callable(criterion):
-        other = " or patch(model, LinearLoss(...))" if isinstance(criterion, LinearLoss) else ""
-        raise TypeError(
-            "criterion must be a loss of logits, such as Loss(NVAMP()), got "
-            f"{type(criterion).__name__}: use that{other}"
-        )
+    place = None
+    if isinstance(criterion, LinearLoss):
+        place = "patch(model, criterion) takes"
+    elif isinstance(criterion, TokenLoss):
+        place = "nvamp.integrations.trl.SFTTrainer takes"
+    if place or not callable(criterion):
+        got = type(criterion).__name__ + (f", which {place}" if place else "")
+        raise TypeError(f"criterion must be a loss of logits, such as Loss(NVAMP()), got {got}")
 
 
 class _Calls(threading.local):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from nvamp.apply import TokenInputs
+from nvamp.engine.parts import has_dtensors
 from nvamp.integrations.transformers.deferred import DeferredLogits
 from nvamp.integrations.transformers.guard import guarded
 from nvamp.integrations.transformers.model_loss import ModelLoss
@@ -61,7 +62,10 @@ def patch(model: Any, criterion: LinearLoss, *, logits_without_labels: bool = Fa
         before = before.before
     else:
         _check_model(model, before)
-    for layer in _output_layers(model):
+    layers = _output_layers(model)
+    for layer in layers:
+        _check_weight(layer)
+    for layer in layers:
         _change(layer, _patched_layer)
     _change(model, _patched_model)
     model.loss_function = _LinearModelLoss(criterion, logits_without_labels, before)
@@ -103,7 +107,7 @@ def watch(model: Any) -> None:
 
 @cache
 def watch_assignments() -> None:
-    """Makes `model.loss_function = loss_function(...)` watch the model; assigning anything else is as before."""
+    """Makes `model.loss_function = loss_function(...)` watch the model; other values are as before."""
     from transformers import PreTrainedModel
 
     own = PreTrainedModel.loss_function
@@ -210,13 +214,14 @@ def _new_patched(base: Any) -> Any:
     return cls.__new__(cls)
 
 
-def _subclass(base: Any, forward: Any, **methods: Any) -> Any:
+def _subclass(base: Any, forward: Any, **others: Any) -> Any:
     wraps(base.forward)(forward)
     # Without `__wrapped__`, which Accelerate would follow to the unpatched forward when it unwraps a model.
     del forward.__wrapped__
     forward.__signature__ = signature(base.forward)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (_Patched, base), {**names, **methods, "forward": forward, "_nvamp_unpatched": base})
+    own = {**names, **others, "forward": forward, "_nvamp_unpatched": base}
+    return type(base.__name__, (_Patched, base), own)
 
 
 @cache
@@ -261,11 +266,11 @@ def _patched_model(base: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return watched(self, without_logits, args, kwargs)
 
-    # Another library may replace the forward of an instance; its calls are watched too.
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return watched(self, base.__call__, args, kwargs)
 
-    return _subclass(base, forward, __call__=__call__)
+    # Calls are watched as well because other libraries replace the forward of an instance.
+    return _subclass(base, forward, __call__=call)
 
 
 def _without_logits(outputs: Any, model: str) -> Any:
@@ -282,13 +287,13 @@ def _base_model(model: Any) -> Any:
     """The transformers model itself, which PEFT, `torch.compile`, FSDP and others wrap."""
     from transformers import PreTrainedModel
 
-    found = [m for m in model.modules() if isinstance(m, PreTrainedModel)] if isinstance(model, nn.Module) else []
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [module for module in modules if isinstance(module, PreTrainedModel)]
     if found and set(found) <= set(found[0].modules()):
         return found[0]
     several = ", which holds several" if found else ""
     raise TypeError(
-        "model must be a transformers model or a PeftModel, or wrap one, "
-        f"got {type(model).__name__}{several}"
+        f"model must be a transformers model or a PeftModel, or wrap one, got {type(model).__name__}{several}"
     )
 
 
@@ -309,8 +314,8 @@ def _check_model(model: Any, own_loss: Any) -> None:
     if "forward" in model.__dict__:
         raise TypeError(
             f"the forward of this {name} has been replaced, as Accelerate does for mixed precision or for "
-            "several devices, TRL for its trainers and Liger for its loss: patch the model before, and without "
-            "Liger's fused_linear_cross_entropy"
+            "several devices, TRL in its trainers and Liger for its loss: patch the model before it is "
+            "prepared, and turn Liger's fused_linear_cross_entropy off"
         )
 
 
@@ -323,12 +328,25 @@ def _output_layers(model: Any) -> list[Any]:
     for layer in layers:
         if not isinstance(layer, _Patched) and not _is_plain(layer):
             kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+            if "forward" in vars(layer):
+                kind += " with another forward, as tp_plan, device_map and Accelerate's hooks give a layer"
             raise TypeError(
                 f"the output layer of {type(model).__name__} must be a plain torch.nn.Linear, got {kind}: "
                 "use a loss of logits, compute_loss_func(Loss(...)) or, if the model computes its loss with "
                 "model.loss_function, loss_function(Loss(...))"
             )
     return layers
+
+
+def _check_weight(layer: Any) -> None:
+    """Raises if the weight is a tensor of another kind, such as torchao's quantized ones in a plain layer."""
+    kind = type(layer.weight)
+    if kind not in (Tensor, nn.Parameter) and not has_dtensors(layer.weight):
+        raise TypeError(
+            "the weight of the output layer must be a plain tensor, got "
+            f"{kind.__module__}.{kind.__qualname__}: leave the layer out of the quantization, or use a loss "
+            "of logits, compute_loss_func(Loss(...))"
+        )
 
 
 def _is_plain(layer: Any) -> bool:
