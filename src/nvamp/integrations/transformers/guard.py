@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvamp.integrations.transformers.model_loss import ModelLoss, calls
+from nvamp.integrations.transformers.model_loss import ModelLoss, watched_call
 
 _SFT = "trl.trainer.sft_trainer"
 
@@ -24,14 +24,9 @@ def guarded(model: Any, loss: ModelLoss, forward: Callable[[], Any], labels: Any
         RuntimeError: the outputs hold a loss, and `loss` was not called; or they hold logits that another
             loss could be trained from.
     """
-    before = calls.made
-    calls.made = ()
-    try:
+    with watched_call(loss) as call:
         outputs = forward()
-    finally:
-        made: tuple[ModelLoss, ...] = calls.made or ()
-        calls.made = None if before is None else (*before, *made)
-    if not any(called is loss for called in made):
+    if not call.loss_was_called:
         _refuse_another_loss(model, loss, outputs, labels, fused_head)
     return outputs
 

@@ -1,7 +1,8 @@
 """A criterion as the `loss_function` of a transformers model."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor
@@ -28,18 +29,34 @@ def check_criterion(criterion: object) -> None:
         raise TypeError(f"criterion must be a loss of logits, such as Loss(NVAMP()), got {got}")
 
 
-class _Calls(threading.local):
-    """The losses that were called in the call of a model that is under way in this thread.
+class WatchedCall:
+    """A call of a model that is to call this loss."""
 
-    It is no ContextVar because `torch.compile` cannot trace one.
-    """
+    def __init__(self, loss: "ModelLoss") -> None:
+        self.loss = loss
+        self.loss_was_called = False
+
+
+class _State(threading.local):
+    """The watched calls under way in this thread. It is no ContextVar, which `torch.compile` cannot trace."""
 
     def __init__(self) -> None:
         # Set here and not in the class: an attribute that a compiled first call adds would fail its guards.
-        self.made: tuple[ModelLoss, ...] | None = None  # `None` if no call is under way
+        self.calls: tuple[WatchedCall, ...] = ()
 
 
-calls = _Calls()
+_state = _State()
+
+
+@contextmanager
+def watched_call(loss: "ModelLoss") -> Iterator[WatchedCall]:
+    """Records whether the loss is called meanwhile."""
+    call, before = WatchedCall(loss), _state.calls
+    _state.calls = (*before, call)
+    try:
+        yield call
+    finally:
+        _state.calls = before
 
 
 class ModelLoss:
@@ -78,8 +95,9 @@ class ModelLoss:
             TypeError: the objective needs something that the batch does not hold, or has no use for it.
             ValueError: there are no labels, or `ignore_index` is not the criterion's.
         """
-        if calls.made is not None:
-            calls.made = (*calls.made, self)
+        for call in _state.calls:
+            if call.loss is self:
+                call.loss_was_called = True
         own_index = getattr(self.criterion, "ignore_index", -100)
         if ignore_index not in (-100, own_index):
             raise ValueError(f"the criterion has ignore_index={own_index}, the model asks for {ignore_index}")

@@ -83,8 +83,8 @@ def unpatch(model: Any) -> None:
     model = _base_model(model)
     loss = vars(model).get("_loss_function")
     patched = [module for module in model.modules() if isinstance(module, _Patched)]
-    if patched == [model] and not isinstance(loss, _LinearModelLoss):
-        return  # it has the class for its `loss_function`
+    if patched == [model] and type(loss) is ModelLoss:
+        return  # its class is for its `loss_function`
     for module in patched:
         if "_nvamp_unpatched" not in vars(type(module)):
             raise TypeError(f"{type(module).__name__} is sharded: unpatch a model before it is sharded")
