@@ -561,13 +561,19 @@ class Quantized(nn.Linear):
         return super().forward(x.round())
 
 
+class QuantizedTensor(torch.Tensor):
+    """In a plain layer, as torchao's are."""
+
+
 def test_refused_before_it_begins(model: Any) -> None:
     before = dict(vars(model))
     with pytest.raises(
         TypeError, match=r"must be a LinearLoss, such as LinearLoss\(NVAMP\(\)\), got NVAMPLoss"
     ):
         patch(model, NVAMPLoss())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="must be a transformers model or a PeftModel, or wrap one, got Linear"):
+    with pytest.raises(
+        TypeError, match="must be a transformers model or a PeftModel, or wrap one, got Linear"
+    ):
         patch(nn.Linear(2, 3), LinearNVAMPLoss())
     with pytest.raises(TypeError, match=r"LlamaModel .*no loss: its forward takes no labels"):
         patch(model.model, LinearNVAMPLoss())
@@ -575,6 +581,14 @@ def test_refused_before_it_begins(model: Any) -> None:
     with pytest.raises(TypeError, match=r"plain torch.nn.Linear, got .*test_patch.Quantized: use a loss"):
         patch(model, LinearNVAMPLoss())
     model.lm_head = head
+    head.forward = head.forward
+    with pytest.raises(TypeError, match=r"got .*Linear with another forward, as tp_plan, device_map and"):
+        patch(model, LinearNVAMPLoss())
+    del head.forward
+    weight, head.weight = head.weight, nn.Parameter(head.weight.detach().as_subclass(QuantizedTensor))
+    with pytest.raises(TypeError, match=r"must be a plain tensor, got .*test_patch.QuantizedTensor: leave"):
+        patch(model, LinearNVAMPLoss())
+    head.weight = weight
     assert vars(model) == before
     assert type(model) is LlamaForCausalLM
     model.forward = model.forward
