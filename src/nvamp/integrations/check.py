@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nvamp.integrations.columns import needs_of
 from nvamp.integrations.sequences import check_whole_sequences
@@ -41,11 +41,12 @@ def assert_trains_with(
         assert_trains_with(trainer, criterion)
         trainer.train()
     """
-    is_trainer = hasattr(trained, "compute_loss")
+    is_trainer = not isinstance(trained, nn.Module)
     model = trained.model if is_trainer else trained
     if is_trainer:
         check_arguments(trained, criterion)
-    with torch.random.fork_rng(), _training(model), _counted(criterion) as calls, torch.enable_grad():
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(gpus), _training(model), _counted(criterion) as calls, torch.enable_grad():
         loss = _of_trainer(trained, batch) if is_trainer else _of_model(model, criterion, batch)
     name = f"{type(trained).__name__} does not train with this {type(criterion).__name__}"
     if not calls:

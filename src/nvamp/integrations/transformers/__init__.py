@@ -38,8 +38,18 @@ def compute_loss_func(criterion: Criterion) -> LossFunction:
             scalar. It shifts the labels itself, as `nvamp.Loss` does.
 
     Raises:
+        TypeError: a class instead of an instance, or a criterion of something else than logits; from the loss,
+            an argument for which it has no use. `trainer` and arguments that are None, which ms-swift passes,
+            are ignored.
         ValueError: the objective needs per-token inputs, `token_weight` for example. The `Trainer` gives this
-            function the labels and no other column of the batch; `loss_function` and `patch` see them.
+            function the labels and no other column of the batch; `loss_function` and `patch` see them. Or
+            sequences are split over ranks: under context parallelism the loss raises, unless the criterion
+            has `shift=False`. Under sequence parallelism (Ulysses) the `Trainer` does not call it: this
+            function raises if `accelerate launch` has set that up, and
+            `nvamp.integrations.check.assert_trains_with` in any case.
+
+    A `Trainer` with a `compute_loss_func` drops its own `label_smoothing_factor`: the criterion has
+    `label_smoothing`.
 
     Example:
         Trainer(model, args, train_dataset=data, compute_loss_func=compute_loss_func(Loss(NVAMP())))
@@ -88,6 +98,14 @@ def loss_function(criterion: Criterion, *, logits_without_labels: bool = False) 
     Args:
         criterion: as for `compute_loss_func`. For batches with `shift_labels`, which were shifted before they
             were split over ranks, it must be a `nvamp.Loss`, and the columns above must be shifted too.
+        logits_without_labels: as for `patch`.
+
+    A model that this is assigned to raises a `RuntimeError` if a call would train it with another loss: its
+    forward computes a loss itself, TRL's own `SFTTrainer` calls it, or it is called in training without labels.
+    For that it gets a class of its own, under the same name.
+
+    Raises:
+        TypeError: a class instead of an instance, or a criterion of something else than logits.
 
     Example:
         model.loss_function = loss_function(Loss(TokenWeighted()))

@@ -83,14 +83,15 @@ def unpatch(model: Any) -> None:
     model = _base_model(model)
     loss = vars(model).get("_loss_function")
     patched = [module for module in model.modules() if isinstance(module, _Patched)]
-    if patched == [model] and type(loss) is ModelLoss:
+    is_patched = isinstance(loss, _LinearModelLoss)
+    if patched == [model] and isinstance(loss, ModelLoss) and not is_patched:
         return  # its class is for its `loss_function`
     for module in patched:
         if "_nvamp_unpatched" not in vars(type(module)):
             raise TypeError(f"{type(module).__name__} is sharded: unpatch a model before it is sharded")
     for module in patched:
         module.__class__ = module._nvamp_unpatched
-    if isinstance(loss, _LinearModelLoss):
+    if is_patched:
         del model._loss_function
         loss = loss.before
     if loss is not None:
@@ -328,7 +329,7 @@ def _output_layers(model: Any) -> list[Any]:
     for layer in layers:
         if not isinstance(layer, _Patched) and not _is_plain(layer):
             kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-            if "forward" in vars(layer):
+            if "forward" in getattr(layer, "__dict__", ()):
                 kind += " with another forward, as tp_plan, device_map and Accelerate's hooks give a layer"
             raise TypeError(
                 f"the output layer of {type(model).__name__} must be a plain torch.nn.Linear, got {kind}: "
