@@ -38,9 +38,9 @@ def compute_loss_func(criterion: Criterion) -> LossFunction:
             scalar. It shifts the labels itself, as `nvamp.Loss` does.
 
     Raises:
-        TypeError: a class instead of an instance, or a criterion of something else than logits; from the loss,
-            an argument for which it has no use. `trainer` and arguments that are None, which ms-swift passes,
-            are ignored.
+        TypeError: a class instead of an instance, or a criterion of something else than logits; or, from the
+            loss, an argument for which it has no use. It ignores `trainer` and arguments that are None, which
+            ms-swift passes.
         ValueError: the objective needs per-token inputs, `token_weight` for example. The `Trainer` gives this
             function the labels and no other column of the batch; `loss_function` and `patch` see them. Or
             sequences are split over ranks: under context parallelism the loss raises, unless the criterion
@@ -100,9 +100,9 @@ def loss_function(criterion: Criterion, *, logits_without_labels: bool = False) 
             were split over ranks, it must be a `nvamp.Loss`, and the columns above must be shifted too.
         logits_without_labels: as for `patch`.
 
-    A model that this is assigned to raises a `RuntimeError` if a call would train it with another loss: its
-    forward computes a loss itself, TRL's own `SFTTrainer` calls it, or it is called in training without labels.
-    For that it gets a class of its own, under the same name.
+    A model with this loss raises a `RuntimeError` if a call would train it with another: its forward computes
+    a loss itself, TRL's own `SFTTrainer` calls it, or it is called in training without labels. For that the
+    assignment gives it a class of its own, under the same name.
 
     Raises:
         TypeError: a class instead of an instance, or a criterion of something else than logits.

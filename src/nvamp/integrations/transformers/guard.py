@@ -53,9 +53,9 @@ def _refuse_another_loss(model: Any, loss: ModelLoss, outputs: Any, labels: Any,
             "the model was called in training without labels, so its logits do not go through "
             f"{installed}. A Trainer calls it so if it has a label_smoothing_factor or a compute_loss_func, "
             "or takes the labels for a loss of its own. Pass the labels, with label_smoothing as an option "
-            "of the criterion. To train with the other loss, take the criterion off the model: unpatch(model) "
-            "or del model._loss_function. If the logits are for something else, give "
-            "logits_without_labels=True to patch or loss_function"
+            "of the criterion. To train with the other loss, take the criterion off the model: "
+            "unpatch(model), or assign transformers' own loss to model.loss_function. If the logits are for "
+            "something else, give logits_without_labels=True to patch or loss_function"
         )
 
 
