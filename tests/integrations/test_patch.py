@@ -318,9 +318,10 @@ def test_generation_is_untouched(model: Any, batch: dict[str, Tensor]) -> None:
     for training in (True, False):
         model.train(training)
         assert torch.equal(generate(), expected)
-        assert torch.equal(model(prompt).logits, logits)
         assert torch.equal(model.lm_head(model.model(prompt).last_hidden_state), logits)
-        assert model(prompt).loss is None
+        with torch.set_grad_enabled(not training):
+            assert torch.equal(model(prompt).logits, logits)
+            assert model(prompt).loss is None
 
 
 def test_evaluation_has_logits_and_the_same_loss(model: Any, batch: dict[str, Tensor]) -> None:
@@ -388,6 +389,9 @@ def test_a_loss_function_of_the_user_comes_back(model: Any, batch: dict[str, Ten
     assert model(**batch).logits is not None
     unpatch(model)
     assert model.loss_function is own
+    assert type(model.lm_head) is nn.Linear
+    del model._loss_function
+    unpatch(model)
     assert type(model) is LlamaForCausalLM
 
 
@@ -457,7 +461,8 @@ def test_compiled(
         assert_same([outputs.loss.detach(), *gradients(outputs.loss, model)], expected)
         if whole or torch.__version__ >= "2.13":  # 2.11 leaves the call under way where the graph breaks
             without_logits(outputs)
-        assert compiled(batch["input_ids"]).logits is not None
+        with torch.no_grad():
+            assert compiled(batch["input_ids"]).logits is not None
     torch._dynamo.reset()
 
 
@@ -546,13 +551,19 @@ class Quantized(nn.Linear):
         return super().forward(x.round())
 
 
+class QuantizedTensor(torch.Tensor):
+    """In a plain layer, as torchao's are."""
+
+
 def test_refused_before_it_begins(model: Any) -> None:
     before = dict(vars(model))
     with pytest.raises(
         TypeError, match=r"must be a LinearLoss, such as LinearLoss\(NVAMP\(\)\), got NVAMPLoss"
     ):
         patch(model, NVAMPLoss())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="must be a transformers model or a PeftModel, got Linear"):
+    with pytest.raises(
+        TypeError, match="must be a transformers model or a PeftModel, or wrap one, got Linear"
+    ):
         patch(nn.Linear(2, 3), LinearNVAMPLoss())
     with pytest.raises(TypeError, match=r"LlamaModel .*no loss: its forward takes no labels"):
         patch(model.model, LinearNVAMPLoss())
@@ -560,6 +571,14 @@ def test_refused_before_it_begins(model: Any) -> None:
     with pytest.raises(TypeError, match=r"plain torch.nn.Linear, .* got .*test_patch.Quantized: use a loss"):
         patch(model, LinearNVAMPLoss())
     model.lm_head = head
+    head.forward = head.forward
+    with pytest.raises(TypeError, match=r"got .*Linear with another forward, as tp_plan, device_map and"):
+        patch(model, LinearNVAMPLoss())
+    del head.forward
+    weight, head.weight = head.weight, nn.Parameter(head.weight.detach().as_subclass(QuantizedTensor))
+    with pytest.raises(TypeError, match=r"must be a plain tensor, got .*test_patch.QuantizedTensor: leave"):
+        patch(model, LinearNVAMPLoss())
+    head.weight = weight
     assert vars(model) == before
     assert type(model) is LlamaForCausalLM
     model.forward = model.forward
@@ -613,8 +632,8 @@ def test_a_new_output_layer_has_to_be_patched(model: Any, batch: dict[str, Tenso
         NotImplementedError, match=r"output layer of LlamaForCausalLM has been replaced, .*: patch again"
     ):
         model(**batch)
+    patch(model, LinearNVAMPLoss(), logits_without_labels=True)
     expected = of_logits(model, batch, NVAMPLoss())
-    patch(model, LinearNVAMPLoss())
     assert_same(of_model(model, batch), expected)
 
 

@@ -13,7 +13,8 @@ from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntrop
 
 from nvamp import Loss
 from nvamp.integrations import torchtitan
-from nvamp.integrations.torchtitan import TitanLoss
+from nvamp.integrations.torchtitan import TitanLoss, criterion_of
+from nvamp.objectives import CrossEntropy
 from nvamp.objectives.spec import parse_loss
 from tests.integrations.tiny import IGNORED
 
@@ -145,6 +146,15 @@ def test_metrics_add_up(chunks: int | None, micro_batches: list[tuple[Tensor, Te
     torch.testing.assert_close(summed, expected, rtol=1e-5, atol=0)
     largest = torch.maximum(found[0]["nvamp_loss/max"], found[1]["nvamp_loss/max"])
     torch.testing.assert_close(largest.double(), nll.max(), rtol=1e-5, atol=0)
+
+
+def test_the_criterion_is_found() -> None:
+    config = TitanLoss.Config(loss="ce")
+    for made in (config, ChunkedLossWrapper.Config(loss_fn=config)):
+        assert criterion_of(made.build(compile_config=None)).objective == CrossEntropy()
+    for theirs in (CrossEntropyLoss.Config(), ChunkedLossWrapper.Config()):
+        with pytest.raises(TypeError, match="must be a TitanLoss or a wrapper of one, got CrossEntropyLoss"):
+            criterion_of(theirs.build(compile_config=None))
 
 
 @pytest.mark.parametrize("text", ["nvmap", "nvamp:gradient=tokens", "ce:z_loss=-1"])

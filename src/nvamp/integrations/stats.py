@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nvamp.apply import NVAMPStats
+from nvamp.integrations.check import check_arguments
 from nvamp.losses import LinearLoss, Loss, TokenLoss
 
 __all__ = ["log_stats"]
@@ -51,6 +52,8 @@ def log_stats(trainer: Any, criterion: Loss | LinearLoss | TokenLoss, *, token_m
 
     Raises:
         TypeError: `token_metrics` with a `TokenLoss`.
+        ValueError: arguments of the trainer keep it from training with the criterion; see
+            `nvamp.integrations.check.check_arguments`.
 
     Warns:
         UserWarning: at a log, if the criterion has not been called in training since the last one.
@@ -60,6 +63,7 @@ def log_stats(trainer: Any, criterion: Loss | LinearLoss | TokenLoss, *, token_m
         trainer = Trainer(model, args, train_dataset=data, compute_loss_func=compute_loss_func(criterion))
         log_stats(trainer, criterion)
     """
+    check_arguments(trainer, criterion)
     if token_metrics and isinstance(criterion, TokenLoss):
         raise TypeError(
             "token_metrics need a Loss or a LinearLoss, got a TokenLoss, which sees no predictions"

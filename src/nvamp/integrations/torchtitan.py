@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torchtitan.components.loss import IGNORE_INDEX, BaseLoss, compute_logprobs
+from torchtitan.components.loss import IGNORE_INDEX, BaseLoss, ChunkedLossWrapper, compute_logprobs
 from torchtitan.distributed.spmd_types import spmd_mesh_size
 
 from nvamp.distributed import ranks_of
@@ -14,15 +14,15 @@ from nvamp.integrations.columns import token_inputs
 from nvamp.losses import TokenLoss
 from nvamp.objectives.spec import parse_loss
 
-__all__ = ["TitanLoss"]
+__all__ = ["TitanLoss", "criterion_of"]
 
 
 class TitanLoss(BaseLoss):  # type: ignore[misc]  # torchtitan is untyped here
     """Any objective for torchtitan: the losses of micro-batches and ranks add up to the loss of the step.
 
     Statistics are those of a rank's micro-batch, or of a chunk if `ChunkedLossWrapper` calls the loss. To
-    take them over several ranks that hold different tokens, set `criterion.process_group`:
-    `trainer.loss_fn.criterion.process_group = trainer.parallel_dims.get_mesh("loss")`.
+    take them over several ranks that hold different tokens, set the group of the criterion:
+    `criterion_of(trainer.loss_fn).process_group = trainer.parallel_dims.get_mesh("loss")`.
 
     Logits that are a DTensor sharded over the vocabulary stay sharded. torchtitan's own `compute_logprobs`
     gathers those of `spmd_types`, which are plain tensors. The configuration of the compiler is ignored,
@@ -112,3 +112,15 @@ def _metrics(nll: Tensor, found: TokenMetrics, items: Tensor | int) -> dict[str,
     means = {"cross_entropy": nll, "accuracy": found.correct, "entropy": found.entropy}
     metrics = {f"nvamp_{name}/mean": x.detach().to(nll.dtype).sum() / items for name, x in means.items()}
     return {**metrics, "nvamp_loss/max": nll.detach().max()}
+
+
+def criterion_of(loss: BaseLoss) -> TokenLoss:
+    """The criterion of a trainer's `loss_fn`: a `TitanLoss`, or a `ChunkedLossWrapper` of one.
+
+    Raises:
+        TypeError: the loss is not this library's, so the trainer trains with another.
+    """
+    inner = loss.loss_fn if isinstance(loss, ChunkedLossWrapper) else loss
+    if not isinstance(inner, TitanLoss):
+        raise TypeError(f"loss must be a TitanLoss or a wrapper of one, got {type(inner).__name__}")
+    return inner.criterion

@@ -1,16 +1,62 @@
 """A criterion as the `loss_function` of a transformers model."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor
 
 from nvamp.apply import TokenInputs
 from nvamp.integrations.columns import check_inputs, token_inputs
-from nvamp.losses import LinearLoss, Loss
+from nvamp.losses import LinearLoss, Loss, TokenLoss
 
 # (logits [B, S, V], labels [B, S], num_items_in_batch=...) -> scalar; it shifts the labels itself.
 Criterion = Callable[..., Tensor]
+
+
+def check_criterion(criterion: object) -> None:
+    """Raises a `TypeError` unless it can be called with logits and labels."""
+    if isinstance(criterion, type):
+        raise TypeError(f"criterion must be an instance, got the class {criterion.__name__}")
+    place = None
+    if isinstance(criterion, LinearLoss):
+        place = "patch(model, criterion) takes"
+    elif isinstance(criterion, TokenLoss):
+        place = "nvamp.integrations.trl.SFTTrainer takes"
+    if place or not callable(criterion):
+        got = type(criterion).__name__ + (f", which {place}" if place else "")
+        raise TypeError(f"criterion must be a loss of logits, such as Loss(NVAMP()), got {got}")
+
+
+class WatchedCall:
+    """A call of a model that is to call this loss."""
+
+    def __init__(self, loss: "ModelLoss") -> None:
+        self.loss = loss
+        self.loss_was_called = False
+
+
+class _State(threading.local):
+    """The watched calls under way in this thread. It is no ContextVar, which `torch.compile` cannot trace."""
+
+    def __init__(self) -> None:
+        # Set here and not in the class: an attribute that a compiled first call adds would fail its guards.
+        self.calls: tuple[WatchedCall, ...] = ()
+
+
+_state = _State()
+
+
+@contextmanager
+def watched_call(loss: "ModelLoss") -> Iterator[WatchedCall]:
+    """Records whether the loss is called meanwhile."""
+    call, before = WatchedCall(loss), _state.calls
+    _state.calls = (*before, call)
+    try:
+        yield call
+    finally:
+        _state.calls = before
 
 
 class ModelLoss:
@@ -19,11 +65,15 @@ class ModelLoss:
     Args:
         shifts: whether the model's own loss scores position t against label t+1. If not, labels are used as
             they are, as `shift_labels` are, whatever the criterion's own `shift`.
+        logits_without_labels: whether the model may be called in training without labels, for its logits.
     """
 
-    def __init__(self, criterion: Criterion, shifts: bool = True) -> None:
+    def __init__(
+        self, criterion: Criterion, shifts: bool = True, logits_without_labels: bool = False
+    ) -> None:
         self.criterion = criterion
         self.shifts = shifts
+        self.logits_without_labels = logits_without_labels
 
     def __call__(
         self,
@@ -50,6 +100,9 @@ class ModelLoss:
             TypeError: the objective needs something that the batch does not hold, or has no use for it.
             ValueError: there are no labels, or `ignore_index` is not the criterion's.
         """
+        for call in _state.calls:
+            if call.loss is self:
+                call.loss_was_called = True
         own_index = getattr(self.criterion, "ignore_index", -100)
         if ignore_index not in (-100, own_index):
             raise ValueError(f"the criterion has ignore_index={own_index}, the model asks for {ignore_index}")

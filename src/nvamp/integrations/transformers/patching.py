@@ -15,11 +15,14 @@ from nvamp.integrations.columns import token_inputs
 from nvamp.integrations.transformers import heads
 from nvamp.integrations.transformers.alignment import loss_shifts
 from nvamp.integrations.transformers.deferred import Asked, DeferredLogits
+from nvamp.integrations.transformers.guard import guarded
 from nvamp.integrations.transformers.model_loss import ModelLoss
 from nvamp.losses import LinearLoss
 
 
-def patch(model: Any, criterion: LinearLoss, *, eval_logits: bool = True) -> None:
+def patch(
+    model: Any, criterion: LinearLoss, *, eval_logits: bool = True, logits_without_labels: bool = False
+) -> None:
     """Makes a causal language model compute `criterion` from its hidden states, without logits, in training.
 
     In training and with labels the model runs its own forward, but its output layer computes nothing: the
@@ -34,20 +37,26 @@ def patch(model: Any, criterion: LinearLoss, *, eval_logits: bool = True) -> Non
     A second patch replaces the criterion; `unpatch` restores the model.
 
     Args:
-        model: a `PreTrainedModel` with a `torch.nn.Linear` as output layer, or a `PeftModel` of one, which
-            may adapt that layer. Its own loss is a cross-entropy of its logits, with the label of the next
-            place, as in causal models, or of the same, as in encoder-decoders. Not yet prepared by
-            Accelerate. With `tp_plan="auto"` the layer keeps the classes of this rank.
+        model: a `PreTrainedModel` with a `torch.nn.Linear` as output layer, or what wraps one, such as the
+            result of `torch.compile` or a `PeftModel`, which may adapt that layer. Its own loss is a
+            cross-entropy of its logits, with the label of the next place, as in causal models, or of the
+            same, as in encoder-decoders. Not yet prepared by Accelerate. With `tp_plan="auto"` the layer
+            keeps the classes of this rank.
         criterion: without `softcap` and `logit_scale` if the model has its own, which are then used.
         eval_logits: `False` for no logits in evaluation either, if there are labels: all that a `Trainer`
             needs without `compute_metrics`, or with `prediction_loss_only`.
+        logits_without_labels: let the model be called in training without labels, for logits with a gradient.
+            By default such a call raises, because a loss of these logits is not the criterion's. TRL's
+            trainers with a loss of their own, such as `DPOTrainer` and `GKDTrainer`, need no permission.
 
     Raises:
         TypeError: the model, its output layer or the criterion is of another kind.
         ValueError: the criterion has a `vocab_group` of its own, beside the one of `tp_plan`.
 
-    A model that needs its logits for something else raises a `NotImplementedError` in training: see
-    docs/architectures.md.
+    From then on the model raises a `RuntimeError` if a call would train it with another loss: its forward
+    has been replaced by one that computes a loss, such as Liger's; TRL's own `SFTTrainer` calls it; or it is
+    called in training without labels. A model that needs its logits for something else raises a
+    `NotImplementedError` in training: see docs/architectures.md.
 
     Example:
         patch(model, LinearLoss(Tail(share=0.05)))
@@ -70,13 +79,24 @@ def patch(model: Any, criterion: LinearLoss, *, eval_logits: bool = True) -> Non
     for layer in layers:
         _change(layer, _patched_layer)
     _change(model, _patched_model)
-    model.loss_function = _LinearModelLoss(criterion, shifts, before, eval_logits)
+    model.loss_function = _LinearModelLoss(criterion, shifts, logits_without_labels, before, eval_logits)
 
 
 def unpatch(model: Any) -> None:
-    """Makes a patched model what it was before; leaves any other model as it is."""
+    """Makes a patched model what it was before; leaves any other model as it is.
+
+    Args:
+        model: the model, or what wraps it, as for `patch`.
+
+    Raises:
+        TypeError: the model was sharded after it was patched, and has not changed.
+    """
     model = base_model(model)
+    loss = vars(model).get("_loss_function")
     patched = [module for module in model.modules() if isinstance(module, _Patched)]
+    is_patched = isinstance(loss, _LinearModelLoss)
+    if patched == [model] and isinstance(loss, ModelLoss) and not is_patched:
+        return  # its class is for its `loss_function`
     for module in patched:
         if "_nvamp_unpatched" not in vars(type(module)):
             raise TypeError(f"{type(module).__name__} is sharded: unpatch a model before it is sharded")
@@ -84,11 +104,19 @@ def unpatch(model: Any) -> None:
         module.__class__ = module._nvamp_unpatched
         if "_nvamp_forward" in vars(module):
             vars(module)["forward"] = vars(module).pop("_nvamp_forward")
-    loss = vars(model).get("_loss_function")
-    if isinstance(loss, _LinearModelLoss):
+    if is_patched:
         del model._loss_function
-        if loss.before is not None:
-            model.loss_function = loss.before
+        loss = loss.before
+    if loss is not None:
+        model.loss_function = loss
+    if isinstance(loss, ModelLoss):
+        watch(model)
+
+
+def watch(model: Any) -> None:
+    """Makes the model raise if it trains with a loss other than a `ModelLoss` that is its `loss_function`."""
+    if "labels" in signature(type(model).forward).parameters:
+        _change(model, _patched_model)
 
 
 class _LinearModelLoss(ModelLoss):
@@ -96,8 +124,15 @@ class _LinearModelLoss(ModelLoss):
 
     criterion: LinearLoss
 
-    def __init__(self, criterion: LinearLoss, shifts: bool, before: Any, eval_logits: bool) -> None:
-        super().__init__(criterion, shifts)
+    def __init__(
+        self,
+        criterion: LinearLoss,
+        shifts: bool,
+        logits_without_labels: bool,
+        before: Any,
+        eval_logits: bool,
+    ) -> None:
+        super().__init__(criterion, shifts, logits_without_labels)
         self.before = before  # the `loss_function` that the model had been given
         self.eval_logits = eval_logits
         # Whether the model calls this function. One that computes its cross-entropy itself does not.
@@ -239,13 +274,14 @@ def _new_patched(base: Any) -> Any:
     return cls.__new__(cls)
 
 
-def _subclass(base: Any, forward: Any) -> Any:
+def _subclass(base: Any, forward: Any, **others: Any) -> Any:
     wraps(base.forward)(forward)
     # Without `__wrapped__`, which Accelerate would follow to the unpatched forward when it unwraps a model.
     del forward.__wrapped__
     forward.__signature__ = signature(base.forward)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (_Patched, base), {**names, "forward": forward, "_nvamp_unpatched": base})
+    own = {**names, **others, "forward": forward, "_nvamp_unpatched": base}
+    return type(base.__name__, (_Patched, base), own)
 
 
 @cache
@@ -265,13 +301,25 @@ def _patched_layer(base: Any) -> Any:
 
 @cache
 def _patched_model(base: Any) -> Any:
-    """The class `base` of a model, except that with labels it computes no logits, in training at least."""
+    """The class `base` of a model, except that it trains with its `ModelLoss` and no other.
+
+    If that is the loss of a patched model, it computes no logits with labels, in training at least.
+    """
     position = list(signature(base.forward).parameters).index("labels") - 1
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        labels = args[position] if len(args) > position else kwargs.get("labels")
+    def labels_of(args: Any, kwargs: Any) -> Any:
+        return args[position] if len(args) > position else kwargs.get("labels")
+
+    def watched(model: Any, call: Any, args: Any, kwargs: Any) -> Any:
+        loss = model.__dict__.get("_loss_function")
+        if not isinstance(loss, ModelLoss):
+            return call(model, *args, **kwargs)
+        fused_head = bool(kwargs.get("fused_lm_head"))
+        return guarded(model, loss, lambda: call(model, *args, **kwargs), labels_of(args, kwargs), fused_head)
+
+    def without_logits(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = self.__dict__.get("_loss_function")
-        if labels is None or not isinstance(loss, _LinearModelLoss):
+        if labels_of(args, kwargs) is None or not isinstance(loss, _LinearModelLoss):
             return base.forward(self, *args, **kwargs)
         if loss.eval_logits and not self.training:
             with nullcontext() if loss.called_by_model else _OfLogits(loss, kwargs):
@@ -286,7 +334,14 @@ def _patched_model(base: Any) -> Any:
             outputs = base.forward(self, *args, **kwargs)
         return _without_logits(outputs, base.__name__)
 
-    return _subclass(base, forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return watched(self, without_logits, args, kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return watched(self, base.__call__, args, kwargs)
+
+    # Calls are watched as well because other libraries replace the forward of an instance.
+    return _subclass(base, forward, __call__=call)
 
 
 def _without_logits(outputs: Any, model: str) -> Any:
@@ -300,12 +355,23 @@ def _without_logits(outputs: Any, model: str) -> Any:
 
 
 def base_model(model: Any) -> Any:
-    """The transformers model itself, which a `PeftModel` wraps."""
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "loss_function"):
-        raise TypeError(f"model must be a transformers model or a PeftModel, got {type(model).__name__}")
-    return model
+    """The transformers model itself, which PEFT, `torch.compile`, FSDP and others wrap."""
+    from transformers import PreTrainedModel
+
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [module for module in modules if isinstance(module, PreTrainedModel)]
+    if found and set(found) <= set(found[0].modules()):
+        return found[0]
+    several = ", which holds several" if found else ""
+    raise TypeError(
+        f"model must be a transformers model or a PeftModel, or wrap one, got {type(model).__name__}{several}"
+    )
+
+
+def installed_loss(model: Any) -> ModelLoss | None:
+    """What `patch` or `loss_function` has installed on the model or on what it wraps, if anything."""
+    loss = vars(base_model(model)).get("_loss_function")
+    return loss if isinstance(loss, ModelLoss) else None
 
 
 def _check_model(model: Any) -> None:
@@ -315,5 +381,6 @@ def _check_model(model: Any) -> None:
     if "forward" in model.__dict__:
         raise TypeError(
             f"the forward of this {name} has been replaced, as Accelerate does for mixed precision or for "
-            "several devices: patch the model before it is prepared"
+            "several devices, TRL in its trainers and Liger for its loss: patch the model before it is "
+            "prepared, and turn Liger's fused_linear_cross_entropy off"
         )
