@@ -96,23 +96,26 @@ def unpatch(model: Any) -> None:
         loss = loss.before
     if loss is not None:
         model.loss_function = loss
+        watch(model)
+
+
+def watch(model: Any) -> None:
+    """Makes the model raise if it trains with a loss other than its `loss_function`, a `ModelLoss`."""
+    takes_labels = "labels" in signature(type(model).forward).parameters
+    if takes_labels and isinstance(vars(model).get("_loss_function"), ModelLoss):
+        _change(model, _patched_model)
 
 
 @cache
 def watch_assignments() -> None:
-    """Makes models raise if they train with another loss than a `ModelLoss` assigned to `loss_function`.
-
-    Nothing else shows that the assignment took place: transformers calls the loss, or does not. The attribute
-    is a property of all its models, and is as before for other values.
-    """
+    """Makes `model.loss_function = loss_function(...)` watch the model; other values are as before."""
     from transformers import PreTrainedModel
 
     own = PreTrainedModel.loss_function
 
     def assign(model: Any, loss: Any) -> None:
         own.fset(model, loss)
-        if isinstance(loss, ModelLoss) and "labels" in signature(type(model).forward).parameters:
-            _change(model, _patched_model)
+        watch(model)
 
     PreTrainedModel.loss_function = own.setter(assign)
 
