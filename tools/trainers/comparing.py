@@ -1,0 +1,51 @@
+"""The comparison that every trainer passes: its own cross-entropy, ours, and NVAMP, which must differ."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+LIMIT = 1e-5  # of a relative difference, in float32
+DIFFERENT = 1e-2
+
+
+class Outcome(NamedTuple):
+    """What a trainer made of the model."""
+
+    losses: Tensor  # as the trainer logs them, nats, [steps]
+    moved: Tensor | None = None  # by how much training changed the weights, [parameters]
+
+
+class Result(NamedTuple):
+    """How far two trainings agree: norms of differences, divided by the norm of what the trainer's own gave."""
+
+    what: str
+    losses: float
+    weights: float | None
+    nvamp: float  # the losses under NVAMP against the trainer's own
+
+    @property
+    def agrees(self) -> bool:
+        close = all(x <= LIMIT for x in (self.losses, self.weights) if x is not None)
+        return close and self.nvamp > DIFFERENT
+
+
+def compare(what: str, train: Callable[[str | None], Outcome]) -> Result:
+    """Trains three times.
+
+    Args:
+        what: is compared, for the reader.
+        train: trains the same model on the same data with an objective given as a text, or with the trainer's
+            own cross-entropy if it is None.
+    """
+    own, ours, nvamp = (train(objective) for objective in (None, "ce", "nvamp"))
+    weights = None if own.moved is None or ours.moved is None else difference(ours.moved, own.moved)
+    return Result(
+        what, difference(ours.losses, own.losses), weights, difference(nvamp.losses, own.losses)
+    )
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖ in float64."""
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / b.norm())
