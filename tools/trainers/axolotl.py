@@ -48,7 +48,7 @@ def train(accumulate: int, objective: str | None) -> Outcome:
         }
         file = Path(folder, "configuration.yml")
         file.write_text(yaml.safe_dump(configuration))
-        cfg = load_cfg(file)
+        cfg = load_cfg(str(file))
         data = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
         start = weights(model())
         trained, _, trainer = axolotl.train.train(cfg=cfg, dataset_meta=data)

@@ -52,7 +52,8 @@ RECIPES = {
             "transformers==5.16.1", "accelerate==1.13.0", "peft==0.20.0", "trl==1.9.0", "datasets==4.8.4",
             "huggingface_hub==1.17.0", "tokenizers==0.23.1", "addict", "fire", "colorama", "einops", "evaluate==0.4.1",
             "scipy", "art", "python-dotenv", "fastcore", "schedulefree", "posthog", "sentencepiece", "optimum==1.16.2",
-            "kernels", "typer", "pydantic", "requests", "numba", "tensorboard", "bitsandbytes==0.50.2", "numpy>=2.1",
+            "kernels<0.17", "typer", "pydantic==2.12.5", "axolotl-contribs-lgpl==0.0.7", "axolotl-contribs-mit==0.0.6",
+            "triton==3.9.0", "wandb", "requests", "numba", "tensorboard", "bitsandbytes==0.50.2", "numpy>=2.1",
         ),
     ),
 }  # fmt: skip
