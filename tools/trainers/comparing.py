@@ -23,26 +23,27 @@ class Result(NamedTuple):
     losses: float
     weights: float | None
     nvamp: float  # the losses under NVAMP against the trainer's own
+    limit: float = LIMIT
 
     @property
     def agrees(self) -> bool:
-        close = all(x <= LIMIT for x in (self.losses, self.weights) if x is not None)
+        close = all(x <= self.limit for x in (self.losses, self.weights) if x is not None)
         return close and self.nvamp > DIFFERENT
 
 
-def compare(what: str, train: Callable[[str | None], Outcome]) -> Result:
+def compare(what: str, train: Callable[[str | None], Outcome], limit: float = LIMIT) -> Result:
     """Trains three times.
 
     Args:
         what: is compared, for the reader.
         train: trains the same model on the same data with an objective given as a text, or with the trainer's
             own cross-entropy if it is None.
+        limit: of the differences; above LIMIT where the trainer's own is known to be another loss.
     """
     own, ours, nvamp = (train(objective) for objective in (None, "ce", "nvamp"))
     weights = None if own.moved is None or ours.moved is None else difference(ours.moved, own.moved)
-    return Result(
-        what, difference(ours.losses, own.losses), weights, difference(nvamp.losses, own.losses)
-    )
+    losses, changed = difference(ours.losses, own.losses), difference(nvamp.losses, own.losses)
+    return Result(what, losses, weights, changed, limit)
 
 
 def difference(a: Tensor, b: Tensor) -> float:

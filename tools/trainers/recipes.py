@@ -43,7 +43,7 @@ RECIPES = {
         "torchtitan==0.3.0",
         (
             "torchdata", "torch_checkpointing", "datasets<4.8", "tokenizers", "safetensors", "tyro", "tensorboard",
-            "einops", "pillow", "spmd_types==0.2.3",
+            "einops", "pillow", "spmd_types==0.2.3", "triton==3.9.0",
         ),
     ),
     "axolotl": Recipe(
