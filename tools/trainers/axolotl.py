@@ -41,6 +41,7 @@ def train(accumulate: int, objective: str | None) -> Outcome:
             "datasets": [{"path": f"{folder}/data.json", "ds_type": "json", "type": "alpaca"}],
             "dataset_prepared_path": f"{folder}/prepared",
             "output_dir": f"{folder}/out",
+            "dataset_num_proc": 1,
             "sequence_len": 128,
             "micro_batch_size": 8 // accumulate,
             "gradient_accumulation_steps": accumulate,

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,25 +13,42 @@ from tools.trainers.comparing import Outcome, Result, compare
 from tools.trainers.ranks import on_ranks
 
 VOCABULARY, LENGTH, STEPS = 2048, 32, 4
-# The ranks, the batch of one of them, and what the configuration says of them.
-WAYS: dict[str, tuple[int, int, dict[str, int]]] = {
-    "one rank": (1, 4, {}),
-    "FSDP on 2 ranks": (2, 2, {"data_parallel_shard_degree": 2}),
-    "DDP on 2 ranks": (2, 2, {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}),
-    "TP on 2 ranks": (2, 4, {"tensor_parallel_degree": 2}),
-    "CP on 2 ranks": (2, 4, {"context_parallel_degree": 2}),
+
+
+class Way(NamedTuple):
+    """How the rows are trained on."""
+
+    world: int
+    batch: int  # of a rank
+    parallelism: dict[str, int]
+    chunked: bool = False
+
+
+WAYS = {
+    "one rank": Way(1, 4, {}),
+    "one rank, `ChunkedLossWrapper`": Way(1, 4, {}, chunked=True),
+    "FSDP on 2 ranks": Way(2, 2, {"data_parallel_shard_degree": 2}),
+    "DDP on 2 ranks": Way(
+        2, 2, {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}
+    ),
+    "TP on 2 ranks": Way(2, 4, {"tensor_parallel_degree": 2}),
 }
 
 
 def results() -> Iterator[Result]:
-    for way in WAYS:
-        yield compare(way, partial(train, way, False))
-    yield compare("one rank, `ChunkedLossWrapper`", partial(train, "one rank", True))
+    outcomes = on_ranks(1, every, 1) | on_ranks(2, every, 2)
+    for name in WAYS:
+        yield compare(name, lambda objective, name=name: Outcome(*outcomes[name, objective]))
 
 
-def train(way: str, chunked: bool, objective: str | None) -> Outcome:
-    world, batch, parallelism = WAYS[way]
-    return Outcome(*on_ranks(world, on_rank, batch, parallelism, chunked, objective))
+def every(world: int) -> dict[tuple[str, str | None], tuple[Tensor, Tensor]]:
+    """The outcomes of all that so many ranks train."""
+    return {
+        (name, objective): on_rank(way, objective)
+        for name, way in WAYS.items()
+        if way.world == world
+        for objective in (None, "ce", "nvamp")
+    }
 
 
 class Cpu:
@@ -58,10 +74,9 @@ class Cpu:
     def empty_cache(self) -> None: ...
 
 
-def on_rank(
-    batch: int, parallelism: dict[str, int], chunked: bool, objective: str | None
-) -> tuple[Tensor, Tensor]:
+def on_rank(way: Way, objective: str | None) -> tuple[Tensor, Tensor]:
     """The losses that the trainer logs and the change of the weights."""
+    from torch.distributed.fsdp import FSDPModule
     from torchtitan.tools import utils
 
     # Before anything else of torchtitan, which copies them.
@@ -137,11 +152,11 @@ def on_rank(
         config = Trainer.Config(
             model_spec=spec,
             dump_folder=folder,
-            loss=ChunkedLossWrapper.Config(loss_fn=loss) if chunked else loss,
+            loss=ChunkedLossWrapper.Config(loss_fn=loss) if way.chunked else loss,
             # With so large an epsilon its step is in proportion to the gradient, whose size then shows.
             optimizer=default_adamw(lr=0.3, eps=1.0, weight_decay=0.0),
             training=TrainingConfig(
-                local_batch_size=batch,
+                local_batch_size=way.batch,
                 seq_len=LENGTH,
                 steps=STEPS,
                 mixed_precision_param="float32",
@@ -151,12 +166,15 @@ def on_rank(
             tokenizer=Words.Config(),
             dataloader=Rows.Config(),
             metrics=MetricsProcessor.Config(log_freq=1),
-            parallelism=ParallelismConfig(**parallelism),
+            parallelism=ParallelismConfig(spmd_backend="partial_dtensor", **way.parallelism),
             checkpoint=CheckpointManager.Config(enable=False),
             activation_checkpoint=None,
             debug=DebugConfig(seed=1),
         )
         trainer = Trainer(config)
+        for module in trainer.model_parts[0].modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale as it sums
         start = whole(trainer.model_parts[0])
         dist_utils.set_pg_timeouts = lambda **kwargs: None  # PyTorch 2.13 has no `set_timeout`
         trainer.metrics_processor.log = lambda step, loss, *args, **kwargs: logged.append(loss)
