@@ -6,8 +6,9 @@
 
 Each trainer gets an environment of its own in runs/trainers/NAME, because their pins conflict: a gigabyte or
 two, made once. It takes the PyTorch of constraints.txt; if pip's index has no CPU build of that,
-PIP_EXTRA_INDEX_URL adds one. Each result is a line. The exit code is 1 if a trainer could not be installed, failed
-or disagreed. What agreed is kept in benchmarks/results/trainers.json, which `--table` prints for docs/trainers.md.
+PIP_EXTRA_INDEX_URL adds one. Each result is a line. The exit code is 1 if a trainer could not be installed,
+failed or disagreed. benchmarks/results/trainers.json keeps what agreed, which `--table` prints as
+docs/trainers.md has it.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tools.trainers.comparing import LIMIT
 from tools.trainers.recipes import RECIPES, Recipe
 
 RECORD = Path("benchmarks/results/trainers.json")
@@ -37,11 +39,11 @@ def environment(name: str, recipe: Recipe) -> Path:
     constraints.write_text(torch)
 
     def pip(*what: str) -> None:
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        install: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*install, "--constraint", constraints, *what], check=True)
 
-    pip(torch, *recipe.build)
-    pip(*recipe.needs, *([recipe.package] if recipe.complete else []))
+    pip(torch, *recipe.build.split())
+    pip(*recipe.needs.split(), *([recipe.package] if recipe.complete else []))
     if not recipe.complete:
         pip("--no-deps", *(["--no-build-isolation"] if recipe.build else []), recipe.package)
     made.write_text(repr(recipe))
@@ -67,7 +69,7 @@ def run(name: str) -> dict[str, Any]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     with open(found.with_name("output.txt"), "w") as output:
-        command = [python, "-m", "tools.trainers.inside", name, found]
+        command: list[str | Path] = [python, "-m", "tools.trainers.inside", name, found]
         subprocess.run(command, check=True, env=env, stdout=output, stderr=subprocess.STDOUT)
     return dict(json.loads(found.read_text(encoding="utf-8")))
 
@@ -75,7 +77,9 @@ def run(name: str) -> dict[str, Any]:
 def line(result: Mapping[str, Any]) -> str:
     """A result for the reader."""
     weights = "" if result["weights"] is None else f", weights to {result['weights']:.0e}"
-    verdict = "agrees" if result["agrees"] else "DISAGREES"
+    verdict = "agrees" if result["limit"] == LIMIT else f"is another loss, within {result['limit']:g}"
+    if not result["agrees"]:
+        verdict = "DISAGREES"
     return (
         f"{result['what']}: {verdict}; losses to {result['losses']:.0e}{weights}; "
         f"NVAMP is another loss, by {result['nvamp']:.2f}"
@@ -96,6 +100,17 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def recorded() -> dict[str, Any]:
+    """The versions and results that agreed, by name."""
+    return dict(json.loads(RECORD.read_text(encoding="utf-8"))) if RECORD.exists() else {}
+
+
+def keep(name: str, found: Mapping[str, Any]) -> None:
+    record = recorded() | {name: found}  # read again: another trainer may have run at the same time
+    ordered = {key: record[key] for key in RECIPES if key in record}
+    RECORD.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -108,7 +123,6 @@ def main() -> int:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(RECIPES)}")
     if args.list:
         print(*(f"{name:14} {recipe.package}" for name, recipe in RECIPES.items()), sep="\n")
-    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
     failed = False
     for name in args.names:
         try:
@@ -121,13 +135,11 @@ def main() -> int:
         for result in found["results"]:
             print(f"{package} {version}: {line(result)}", flush=True)
         if all(result["agrees"] for result in found["results"]):
-            record[name] = found
-            ordered = {key: record[key] for key in RECIPES if key in record}
-            RECORD.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
+            keep(name, found)
         else:
             failed = True
     if args.table:
-        print(table(record))
+        print(table(recorded()))
     return int(failed)
 
 

@@ -17,7 +17,7 @@ class Outcome(NamedTuple):
 
 
 class Result(NamedTuple):
-    """How far two trainings agree: norms of differences, divided by the norm of what the trainer's own gave."""
+    """How far two trainings agree: ‖ours − its‖ / ‖its‖, for what the trainer's own loss gave."""
 
     what: str
     losses: float

@@ -28,7 +28,8 @@ def train(stage: int, way: str, objective: str | None) -> Outcome:
 
 @cache
 def trained(stage: int, way: str | None, objective: str | None) -> Outcome:
-    return on_ranks(WORLD, on_rank, stage, way, objective)
+    outcome: Outcome = on_ranks(WORLD, on_rank, stage, way, objective)
+    return outcome
 
 
 def on_rank(stage: int, way: str | None, objective: str | None) -> Outcome:
@@ -41,7 +42,9 @@ def on_rank(stage: int, way: str | None, objective: str | None) -> Outcome:
         "gradient_clipping": "auto",
     }
     with TemporaryDirectory() as folder:
-        made = trainer(None if way == "patch" else objective, Path(folder), deepspeed=config, ddp_backend="gloo")
+        made = trainer(
+            None if way == "patch" else objective, Path(folder), deepspeed=config, ddp_backend="gloo"
+        )
         start = weights(made.model)
         if way == "patch":
             patch(made.model, LinearLoss(parse(objective or "ce")))

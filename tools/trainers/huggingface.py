@@ -119,9 +119,8 @@ def tracked(tracker: str, read: Callable[[str, str], list[float]]) -> Callable[[
     return train
 
 
-
-class Watch(transformers.TrainerCallback):
-    """Patches the model of a trainer that someone else makes, with a criterion, and keeps what became of it."""
+class Watch(transformers.TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Patches the model of a trainer that another library makes, and keeps what became of it."""
 
     def __init__(self, criterion: LinearLoss | None) -> None:
         self.criterion = criterion

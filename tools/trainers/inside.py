@@ -1,4 +1,7 @@
-"""Runs in the environment of a trainer: `python -m tools.trainers.inside NAME FILE` writes what it found to a file."""
+"""Runs in the environment of a trainer, and writes what it found to a file.
+
+python -m tools.trainers.inside NAME FILE
+"""
 
 import importlib
 import json

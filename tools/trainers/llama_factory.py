@@ -25,7 +25,7 @@ def train(objective: str | None) -> Outcome:
     sys.modules["torchaudio"] = stand_in
     from llamafactory.train.tuner import run_exp
 
-    watch = Watch(objective and LinearLoss(parse(objective)))
+    watch = Watch(LinearLoss(parse(objective)) if objective else None)
     with TemporaryDirectory() as folder:
         save(Path(folder))
         Path(folder, "dataset_info.json").write_text(json.dumps({"made": {"file_name": "data.json"}}))

@@ -49,7 +49,8 @@ def train(objective: str | None) -> Outcome:
             "loss_type": objective and "nvamp",
             **ARGUMENTS,
         }
-        text = [word for name, value in arguments.items() if value is not None for word in (f"--{name}", str(value))]
+        given = {f"--{name}": str(value) for name, value in arguments.items() if value is not None}
+        text = [word for pair in given.items() for word in pair]
         Sft(text).main()
     assert watch.outcome is not None
     return watch.outcome

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -21,7 +22,7 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> Any:
         port = free.getsockname()[1]
     with TemporaryDirectory() as folder:
         file = f"{folder}/result"
-        torch.multiprocessing.spawn(_rank, (world, port, file, function, arguments), nprocs=world)
+        mp.spawn(_rank, (world, port, file, function, arguments), nprocs=world)  # type: ignore[attr-defined, no-untyped-call]
         return torch.load(Path(file), weights_only=False)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -28,9 +29,7 @@ WAYS = {
     "one rank": Way(1, 4, {}),
     "one rank, `ChunkedLossWrapper`": Way(1, 4, {}, chunked=True),
     "FSDP on 2 ranks": Way(2, 2, {"data_parallel_shard_degree": 2}),
-    "DDP on 2 ranks": Way(
-        2, 2, {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}
-    ),
+    "DDP on 2 ranks": Way(2, 2, {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}),
     "TP on 2 ranks": Way(2, 4, {"tensor_parallel_degree": 2}),
 }
 
@@ -38,7 +37,11 @@ WAYS = {
 def results() -> Iterator[Result]:
     outcomes = on_ranks(1, every, 1) | on_ranks(2, every, 2)
     for name in WAYS:
-        yield compare(name, lambda objective, name=name: Outcome(*outcomes[name, objective]))
+        yield compare(name, partial(_outcome, outcomes, name))
+
+
+def _outcome(outcomes: Any, name: str, objective: str | None) -> Outcome:
+    return Outcome(*outcomes[name, objective])
 
 
 def every(world: int) -> dict[tuple[str, str | None], tuple[Tensor, Tensor]]:

@@ -35,7 +35,7 @@ def read(run: str, metric: str) -> list[float]:
 
 
 def records(data: bytes) -> Iterator[bytes]:
-    """The records of a file: each in fragments of a checksum (4 bytes), a length (2), a type (1) and content."""
+    """The records of a file; a fragment is a checksum (4 bytes), a length (2), a kind (1) and content."""
     position, record = 7, b""  # after the file's own header
     while position + 7 <= len(data):
         left = BLOCK - position % BLOCK
