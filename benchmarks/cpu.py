@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from benchmarks.measure import (
 from benchmarks.original import original_nvamp
 from nvamp import LinearLoss, Loss
 from nvamp.engine.hugepages import in_huge_pages
+from nvamp.functional import linear_token_nll, token_nll
 from nvamp.objectives import NVAMP, CrossEntropy, Objective
 
 MiB = 2**20
@@ -67,8 +69,8 @@ class Section:
             table.add_row(
                 name,
                 f"{self.ratio(name):.3f}",
-                f"{t.median_s:.3f}",
-                f"{t.smallest_s:.3f}–{t.largest_s:.3f}",
+                f"{t.median_s:.3g}",
+                f"{t.smallest_s:.3g}–{t.largest_s:.3g}",
                 str(t.runs),
                 "" if extra is None else f"{extra / MiB:.0f}",
             )
@@ -222,6 +224,111 @@ def linear_peers(h: Tensor, w: Tensor, y: Tensor) -> dict[str, Callable[[], Tens
     return peers
 
 
+# Log-probabilities and entropies -----------------------------------------------------------------------
+
+EAGER_BOTH, OURS_BOTH = "eager nll and entropy", "nvamp: nll and entropy"
+Outputs = Callable[[], tuple[Tensor, Tensor]]  # the loss and the entropy of each token
+
+
+def policy(
+    dtype: str,
+    repeats: int,
+    forward: bool = False,
+    n: int = 2048,
+    d: int = 576,
+    vocab: int = 49152,
+    peers: bool = True,
+) -> Section:
+    """What reinforcement learning takes from hidden states: without gradient if `forward`, else trained."""
+    h = torch.randn(n, d).to(DTYPES[dtype]).requires_grad_()
+    w = (torch.randn(vocab, d) / 24).to(DTYPES[dtype]).requires_grad_()
+    y = torch.randint(vocab, (n,))
+    advantage, bonus = torch.randn(2, n).unbind()
+
+    def eager() -> tuple[Tensor, Tensor]:
+        logprob = (h @ w.T).float().log_softmax(-1)
+        return -logprob.gather(-1, y[:, None])[:, 0], -(logprob.exp() * logprob).sum(-1)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        nll, metrics = linear_token_nll(h, w, y, return_metrics=True)
+        return nll, metrics.entropy
+
+    def run_of(outputs: Outputs) -> Run:
+        def loss() -> Tensor:
+            nll, entropy = outputs()
+            return advantage @ nll - bonus @ entropy.float()
+
+        return torch.no_grad()(outputs) if forward else train(loss, h, w)
+
+    contenders: dict[str, Outputs] = {EAGER_BOTH: eager, OURS_BOTH: ours}
+    if peers:
+        contenders |= policy_peers(h, w, y)
+        if has_compiler():
+            contenders["compiled nll and entropy"] = torch.compile(eager)
+    runs = {name: run_of(outputs) for name, outputs in contenders.items()}
+    section = Section(
+        f"nll and entropy, {'forward' if forward else 'trained'}, {n} × {d} × {vocab}, {dtype}",
+        EAGER_BOTH,
+        time_in_turn(runs, repeats),
+    )
+    section.extra_bytes = {name: peak_bytes(run) for name, run in runs.items()}
+    for name in (name for name in runs if name != OURS_BOTH):
+        section.bars += [
+            Bar(f"time over {name}", section.ratio(OURS_BOTH, to=name), 1.0),
+            Bar(f"memory over {name}", section.extra_bytes[OURS_BOTH] / section.extra_bytes[name], 1.0),
+        ]
+    return section
+
+
+def policy_peers(h: Tensor, w: Tensor, y: Tensor) -> dict[str, Outputs]:
+    """The log-probabilities and entropies of TRL and Liger, as far as they are installed."""
+    peers: dict[str, Outputs] = {}
+    try:
+        from trl.kernels import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as COLUMNS
+    except ImportError:
+        pass
+    else:
+        peers["TRL, chunked"] = lambda: ChunkedLogProbFunction.apply(
+            h, w, None, y, 1.0, COLUMNS, None, 1.0, ("entropy",)
+        )[:2]
+    try:
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+            LigerFusedLinearScaledCrossEntropyFunction as LigerFunction,
+        )
+    except ImportError:
+        return peers
+    # Without a GPU it takes formulas of verl.
+    peers["Liger's fallback, from verl"] = lambda: LigerFunction.apply(h, w, y, return_entropy=True)
+    return peers
+
+
+# Few rows ----------------------------------------------------------------------------------------------
+
+
+def small(repeats: int, rows: tuple[int, ...] = (1, 8, 64), vocab: int = 151936) -> Section:
+    """Losses of few rows, with a weight each. They take little time, so there are more runs."""
+    runs: dict[str, Run] = {}
+    for n in rows:
+        runs |= few_rows(n, vocab)
+    section = Section(
+        f"nll from logits, few rows × {vocab}, float32", f"eager, {rows[0]}", time_in_turn(runs, 5 * repeats)
+    )
+    section.extra_bytes = {name: peak_bytes(run) for name, run in runs.items()}
+    section.bars = [
+        Bar(f"rows: {n}, nvamp over eager", section.ratio(f"nvamp, {n}", to=f"eager, {n}"), 1.0) for n in rows
+    ]
+    return section
+
+
+def few_rows(n: int, vocab: int) -> dict[str, Run]:
+    x, y, weight = torch.randn(n, vocab).requires_grad_(), torch.randint(vocab, (n,)), torch.rand(n)
+    return {
+        f"eager, {n}": train(lambda: weight @ F.cross_entropy(x, y, reduction="none"), x),
+        f"nvamp, {n}": train(lambda: weight @ token_nll(x, y), x),
+    }
+
+
 # Huge pages --------------------------------------------------------------------------------------------
 
 
@@ -241,9 +348,12 @@ def huge_pages(repeats: int) -> Section:
 
 def sections(repeats: int, peers: bool = True) -> Iterator[tuple[str, Callable[[], Section]]]:
     yield "hugepages", lambda: huge_pages(repeats)
+    yield "small", lambda: small(repeats)
     for dtype in DTYPES:
-        yield f"logits-{dtype}", lambda dtype=dtype: logits_path(dtype, repeats)  # type: ignore[misc]
-        yield f"linear-{dtype}", lambda dtype=dtype: linear_path(dtype, repeats, peers=peers)  # type: ignore[misc]
+        yield f"logits-{dtype}", partial(logits_path, dtype, repeats)
+        yield f"linear-{dtype}", partial(linear_path, dtype, repeats, peers=peers)
+        yield f"policy-forward-{dtype}", partial(policy, dtype, repeats, forward=True, peers=peers)
+        yield f"policy-{dtype}", partial(policy, dtype, repeats, peers=peers)
 
 
 def main() -> None:
@@ -252,7 +362,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for cpu.json")
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each contender")
     parser.add_argument("--only", choices=names, nargs="+", default=names, help="sections to run")
-    parser.add_argument("--no-peers", action="store_true", help="on the linear path, time nvamp alone")
+    parser.add_argument("--no-peers", action="store_true", help="from hidden states, time nvamp alone")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)  # peers that fall back warn each time
     torch.manual_seed(0)

@@ -140,7 +140,7 @@ def _without_data(argument: Any) -> Any:
 # What is compiled --------------------------------------------------------------------------------------
 
 
-def launches(logits: Tensor, opt: Options, metrics: bool) -> dict[str, Callable[[], object]]:
+def launches(logits: Tensor, opt: Options, metrics: int) -> dict[str, Callable[[], object]]:
     """Every launch on logits [A, B, V], which the gradient overwrites if their rows are padded."""
     vocab, padded = logits.shape[-1], logits.stride(-2) > logits.shape[-1]
     labels = torch.empty(logits.shape[:-1], dtype=torch.int64, device="meta")
@@ -171,7 +171,7 @@ def launches(logits: Tensor, opt: Options, metrics: bool) -> dict[str, Callable[
     }
 
 
-def launch_all(logits: Tensor, opt: Options, metrics: bool) -> None:
+def launch_all(logits: Tensor, opt: Options, metrics: int) -> None:
     for launch in launches(logits, opt, metrics).values():
         launch()
 
@@ -201,7 +201,7 @@ def _layouts(dtype: torch.dtype, options: str, vocab: int) -> Iterator[Case]:
 def usages(architecture: str, case: Case, only: tuple[str, ...] = ()) -> Iterator[Usage]:
     """The usage of every launch for a case."""
     options = OPTIONS[case.options]
-    found = launches(case.logits(), options, metrics=options != Options())
+    found = launches(case.logits(), options, metrics=3 * (options != Options()))
     for name in only or found:
         if case.layout == "contiguous" or name in ON_LOGITS:
             with compiling(architecture) as compiled:

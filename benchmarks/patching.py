@@ -43,7 +43,7 @@ def step(model: Any, tokens: Tensor) -> Callable[[], None]:
 def steps(vocab: int, hidden: int, tokens: Tensor) -> dict[str, Callable[[], None]]:
     """A step of the model as it is, of NVAMP on its logits, and of the patched model."""
     own, by_logits, patched = (build(vocab, hidden) for _ in range(3))
-    by_logits.loss_function = loss_function(NVAMPLoss())
+    by_logits.loss_function = loss_function(NVAMPLoss(), by_logits)
     patch(patched, LinearNVAMPLoss())
     models = {"transformers' cross-entropy": own, "loss_function": by_logits, "patch": patched}
     return {name: step(model, tokens) for name, model in models.items()}

@@ -57,7 +57,7 @@ def train(path: str, objective: Objective, corpus: Any, steps: int, scratch: str
     if path == "patch":
         patch(model, LinearLoss(objective))
     elif path == "loss_function":
-        model.loss_function = loss_function(Loss(objective))
+        model.loss_function = loss_function(Loss(objective), model)
     else:
         options["compute_loss_func"] = compute_loss_func(Loss(objective))
     trainer = transformers.Trainer(

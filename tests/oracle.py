@@ -1,5 +1,7 @@
 """Float64 definitions that autograd differentiates: what every formula of the library is held against."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,12 +59,17 @@ def token_losses(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    class_weight: Tensor | None = None,
 ) -> Tensor:
     """Losses [N] of float64 logits [N, V] and labels [N], all of them valid."""
     z = logit_scale * logits
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     lse = torch.log(torch.exp(z - z.detach().amax(-1, keepdim=True)).sum(-1)) + z.detach().amax(-1)
+    if class_weight is not None:
+        one_hot = torch.nn.functional.one_hot(labels, z.shape[-1]).double()
+        target = class_weight * ((1 - label_smoothing) * one_hot + label_smoothing / z.shape[-1])
+        return (target * ((lse + z_loss * lse**2)[:, None] - z)).sum(-1)
     at_label = z[torch.arange(len(z)), labels]
     return (
         lse
@@ -72,7 +79,7 @@ def token_losses(
     )
 
 
-def entropies(logits: Tensor, softcap: float | None = None, logit_scale: float = 1.0, **_: float) -> Tensor:
+def entropies(logits: Tensor, softcap: float | None = None, logit_scale: float = 1.0, **_: Any) -> Tensor:
     """Entropies [N] in nats of the predictions of finite float64 logits; other options do not change them."""
     z = logit_scale * logits
     if softcap is not None:

@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,41 @@ def test_sections(monkeypatch: pytest.MonkeyPatch) -> None:
         assert record["ratios"][section.baseline] == 1
         assert all(math.isfinite(bar["measured"]) for bar in record["bars"])
         assert {"nvamp: cross-entropy", "nvamp: scalar", "nvamp: token"} <= record["timings"].keys()
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_contenders_of_a_policy_compute_the_same(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr(cpu, "has_compiler", lambda: False)
+    trained = cpu.policy(dtype, 1, False, 8, 4, 64)
+    found: dict[str, Any] = {}
+    timed = cpu.time_in_turn
+
+    def results(runs: dict[str, measure.Run], repeats: int) -> dict[str, measure.Timing]:
+        found.update({name: run() for name, run in runs.items()})
+        return timed(runs, repeats)
+
+    monkeypatch.setattr(cpu, "time_in_turn", results)
+    for section in (trained, cpu.policy(dtype, 1, True, 8, 4, 64)):
+        section.show()
+        assert [*section.timings] == [
+            cpu.EAGER_BOTH,
+            cpu.OURS_BOTH,
+            "TRL, chunked",
+            "Liger's fallback, from verl",
+        ]
+        assert len(section.bars) == 6
+        assert all(math.isfinite(bar.measured) for bar in section.bars)
+    nll, entropy = found.pop(cpu.EAGER_BOTH)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.02, "atol": 0.02}
+    for own_nll, own_entropy in found.values():  # TRL's are log-probabilities
+        torch.testing.assert_close((own_nll.abs(), own_entropy.float()), (nll, entropy), **close)
+
+
+def test_few_rows() -> None:
+    section = cpu.small(1, rows=(1, 3), vocab=64)
+    section.show()
+    assert section.timings.keys() == {"eager, 1", "nvamp, 1", "eager, 3", "nvamp, 3"}
+    assert all(math.isfinite(bar.measured) for bar in section.bars)
 
 
 def test_a_missed_bar_says_so(capsys: pytest.CaptureFixture[str]) -> None:

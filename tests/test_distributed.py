@@ -78,16 +78,19 @@ def ddp_is_one_process(rank: int, world: int) -> None:
             case = (loss.__name__, dtype, gradient, items, kind)
             options: Any = {"gradient": gradient, **WEIGHTS}
             alone = Model(loss(**options), dtype)
+            alone.criterion.token_metrics = True
             expected, expected_stats = alone(x, labels, num_items_in_batch=items, return_stats=True)
             expected.backward()
             mine = slice(2 * rank, 2 * rank + 2)
             ddp = DistributedDataParallel(Model(loss(**options, process_group=group), dtype))
+            ddp.module.criterion.token_metrics = True
             value, stats = ddp(x[mine], labels[mine], num_items_in_batch=items, return_stats=True)
             value.backward()
             assert_same(value.detach(), expected.detach(), case)
             assert stats.min_weight <= stats.max_weight
             assert stats.max_weight.isfinite()  # of a rank without tokens too
-            for name in ("cross_entropy", "mean", "std", "dispersion", "max", "num_tokens"):
+            names = "cross_entropy", "mean", "std", "dispersion", "max", "num_tokens", "accuracy", "entropy"
+            for name in names:
                 assert_same(
                     getattr(stats, name).to(dtype), getattr(expected_stats, name).to(dtype), (*case, name)
                 )
@@ -161,6 +164,8 @@ def a_bad_argument_leaves_nobody_waiting(rank: int, world: int) -> None:
         if rank == world - 1:
             labels[1, 3] = V
         model = Model(loss(process_group=dist.group.WORLD), dtype)
+        model.criterion.on_stats = lambda stats: None
+        model.criterion.token_metrics = True
         if rank == world - 1:
             with pytest.raises(ValueError, match=rf"labels must be in \[0, {V}\)"):
                 model(x, labels)

@@ -7,20 +7,22 @@ import importlib
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 import trl
 import typer
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.run import get_args_parser
 
@@ -28,7 +30,8 @@ from docs import figures
 from nvamp.cli import app
 from nvamp.objectives import OBJECTIVES
 from nvamp.study.losses import parse_loss
-from tests.integrations.architectures import LANGUAGE, REFUSED, VISION
+from tests.engine.problems import gradients
+from tests.integrations.architectures import AGREEING, REFUSED
 from tests.study.conftest import documents, one_thread, tokenizer
 
 __all__ = ["documents", "one_thread", "tokenizer"]
@@ -42,8 +45,10 @@ FENCE = re.compile(r"^```(.*)\n((?s:.*?))^```$", re.MULTILINE)
 # What the code of a page takes for granted; of any other page it runs as it stands.
 GIVEN = {
     "README.md": "logits labels M hidden lm_head model Trainer args data dist",
+    "docs/coming-from.md": "logits labels hidden lm_head",
     "docs/custom-losses.md": "logits hidden lm_head labels",
     "docs/distributed.md": "logits labels mesh logits_of_this_rank hidden weight_of_this_rank",
+    "docs/reinforcement-learning.md": "model tokens labels reward",
     "docs/trainers.md": "model Trainer args config data tokenizer",
     "docs/transformers.md": "model Trainer TrainingArguments args data tokens labels token_weight torch",
 }
@@ -82,6 +87,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> It
             "logits_of_this_rank": lm_head(hidden),
             "labels": tokens,
             "tokens": tokens,
+            "reward": torch.rand(2),
             "token_weight": torch.rand(2, 8),
             "M": 14,
             "model": model,
@@ -118,9 +124,9 @@ def test_code_runs(page: str, given: dict[str, Any]) -> None:
 def test_the_number_of_architectures() -> None:
     for page, text in PAGES.items():
         numbers = set(re.findall(r"\b(\w+)\s+architectures\b", text)) - {"of"}
-        assert numbers <= {str(len(LANGUAGE) + len(VISION))}, page
-    assert "and nine that `patch` refuses" in PAGES["docs/transformers.md"]
-    assert len(REFUSED) == 9
+        assert numbers <= {str(len(AGREEING))}, page
+    assert "and six that `patch` refuses" in PAGES["docs/transformers.md"]
+    assert len(REFUSED) == 6
 
 
 def test_settings_are_of_the_plugin() -> None:
@@ -276,6 +282,55 @@ def test_wrong_commands_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in wrong:
         with pytest.raises((Exception, SystemExit)):
             check(words, monkeypatch)
+
+
+# Recipes: functions as they stand on a page, against autograd through all logits ------------------------
+
+
+def defined(name: str) -> Callable[..., Tensor]:
+    """A function of docs/reinforcement-learning.md."""
+    (block,) = (
+        text for _, _, text in blocks(PAGES["docs/reinforcement-learning.md"]) if f"def {name}(" in text
+    )
+    names: dict[str, Any] = {}
+    exec(block, names)
+    return cast(Callable[..., Tensor], names[name])
+
+
+@pytest.fixture
+def linear() -> tuple[Tensor, Tensor]:
+    """Hidden states [4, 7, 6] and a weight [17, 6]."""
+    torch.manual_seed(0)
+    return torch.randn(4, 7, 6, dtype=torch.float64), torch.randn(17, 6, dtype=torch.float64)
+
+
+def test_dpo(linear: tuple[Tensor, Tensor]) -> None:
+    labels, ref = torch.randint(17, (4, 7)), torch.randn(4, dtype=torch.float64) - 9
+    labels[0, :3] = labels[2, 5:] = -100
+
+    def exact(hidden: Tensor, weight: Tensor) -> Tensor:
+        logprob = (hidden @ weight.T).log_softmax(-1)[:, :-1]
+        scored = labels[:, 1:] != -100
+        own = logprob.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
+        chosen, rejected = ((own * scored).sum(-1) - ref).split(2)
+        return torch.log1p((-0.3 * (chosen - rejected)).exp()).mean()
+
+    dpo_loss = defined("dpo_loss")
+    ours = gradients(lambda h, w: dpo_loss(h, w, labels, ref, beta=0.3), *linear)
+    torch.testing.assert_close(ours, gradients(exact, *linear))
+
+
+def test_distillation(linear: tuple[Tensor, Tensor]) -> None:
+    hidden, weight = linear[0].flatten(0, 1), linear[1]
+    teacher, ids = torch.randn(len(hidden), 17, dtype=torch.float64).log_softmax(-1).topk(4)
+
+    def exact(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = hidden @ weight.T
+        return F.cross_entropy(logits, torch.zeros_like(logits).scatter(1, ids, teacher.exp()))
+
+    distillation_loss = defined("distillation_loss")
+    ours = gradients(lambda h, w: distillation_loss(h, w, ids, teacher), hidden, weight)
+    torch.testing.assert_close(ours, gradients(exact, hidden, weight))
 
 
 # Figures ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples import exact_accumulation, lightning_module, trainer
+from examples import exact_accumulation, grpo, lightning_module, trainer
 from nvamp import LinearNVAMPLoss
 from nvamp.objectives import NVAMP, Gradient
 from tests.parameters import with_gradient
@@ -81,6 +81,24 @@ def test_examples_of_trainers_run(
     assert losses[-1] < losses[0]
     if name == "trl_sft":
         assert any((tmp_path / "events").iterdir())
+
+
+def test_the_reward_rises(
+    text_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "--steps", "5", "--text", str(text_dir)])
+    grpo.main()
+    rewards = [float(line.split("reward ")[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(rewards) == 5
+    assert rewards[-1] > rewards[0] + 0.2
+
+
+def test_what_follows_the_end_of_a_text_is_not_scored() -> None:
+    tokens = torch.arange(24).repeat(2, 1)
+    tokens[0, 20:22] = 99
+    labels = grpo.labels_of(tokens, end=99)
+    assert labels[0].tolist() == [-100] * 16 + [16, 17, 18, 19, 99, -100, -100, -100]
+    assert labels[1].tolist() == [-100] * 16 + list(range(16, 24))
 
 
 def curve(text: Path, *command: str) -> Tensor:

@@ -27,6 +27,7 @@ OPTIONS: dict[str, Any] = {
     "z_loss": 1e-3,
     "softcap": 5.0,
     "logit_scale": 0.5,
+    "class_weight": torch.linspace(0, 3, 7),
     "backend": "chunked",
     "tail": 0.4,
 }

@@ -88,7 +88,9 @@ def metrics_are_those_of_one_process(rank: int, world: int) -> None:
     sizes = uneven(world)
 
     def results(function: Any, leaves: list[Tensor], *labels: Tensor, **options: Any) -> list[Tensor]:
-        nll, metrics = function(*leaves[:2], *labels, *leaves[2:], return_metrics=True, **options)
+        nll, metrics = function(
+            *leaves[:2], *labels, *leaves[2:], return_metrics=True, mean_logit=True, **options
+        )
         grads = torch.autograd.grad((nll - 0.7 * metrics.entropy).sum(), leaves)
         return [*(t.detach() for t in (nll, *metrics)), *grads]
 
@@ -201,6 +203,83 @@ def data_and_vocabulary(rank: int, world: int) -> None:
             assert_same(x / (world // 2), y, (gradient, i))
 
 
+def dtensors_on_a_mesh_of_data_and_vocabulary(rank: int, world: int) -> None:
+    """A batch of three rows in parts of two and one, and 19 classes in parts of 10 and 9."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "vocabulary"))
+    by_rows, of_classes = [Shard(0), Replicate()], [Replicate(), Shard(0)]
+    g = torch.Generator().manual_seed(4)
+    class_weight = torch.rand(V, generator=g, dtype=torch.float64)
+    results: Any = {"return_metrics": True, "mean_logit": True}
+
+    def scalar(nll: Tensor, metrics: Any) -> Tensor:
+        return nll.square().sum() - 0.7 * metrics.entropy.sum()
+
+    def local(x: Tensor) -> Tensor:
+        return distribute_tensor(x.detach(), mesh, by_rows).to_local()
+
+    for dtype, backend in product(RELATIVE, ("reference", "chunked", "triton")):
+        hidden, labels = batch(3, 7, dtype)
+        _, weight, bias, _ = head(dtype)
+        labels[0, 2:4] = IGNORED
+        y = distribute_tensor(labels, mesh, by_rows)
+        paths: Any = {
+            token_nll: {F.linear(hidden, weight, bias): [Shard(0), Shard(2)]},
+            linear_token_nll: {hidden: by_rows, weight: of_classes, bias: of_classes},
+        }
+        for (function, placed), more in product(paths.items(), ({}, {"class_weight": class_weight})):
+            options: Any = {"backend": backend, **OPTIONS["all"], **more, **results}
+            whole = [x.detach().double().requires_grad_() for x in placed]
+            nll, metrics = function(*whole[:2], labels, *whole[2:], **options | {"backend": "reference"})
+            expected = torch.autograd.grad(scalar(nll, metrics), whole)
+            mine = [distribute_tensor(x.detach(), mesh, p).requires_grad_() for x, p in placed.items()]
+            with CommDebugMode() as forward:
+                got, got_metrics = function(*mine[:2], y, *mine[2:], **options)
+            assert forward.get_total_counts() == 4
+            case = (function, dtype, backend)
+            assert_same(got.detach(), local(nll).to(dtype), case)
+            for name, x, truth in zip(metrics._fields, got_metrics, metrics, strict=True):
+                if x.is_floating_point():
+                    assert_same(x.detach(), local(truth).to(dtype), (*case, name))
+                else:
+                    assert torch.equal(x, local(truth)), (*case, name)
+            grads = torch.autograd.grad(scalar(got, got_metrics), mine)
+            for x, truth in zip(grads, expected, strict=True):
+                assert isinstance(x, DTensor)
+                assert_same(x.full_tensor(), truth.to(dtype), case, slack=10)
+
+
+def losses_on_a_mesh_of_data_and_vocabulary(rank: int, world: int) -> None:
+    """The loss of the whole batch and its gradient, as it is: nothing takes a mean over the ranks."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    by_rows, of_classes = [Shard(0), Replicate()], [Replicate(), Shard(0)]
+    hidden, labels = batch(3, 7, torch.float64)
+    _, weight, bias, _ = head(torch.float64)
+    logits, y = F.linear(hidden, weight, bias), distribute_tensor(labels, mesh, by_rows)
+    for gradient in GRADIENTS:
+        options: Any = {"gradient": gradient, **WEIGHTS}
+        for whole, placements in (
+            ([logits], [[Shard(0), Shard(2)]]),
+            ([hidden, weight, bias], [by_rows, of_classes, of_classes]),
+        ):
+            loss: Any = NVAMPLoss(**options) if len(whole) == 1 else LinearNVAMPLoss(**options)
+            value, _, grads = as_one_process(loss, *whole, labels=labels)
+            mine = [
+                distribute_tensor(x, mesh, p).requires_grad_() for x, p in zip(whole, placements, strict=True)
+            ]
+            got = loss(*mine[:2], y, *mine[2:])
+            assert_same(got.detach(), value, gradient)
+            for x, truth in zip(torch.autograd.grad(got, mine), grads, strict=True):
+                assert_same(x.full_tensor(), truth, (gradient, len(whole)))
+    # Rows alone: each rank has the whole vocabulary, and one pass gives part of the gradient of the weight.
+    h = distribute_tensor(hidden, mesh, by_rows).requires_grad_()
+    w = distribute_tensor(weight, mesh, [Replicate(), Replicate()]).requires_grad_()
+    value, _, grads = as_one_process(LinearNVAMPLoss(**WEIGHTS), hidden, weight, labels=labels)
+    got = LinearNVAMPLoss(**WEIGHTS)(h, w, y)
+    assert_same(got.detach(), value, "rows")
+    for x, truth in zip(torch.autograd.grad(got, (h, w)), grads, strict=True):
+        assert_same(x.full_tensor(), truth, "rows")
+
+
 def collectives_are_those_documented(rank: int, world: int) -> None:
     hidden, weight, bias, labels = head(torch.float32)
     sizes = uneven(world)
@@ -261,13 +340,27 @@ def what_does_not_fit_is_refused(rank: int, world: int) -> None:
     x = distribute_tensor(hidden @ weight.T, mesh, [Shard(2)])
     with pytest.raises(ValueError, match="vocab_group must be None if logits are a DTensor"):
         token_nll(x, labels, vocab_group=mesh)
-    with pytest.raises(ValueError, match=r"logits must be replicated, or Shard\(2\) over one dimension"):
+    with pytest.raises(ValueError, match=r"logits must be replicated, or Shard\(2\) and Shard\(0\) over one"):
         token_nll(x.redistribute(placements=[Shard(1)]), labels)
+    by_rows = x.redistribute(placements=[Shard(0)])
+    with pytest.raises(TypeError, match="labels must be a DTensor, sharded as logits over the batch"):
+        token_nll(by_rows, labels)
+    with pytest.raises(
+        ValueError, match=r"labels must be Shard\(dim=0\) on the mesh of logits, got Replicate"
+    ):
+        token_nll(by_rows, distribute_tensor(labels, mesh, [Replicate()]))
+    with pytest.raises(
+        ValueError, match="process_group must be None if logits is a DTensor sharded over the"
+    ):
+        NVAMPLoss(process_group=mesh)(by_rows, distribute_tensor(labels, mesh, [Shard(0)]))
     h, w = (distribute_tensor(t, mesh, [Replicate()]) for t in (hidden, weight))
     with pytest.raises(TypeError, match="weight must be a DTensor if hidden is one"):
         linear_token_nll(h, weight, labels)
-    with pytest.raises(ValueError, match="hidden must be replicated, got Shard"):
-        linear_token_nll(h.redistribute(placements=[Shard(0)]), w, labels)
+    with pytest.raises(ValueError, match=r"hidden must be replicated, or Shard\(0\) over one"):
+        linear_token_nll(h.redistribute(placements=[Shard(1)]), w, labels)
+    of_classes = w.redistribute(placements=[Shard(0)])
+    with pytest.raises(ValueError, match="weight must be on the mesh of hidden and replicated where that is"):
+        linear_token_nll(h.redistribute(placements=[Shard(0)]), of_classes, labels)
     with pytest.raises(ValueError, match=r"weight must be replicated, or Shard\(0\)"):
         linear_token_nll(h, w.redistribute(placements=[Shard(1)]), labels)
 
@@ -348,6 +441,9 @@ def vocabulary(rank: int, world: int) -> None:
 
 def dtensors(rank: int, world: int) -> None:
     dtensors_are_one_process(rank, world)
+    if world == 4:
+        dtensors_on_a_mesh_of_data_and_vocabulary(rank, world)
+        losses_on_a_mesh_of_data_and_vocabulary(rank, world)
     cross_entropy_is_that_of_loss_parallel(rank, world)
     what_does_not_fit_is_refused(rank, world)
 

@@ -33,7 +33,7 @@ LEAST = 3
 OPTIONS = {
     "alpha", "beta", "gamma", "eps", "tail", "gradient", "ignore_index", "shift", "label_smoothing", "z_loss",
     "softcap", "logit_scale", "inplace_backward", "accum_dtype", "process_group", "vocab_group",
-    "reduce_grad_hidden", "backend",
+    "reduce_grad_hidden", "backend", "class_weight", "temperature",
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ MODULES = {
     "hazards": "hazards",
     "logits": "contest",
     "linear": "contest",
+    "policy": "contest",
     "accuracy": "correctness",
     "graphs": "correctness",
     "compile": "correctness",

@@ -22,8 +22,8 @@ from benchmarks.gpu.meter import Run, Sample, time_limit
 from benchmarks.gpu.plan import Shape
 from benchmarks.gpu.rows import reason
 from benchmarks.original import original_nvamp
-from nvamp.functional import token_nll
-from nvamp.objectives import NVAMP, CrossEntropy, Objective
+from nvamp.functional import linear_token_nll, token_nll
+from nvamp.objectives import NVAMP, ClippedPolicy, CrossEntropy, Objective
 
 LossOf = Callable[[], Tensor]
 MiB = 2**20
@@ -329,6 +329,91 @@ def linear_peers(h: Tensor, w: Tensor, y: Tensor, eager: LossOf) -> list[Contend
         Contender("CCE, cce_exact", partial(cut, impl="cce_exact"), peer=True),
         Contender("quack", partial(quack, tuned=False), peer=True),  # tuning its products takes minutes
     ]
+
+
+# Log-probabilities and entropies -------------------------------------------------------------------------
+
+READ, READ_BOTH = "nvamp: nll, forward", "nvamp: nll and entropy, forward"
+TRAINED, TRAINED_BOTH = "nvamp: nll", "nvamp: nll and entropy"
+Outputs = Callable[[], tuple[Tensor, ...]]  # losses, and entropies if asked for
+
+
+def policy(bench: Bench) -> None:
+    """What reinforcement learning takes from hidden states: a loss and an entropy of each token."""
+    (shape,) = bench.shapes
+    contest, contenders = Contest(bench), policies(bench, shape)
+    contest.run(contenders)
+    contest.bar(READ_BOTH, READ, 1.1)
+    contest.bar(TRAINED_BOTH, TRAINED, 1.1)
+    if shape[1] >= 2048:
+        contest.bar(TRAINED_BOTH, FOUR, 1.25)
+    contest.bar_over_fastest(TRAINED_BOTH, contenders)
+    for peer in (c.name for c in contenders if c.name.endswith(", forward") and not c.ours):
+        contest.bar(READ_BOTH, peer, 1.0)
+
+
+def policies(bench: Bench, shape: Shape) -> list[Contender]:
+    h, w, y = inputs(bench, shape)
+    weights = torch.randn(2, len(h), device=h.device)  # an advantage and a bonus for each token
+
+    def ours(both: bool) -> tuple[Tensor, ...]:
+        if not both:
+            return (linear_token_nll(h, w, y),)
+        nll, metrics = linear_token_nll(h, w, y, return_metrics=True)
+        return nll, metrics.entropy
+
+    def clipped() -> Run:
+        criterion = nvamp.LinearLoss(ClippedPolicy(entropy=0.01), shift=False)
+        return trained(lambda: criterion(h, w, y, advantage=weights[0]), h, w)
+
+    def eager() -> tuple[Tensor, ...]:
+        logprob = (h @ w.T).float().log_softmax(-1)
+        nll = -logprob.gather(-1, y[:, None])[:, 0]
+        return nll, -(logprob.exp() * logprob).sum(-1)
+
+    def train(outputs: Outputs) -> Run:
+        return trained(
+            lambda: torch.stack([x @ a.to(x.dtype) for x, a in zip(outputs(), weights, strict=False)]).sum(),
+            h,
+            w,
+        )
+
+    def read(outputs: Outputs) -> Run:
+        return torch.no_grad()(outputs)
+
+    contenders = [
+        Contender(READ, lambda: read(partial(ours, False))),
+        Contender(READ_BOTH, lambda: read(partial(ours, True))),
+        Contender(TRAINED, lambda: train(partial(ours, False))),
+        Contender(TRAINED_BOTH, lambda: train(partial(ours, True))),
+        Contender("nvamp: ClippedPolicy(entropy=0.01)", clipped),
+        Contender(FOUR, partial(products, h, w, 2)),
+        Contender("eager nll and entropy", lambda: train(eager), peer=True),
+    ]
+    if bench.peers:
+        peers: dict[str, Callable[[], Outputs]] = {
+            "compiled nll and entropy": lambda: torch.compile(eager),
+            "TRL, chunked": partial(trl, h, w, y),
+            "Liger's fallback, from verl": partial(verl, h, w, y),
+        }
+        for name, make in peers.items():
+            contenders += [
+                Contender(f"{name}, forward", lambda make=make: read(make())),  # type: ignore[misc]
+                Contender(name, lambda make=make: train(make()), peer=True),  # type: ignore[misc]
+            ]
+    return contenders
+
+
+def trl(h: Tensor, w: Tensor, y: Tensor) -> Outputs:
+    apply = of("trl.kernels", "ChunkedLogProbFunction").apply
+    columns = of("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
+    return lambda: apply(h, w, None, y, 1.0, columns, None, 1.0, ("entropy",))[:2]
+
+
+def verl(h: Tensor, w: Tensor, y: Tensor) -> Outputs:
+    """The formulas of verl, which Liger takes where it has no kernel of its own."""
+    module = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+    return partial(of(module, "_FusedLinearPPOFallbackFunction").apply, h, w, y, 1.0, -100, True)
 
 
 def linear_bars(

@@ -30,6 +30,7 @@ SCALES = (1.1, 1.37, 1.7)
 ROUNDING = torch.finfo(torch.bfloat16).eps  # two orders of the same bfloat16 arithmetic differ by less
 
 A_FEW = "linear, one pass, a twentieth of the tokens with more weight"
+ENTROPY, BONUS = "less entropy", 0.3
 
 Results = dict[str, Tensor]
 Losses = Callable[..., tuple[Tensor, Tensor]]  # inputs -> loss of each token, and their differentiable sum
@@ -91,16 +92,23 @@ def definition(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     weights: Tensor | float = 1.0,
+    bonus: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The losses from logits, or from hidden states and weight, in plain PyTorch; float64 for float64 inputs.
 
-    Their sum is weighted by `weights`.
+    Their sum is weighted by `weights`. From each loss, `bonus` times the entropy of the prediction is taken.
     """
     x = inputs[0] if len(inputs) == 1 else inputs[0] @ inputs[1].T
     z = logit_scale * (x if x.dtype == torch.float64 else x.float())
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     nll = F.cross_entropy(z, y, reduction="none", label_smoothing=label_smoothing)
-    return summed(nll + torch.where(y == -100, 0, z_loss * z.logsumexp(-1).square()), weights)
+    more = z_loss * z.logsumexp(-1).square() - (bonus * entropy_of(z) if bonus else 0)
+    return summed(nll + torch.where(y == -100, 0, more), weights)
+
+
+def entropy_of(z: Tensor) -> Tensor:
+    logprob = z.log_softmax(-1)
+    return -(logprob.exp() * logprob.masked_fill(logprob == -torch.inf, 0)).sum(-1)
 
 
 def solve(losses: Losses, inputs: Results, rows: Tensor | slice = slice(None)) -> Results:
@@ -153,14 +161,23 @@ def errors(
         total, nll = linear_nll_sum(h, w, y, few=few, backend=backend, **options)
         return nll, total + (extra * nll).sum() if few else total
 
+    def less_entropy(primitive: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        nll, metrics = primitive(*inputs, y, return_metrics=True, backend=backend, **options)
+        return summed(nll - BONUS * metrics.entropy)
+
     paths: dict[str, tuple[Losses, Results]] = {
         "logits": (lambda x: summed(token_nll(x, y, backend=backend, **options)), {"logits": x}),
         "logits, as a part of a vocabulary that is all of it": (
-            lambda x: summed(part_nll(x, y, False, False, backend, Options(**options), ALONE)[0]),
+            lambda x: summed(part_nll(x, y, 0, False, backend, Options(**options), ALONE)[0]),
             {"logits": x},
         ),
         "linear, recompute": (
             lambda h, w: summed(linear_token_nll(h, w, y, backend=backend, **options)),
+            {"hidden": h, "weight": w},
+        ),
+        f"logits, {ENTROPY}": (lambda x: less_entropy(token_nll, x), {"logits": x}),
+        f"linear, {ENTROPY}": (
+            lambda h, w: less_entropy(linear_token_nll, h, w),
             {"hidden": h, "weight": w},
         ),
     }
@@ -168,7 +185,8 @@ def errors(
         for path, few in (("linear, one pass", 0), (A_FEW, -(-n // 20))):
             paths[path] = (partial(one_pass, few=few), {"hidden": h, "weight": w})
     for path, (losses, inputs) in paths.items():
-        plain = partial(definition, y=y, weights=1 + extra if path == A_FEW else 1.0, **options)
+        weights, bonus = 1 + extra if path == A_FEW else 1.0, BONUS if path.endswith(ENTROPY) else 0.0
+        plain = partial(definition, y=y, weights=weights, bonus=bonus, **options)
         yield from against_eager(f"{what}, {path}", solve(losses, inputs), plain, inputs)
 
 

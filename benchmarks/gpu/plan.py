@@ -41,15 +41,18 @@ def sheet(shapes: list[str]) -> list[Part]:
     """All parts, with the contests of these shapes: correctness first, then the speed that matters most."""
     contests = [(Part(f"logits:{s}", 60, 20), Part(f"linear:{s}", 80, 25)) for s in shapes]
     first, others = contests[:1], contests[1:]
+    policies = [Part(f"policy:{s}", 60, 20) for s in shapes]
     return [
         Part("machine", 45, 5),
         Part("hazards", 75),
         *(part for pair in first for part in pair),
+        *policies[:1],
         Part("overhead", 30),
         Part("accuracy", 90, 20),
         Part("graphs", 45),
         *(part for pair in others for part in pair),
         Part("small", 30),
+        *policies[1:],
         Part("kernels", 60),
         Part("chunks", 60),
         Part("compile", 60, 25),

@@ -186,15 +186,22 @@ def odd(bench: Bench) -> None:
 # The linear path ---------------------------------------------------------------------------------------
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "scalar": {},
+    "scalar, bfloat16 sum": {"accum_dtype": torch.bfloat16},
+    "token": {"gradient": "token"},
+}
+
+
 def chunks(bench: Bench) -> None:
     """Measures time and memory with chunks of several sizes."""
     for shape in bench.shapes:
         (n, d, vocab), (h, w, y) = shape, inputs(bench, shape)
-        for gradient in ("scalar", "token"):
-            step = trained(partial(LinearNVAMPLoss(shift=False, gradient=gradient), h, w, y), h, w)
-            computed = (6 if gradient == "scalar" else 8) * n * d * vocab
-            for mib, context in chunk_sizes(n, vocab, few=gradient == "token"):
-                case = f"linear, {gradient}, {n} × {d} × {vocab}"
+        for kind, options in KINDS.items():
+            step = trained(partial(LinearNVAMPLoss(shift=False, **options), h, w, y), h, w)
+            computed = (8 if kind == "token" else 6) * n * d * vocab
+            for mib, context in chunk_sizes(n, vocab, few=kind != "scalar"):
+                case = f"linear, {kind}, {n} × {d} × {vocab}"
                 what, run = f"{case}, chunks {mib}", inside(context, step)
 
                 def measured(run: Run = run) -> dict[str, float]:
@@ -214,14 +221,15 @@ def chunk_sizes(
     n: int, vocab: int, few: bool
 ) -> Iterator[tuple[str, Callable[[], AbstractContextManager[object]]]]:
     yield "as chosen", nullcontext
-    for mib in (256, 1024) if few else (128, 256, 512, 1024, 2048, 4096):
+    for mib in (128, 256, 512) if few else (128, 256, 512, 1024, 2048, 4096):
         rows = max(mib * MiB // (2 * vocab) // 128, 1) * 128
         if rows < 2 * n:
             yield f"of {mib} MiB", partial(chunks_of, rows)
 
 
 def products(bench: Bench) -> None:
-    """Times the products of a chunk, and the cost of a float32 sum."""
+    """Times the products of a chunk, and the cost of a float32 sum; and how float32 products round."""
+    rounding(bench)
     for n, d, vocab in bench.shapes:
         w = torch.randn(vocab, d, device=bench.meter.device, dtype=torch.bfloat16)
         for rows in dict.fromkeys((n, *(r for r in (4096, 1024) if r < n))):
@@ -232,6 +240,22 @@ def products(bench: Bench) -> None:
             del x, product
         del w
         bench.meter.free()
+
+
+def rounding(bench: Bench) -> None:
+    """Errors of the gradient of hidden states in float32, the classes added up in one to sixteen products."""
+    features, vocab = (8, 300) if bench.toy else (192, 50257)
+    w = torch.randn(vocab, features, device=bench.meter.device) / features**0.5
+    for rows in (5,) if bench.toy else (3001, 2700, 1501, 512):
+        grad = (3 * torch.randn(rows, vocab, device=w.device)).softmax(-1)
+        truth = grad.double() @ w.double()
+        for parts in (1, 4, 8, 16):
+            total = grad.new_zeros(rows, features)
+            for g, some in zip(grad.chunk(parts, 1), w.chunk(parts), strict=True):
+                total.addmm_(g, some)
+            error = float((total - truth).norm() / truth.norm())
+            what = f"float32 product over {vocab} classes, {rows} rows"
+            bench.rows.add("note", what=what, products=parts, relative_error=error)
 
 
 def kinds_of_product(x: Tensor, h: Tensor, w: Tensor) -> dict[str, Run]:

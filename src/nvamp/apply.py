@@ -67,6 +67,8 @@ class NVAMPStats(NamedTuple):
     min_weight: Tensor  # the smallest ∂L/∂ℓ of a valid token
     max_weight: Tensor  # the largest
     hardest_share: Tensor  # the share of Σ |∂L/∂ℓ| on the hardest 1% of the tokens, rounded up
+    accuracy: Tensor | None = None  # the share of valid tokens whose label is the likeliest; see `on_stats`
+    entropy: Tensor | None = None  # mean entropy of the predictions of valid tokens, nats; the same
 
 
 Listener = Callable[[NVAMPStats], None]
@@ -79,6 +81,11 @@ class Call(NamedTuple):
     inputs: TokenInputs
     return_stats: bool
     on_stats: Listener | None
+    metrics: bool = False  # whether the statistics include accuracy and entropy
+
+    @property
+    def wants_metrics(self) -> bool:
+        return self.metrics and (self.return_stats or self.on_stats is not None)
 
 
 Loss = Tensor | tuple[Tensor, NVAMPStats]
@@ -94,11 +101,12 @@ def of_logits(
     objective: Objective, logits: Tensor, labels: Tensor, ignore_index: int, o: LogitsOptions, call: Call
 ) -> Loss:
     """The loss of logits [..., S, V] and labels [..., S]."""
-    vocab_group = o["vocab_group"]
+    vocab_group, batch_group = o["vocab_group"], None
     if has_dtensors(logits, labels):
         from nvamp.dtensors import local_logits  # only here: PyTorch can be built without it
 
-        logits, labels, vocab_group = local_logits(logits, labels, vocab_group)
+        logits, labels, vocab_group, batch_group = local_logits(logits, labels, vocab_group)
+    shared = _Shared.of(o["process_group"], batch_group, "logits")
 
     def losses() -> _Losses:
         check_logits(logits, part=vocab_group is not None)
@@ -107,12 +115,12 @@ def of_logits(
             logits,
             targets,
             ignore_index=ignore_index,
-            return_metrics=objective.needs_entropy,
+            return_metrics=objective.needs_entropy or call.wants_metrics,
             **_of(NLLOptions, o, vocab_group=vocab_group),
         )
         return _Losses.of(found, targets, ignore_index, inputs)
 
-    return _loss(objective, logits, losses, o["process_group"], o["backend"], call)
+    return _loss(objective, logits, losses, shared, o["backend"], call)
 
 
 def of_hidden(
@@ -126,11 +134,13 @@ def of_hidden(
     call: Call,
 ) -> Loss:
     """The loss of hidden states [..., S, D], the weight [V, D] of the output layer and labels [..., S]."""
-    vocab_group = o["vocab_group"]
+    vocab_group, batch_group = o["vocab_group"], None
     if has_dtensors(hidden, weight, labels, bias):
         from nvamp.dtensors import local_head
 
-        hidden, weight, labels, bias, vocab_group = local_head(hidden, weight, labels, bias, vocab_group)
+        local = local_head(hidden, weight, labels, bias, vocab_group)
+        hidden, weight, labels, bias, vocab_group, batch_group = local
+    shared = _Shared.of(o["process_group"], batch_group, "hidden")
 
     def losses() -> _Losses:
         check_linear(hidden, weight, bias)
@@ -138,30 +148,33 @@ def of_hidden(
         few = None
         # Parts of a vocabulary would have to meet at every chunk, and the one pass has no entropies.
         if vocab_group is None and not objective.needs_entropy:
-            few = _few_in_one_pass(objective, targets, o["process_group"])
+            few = _few_in_one_pass(objective, targets, shared.group)
         if few is not None and can_one_pass(hidden, weight, bias, o["backend"]):
-            total, nll = linear_nll_sum(
+            total, *nll = linear_nll_sum(  # type: ignore[call-overload]
                 hidden,
                 weight,
                 targets,
                 bias,
                 few=few,
                 ignore_index=ignore_index,
+                return_metrics=call.wants_metrics,
                 **_of(LinearSumOptions, o),
             )
-            return _Losses.of(nll, targets, ignore_index, inputs, total)
+            return _Losses.of(
+                tuple(nll) if call.wants_metrics else nll[0], targets, ignore_index, inputs, total
+            )
         found = linear_token_nll(  # type: ignore[call-overload]
             hidden,
             weight,
             targets,
             bias,
             ignore_index=ignore_index,
-            return_metrics=objective.needs_entropy,
+            return_metrics=objective.needs_entropy or call.wants_metrics,
             **_of(LinearNLLOptions, o, vocab_group=vocab_group),
         )
         return _Losses.of(found, targets, ignore_index, inputs)
 
-    return _loss(objective, hidden, losses, o["process_group"], o["backend"], call)
+    return _loss(objective, hidden, losses, shared, o["backend"], call)
 
 
 def of_tokens(
@@ -173,8 +186,9 @@ def of_tokens(
     call: Call,
 ) -> Loss:
     """The loss from per-token losses [...] computed elsewhere."""
+    shared = _Shared(process_group)
     return _loss(
-        objective, nll, lambda: _given(objective, nll, valid, entropy, call.inputs), process_group, None, call
+        objective, nll, lambda: _given(objective, nll, valid, entropy, call.inputs), shared, None, call
     )
 
 
@@ -192,12 +206,35 @@ def weights_of_tokens(
     def given() -> tuple[_Losses, Items]:
         return _given(objective, nll, valid, entropy, call.inputs), _items(call.num_items_in_batch)
 
-    losses, items = _together(objective, ranks, nll, False, given)
+    losses, items = _together(objective, ranks, nll, call, given)
     weights = _judge(objective, losses, items, ranks, None).weights()
     return torch.where(losses.valid, weights, 0).view(nll.shape)
 
 
 # From losses to the loss -------------------------------------------------------------------------------
+
+
+class _Shared(NamedTuple):
+    """The ranks that share a batch.
+
+    `of_mean`: their gradients are such that the mean over the ranks, which DDP and FSDP take, is that of the
+    batch. Otherwise the sum is.
+    """
+
+    group: "Group | None"
+    of_mean: bool = True
+
+    @classmethod
+    def of(cls, process_group: "Group | None", batch_group: "Group | None", name: str) -> "_Shared":
+        """The group of the option, or of the mesh of DTensors; of their gradients PyTorch takes the sum."""
+        if batch_group is None:
+            return cls(process_group)
+        if process_group is not None:
+            raise ValueError(
+                f"process_group must be None if {name} is a DTensor sharded over the batch: its mesh has the "
+                "ranks that share it"
+            )
+        return cls(batch_group, of_mean=False)
 
 
 class _Losses(NamedTuple):
@@ -207,7 +244,8 @@ class _Losses(NamedTuple):
     labels: Tensor  # [tokens] integers, or bool: whether it counts
     ignore_index: int  # the label of those that do not count
     inputs: Mapping[str, Tensor] = {}  # [tokens] each
-    entropy: Tensor | None = None  # [tokens], with gradient
+    entropy: Tensor | None = None  # [tokens], with gradient unless there is a `total`
+    correct: Tensor | None = None  # [tokens] bool: the label is the likeliest class
     total: Tensor | None = None  # Σ nll, with gradient; if set, only a few tokens of nll have a gradient
 
     @classmethod
@@ -220,8 +258,11 @@ class _Losses(NamedTuple):
         total: Tensor | None = None,
     ) -> "_Losses":
         """The losses from results of the engine, [...]."""
-        nll, entropy = (found, None) if isinstance(found, Tensor) else (found[0], found[1].entropy.flatten())
-        return cls(nll.flatten(), targets.flatten(), ignore_index, inputs, entropy, total)
+        nll, metrics = (found, None) if isinstance(found, Tensor) else found
+        losses = cls(nll.flatten(), targets.flatten(), ignore_index, inputs, total=total)
+        if metrics is None:
+            return losses
+        return losses._replace(entropy=metrics.entropy.flatten(), correct=metrics.correct.flatten())
 
     @property
     def valid(self) -> Tensor:
@@ -238,20 +279,23 @@ def _loss(
     objective: Objective,
     x: Tensor,
     losses_of_x: Callable[[], _Losses],
-    process_group: "Group | None",
+    shared: _Shared,
     backend: str | None,
     call: Call,
 ) -> Loss:
     """The result of a call of a loss: its value with its gradient and, if asked for, its statistics."""
-    ranks, stats_wanted = _ranks_of(process_group), call.return_stats or call.on_stats is not None
+    ranks, stats_wanted = _ranks_of(shared.group), call.return_stats or call.on_stats is not None
     losses, items = _together(
-        objective, ranks, x, stats_wanted, lambda: (losses_of_x(), _items(call.num_items_in_batch))
+        objective, ranks, x, call, lambda: (losses_of_x(), _items(call.num_items_in_batch))
     )
     result = _judge(objective, losses, items, ranks, backend)
-    loss = _value_with_gradient(result.loss, _terms(losses, result, ranks))
+    loss = _value_with_gradient(result.loss, _terms(losses, result, ranks.size if shared.of_mean else 1))
     if not stats_wanted:
         return loss
     stats = _stats(losses.batch(items, ranks), result)
+    if call.metrics and losses.correct is not None and losses.entropy is not None:
+        means = _means(losses.batch(items, ranks), losses.correct, losses.entropy.detach())
+        stats = stats._replace(accuracy=means[0], entropy=means[1])
     if call.on_stats is not None:
         call.on_stats(stats)
     return (loss, stats) if call.return_stats else loss
@@ -276,12 +320,12 @@ def _check_result(objective: Objective, losses: _Losses, result: object) -> None
     if result.shared is None and (result.per_token is None or losses.total is not None):
         few = "" if result.per_token is None else ", as its few_weights says"
         raise TypeError(f"{name}.evaluate must return a Result with `shared`{few}")
-    if result.entropy_weights is not None and losses.entropy is None:
+    if result.entropy_weights is not None and not objective.needs_entropy:
         raise TypeError(f"{name} weighs the entropy, so its needs_entropy must be True")
 
 
-def _terms(losses: _Losses, result: Result, ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (x, w): the gradient of the loss is that of Σ x·w at constant w."""
+def _terms(losses: _Losses, result: Result, times: int) -> list[tuple[Tensor, Tensor]]:
+    """Pairs (x, w): so many times the gradient of the loss is that of Σ x·w at constant w."""
     terms: list[tuple[Tensor, Tensor | None]]
     if losses.total is None:
         # The weights of other tokens do not matter: their losses have no gradient.
@@ -292,8 +336,7 @@ def _terms(losses: _Losses, result: Result, ranks: Ranks) -> list[tuple[Tensor, 
         terms.append((losses.entropy, result.entropy_weights))
     if _is_traced():  # the value is then computed from the terms, where 0·NaN would show
         terms = [(x, w if w is None or not w.dim() else torch.where(losses.valid, w, 0)) for x, w in terms]
-    # The mean over the ranks, which DDP and FSDP take, is then the gradient of the whole batch.
-    return [(x, w if ranks is ALONE else ranks.size * w) for x, w in terms if w is not None]
+    return [(x, w if times == 1 else times * w) for x, w in terms if w is not None]
 
 
 def _value_with_gradient(value: Tensor, terms: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -344,7 +387,7 @@ def _ranks_of(process_group: "Group | None") -> Ranks:
     return ranks_of(process_group)
 
 
-def _together(objective: Objective, ranks: Ranks, x: object, stats: bool, losses: Callable[[], T]) -> T:
+def _together(objective: Objective, ranks: Ranks, x: object, call: Call, losses: Callable[[], T]) -> T:
     """losses(), computed from the tensor x. If it raises, this rank first takes part in later collectives.
 
     The other ranks then get a loss of NaN. Otherwise they would wait for this rank forever.
@@ -357,8 +400,10 @@ def _together(objective: Objective, ranks: Ranks, x: object, stats: bool, losses
             inputs = dict.fromkeys((*objective.inputs, *objective.optional_inputs), nll)
             batch = Batch(nll, torch.ones_like(nll, dtype=torch.bool), None, ranks, inputs, nll)
             result = objective.evaluate(batch)
-            if stats:
+            if call.return_stats or call.on_stats is not None:
                 _statistics_of(batch, result)
+            if call.wants_metrics:
+                _means(batch, nll, nll)
         raise
 
 
@@ -513,6 +558,12 @@ def _stats(batch: Batch, result: Result) -> NVAMPStats:
         max_weight=over_valid(torch.amax, -torch.inf),
         hardest_share=_hardest_share(ell, valid, weights.abs()),
     )
+
+
+def _means(batch: Batch, *x: Tensor) -> list[Tensor]:
+    """The mean of each x [tokens] over the valid tokens of all ranks, 0 if there is none: one all-reduce."""
+    n, *sums = batch.sums(*(each.to(batch.nll.dtype) for each in x))
+    return [total / n.clamp(min=1) for total in sums]
 
 
 def _hardest_share(ell: Tensor, valid: Tensor, weights: Tensor) -> Tensor:

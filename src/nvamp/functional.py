@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, TypedDict, cast, overload
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -14,10 +15,12 @@ from nvamp.options import (
     IGNORE_INDEX,
     LinearOptions,
     LogitsOptions,
+    LogprobOptions,
     TokenLossOptions,
     TokenOptions,
     check_ignore_index,
     check_options,
+    spelled_out,
 )
 
 if TYPE_CHECKING:
@@ -32,10 +35,81 @@ __all__ = [
     "TokenOptions",
     "linear_nvamp_loss",
     "linear_token_nll",
+    "logprobs",
     "nvamp_loss",
     "token_nll",
     "token_weights",
 ]
+
+
+@overload
+def logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
+    **options: Unpack[LogprobOptions],
+) -> Tensor: ...
+@overload
+def logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    ignore_index: int = ...,
+    return_entropy: Literal[True],
+    **options: Unpack[LogprobOptions],
+) -> tuple[Tensor, Tensor]: ...
+@spelled_out(LogprobOptions)
+def logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    return_entropy: bool = False,
+    **options: Unpack[LogprobOptions],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The log-probability of every label, without gradient, for passes of a reference or an old policy.
+
+    It takes one matrix product, with one chunk of the logits in memory at a time. `linear_token_nll` gives
+    log-probabilities with a gradient.
+
+    Args:
+        hidden: [..., D], the last hidden states.
+        weight: [V, D], the weight of the output layer, in the dtype of `hidden`.
+        labels: [...] int64, int32 or uint8, in [0, V) or `ignore_index`, for the hidden state at the same
+            place: nothing is shifted here.
+        bias: [V] or None.
+        return_entropy: also return the entropies of the predictions, from the same pass.
+        softcap, logit_scale: how the model makes logits; see `TokenOptions`.
+        temperature: divides these logits, above 0.
+        vocab_group, backend: as in `linear_token_nll`, DTensors too.
+
+    Returns:
+        [...] in nats, at most 0, and 0 for ignored labels; with `return_entropy` a pair of them and the
+        entropies [...] in nats, 0 for ignored labels. Both are in float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit; see `token_nll`.
+
+    Example:
+        >>> reference = logprobs(hidden[:, :-1], lm_head.weight, tokens[:, 1:], temperature=0.9)
+    """
+    o = check_options(LogprobOptions, options, "logprobs")
+    temperature = cast(float, o.pop("temperature"))
+    for name in ("softcap", "logit_scale"):  # a cap of c on logits that are divided later is one of c/T
+        o[name] = None if o[name] is None else cast(float, o[name]) / temperature
+    with torch.no_grad():
+        found = linear_token_nll(  # type: ignore[call-overload]
+            hidden, weight, labels, bias, ignore_index=ignore_index, return_metrics=return_entropy, **o
+        )
+    return (0 - found[0], found[1].entropy) if return_entropy else 0 - found
 
 
 class _Fields(TypedDict, total=False):

@@ -50,6 +50,8 @@ class _Criterion(nn.Module):
         """Checks an option before it is kept, so that a wrong one fails where it is set."""
         if name in DECLARED[self._declared]:
             value = DECLARED[self._declared][name].check(name, value)
+            if name == "class_weight" and name not in self._buffers:
+                self.register_buffer(name, None, persistent=False)  # moves to a device with the module
         elif name == "ignore_index":
             value = check_ignore_index(name, value)
         elif name == "objective" and not isinstance(value, self._objective):
@@ -97,8 +99,13 @@ class _TokenCriterion(_Criterion):
     z_loss: float
     softcap: float | None
     logit_scale: float
+    class_weight: Tensor | None
     vocab_group: "Group | None"
     backend: str | None
+    token_metrics: bool = False
+
+    def _call(self, items: Items, inputs: TokenInputs, return_stats: bool = False) -> Call:
+        return super()._call(items, inputs, return_stats)._replace(metrics=self.token_metrics)
 
     def _of_logits(self, logits: Tensor, labels: Tensor, call: Call, **changed: object) -> apply.Loss:
         """The loss of logits; `changed` replaces options for this call."""
@@ -120,6 +127,9 @@ class Loss(_TokenCriterion):
             shifted already.
         label_smoothing, z_loss, softcap, logit_scale: the loss of a token; see
             `nvamp.functional.TokenOptions`.
+        class_weight: [vocab], how much each class counts; see `nvamp.functional.token_nll`. It is a buffer,
+            which moves with the module and is not in its `state_dict`. The loss of the batch is not divided
+            by the sum of weights, as that of `torch.nn.CrossEntropyLoss` is: `num_items_in_batch` does that.
         inplace_backward: let the backward overwrite the logits; see `nvamp.functional.token_nll`.
         process_group: the ranks that share the batch, a `ProcessGroup` or a `DeviceMesh` of one dimension.
             Every rank gets the loss of the whole batch. The mean of the gradients over the ranks, which DDP
@@ -131,6 +141,8 @@ class Loss(_TokenCriterion):
     Attributes:
         on_stats: if set, called with the `NVAMPStats` of every loss. It gives access to the statistics of a
             loss that a trainer or a model computes, as in `nvamp.integrations.stats.log_stats`.
+        token_metrics: if True, the statistics include `accuracy` and `entropy`, from the same pass over the
+            logits: one more look at them, and with a `process_group` one more all-reduce of three numbers.
 
     All arguments are attributes too, and may be changed between calls.
 

@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypedDict, TypeVar, cast, get_args
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from nvamp.distributed import Group
@@ -113,10 +114,31 @@ def _dtype(name: str, value: object) -> object:
     return value
 
 
+def _class_weight(name: str, value: object) -> object:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} must be a floating-point tensor or None, got {got}")
+    if value.dim() != 1:
+        raise ValueError(f"{name} must have shape [vocabulary], got {list(value.shape)}")
+    if value.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: it gets none")
+    return value
+
+
 # Options -----------------------------------------------------------------------------------------------
 
 
-class TokenOptions(TypedDict, total=False):
+class _TargetOptions(TypedDict, total=False):
+    label_smoothing: Annotated[float, Option(0.0, between(0, 1))]
+    z_loss: Annotated[float, Option(0.0, between(0))]
+
+
+class _PredictionOptions(TypedDict, total=False):
+    softcap: Annotated[float | None, Option(None, optional(between(0, open_low=True)))]
+    logit_scale: Annotated[float, Option(1.0, not_zero)]
+
+
+class TokenOptions(_TargetOptions, _PredictionOptions, total=False):
     """Keyword arguments that change the loss of a single token.
 
     With `x` the logits of a token, `y` its label and `z = softcap·tanh(logit_scale·x / softcap)`
@@ -124,26 +146,38 @@ class TokenOptions(TypedDict, total=False):
 
         loss = logsumexp(z) − (1 − label_smoothing)·z[y] − label_smoothing·mean(z) + z_loss·logsumexp(z)²
 
+    With a `class_weight` w, each class v has its part of the target, and the loss is
+
+        loss = Σ_v t_v·(logsumexp(z) − z[v] + z_loss·logsumexp(z)²)
+        t_v = w[v]·((1 − label_smoothing)·[v = y] + label_smoothing / V)
+
     `label_smoothing` is in [0, 1]; `z_loss` is at least 0, and 1e-4 in PaLM (arXiv 2204.02311); `softcap` is
     above 0, and 30 in Gemma 2 (arXiv 2408.00118); `logit_scale` is not 0.
     """
 
-    label_smoothing: Annotated[float, Option(0.0, between(0, 1))]
-    z_loss: Annotated[float, Option(0.0, between(0))]
-    softcap: Annotated[float | None, Option(None, optional(between(0, open_low=True)))]
-    logit_scale: Annotated[float, Option(1.0, not_zero)]
 
-
-class EngineOptions(TokenOptions, total=False):
-    """Keyword arguments of all functions that compute the losses of tokens."""
-
+class _Backend(TypedDict, total=False):
     backend: Annotated[str | None, Option(None, optional(_backend))]
 
 
-class PartOptions(EngineOptions, total=False):
+class _VocabGroup(TypedDict, total=False):
+    vocab_group: Annotated["Group | None", Option(None, optional(_group))]
+
+
+class EngineOptions(TokenOptions, _Backend, total=False):
+    """Keyword arguments of all functions that compute the losses of tokens."""
+
+    class_weight: Annotated[Tensor | None, Option(None, optional(_class_weight))]
+
+
+class PartOptions(EngineOptions, _VocabGroup, total=False):
     """The same for functions that take a vocabulary in parts on several ranks."""
 
-    vocab_group: Annotated["Group | None", Option(None, optional(_group))]
+
+class LogprobOptions(_PredictionOptions, _Backend, _VocabGroup, total=False):
+    """Keyword arguments of `nvamp.functional.logprobs`, which describes them."""
+
+    temperature: Annotated[float, Option(1.0, between(0, open_low=True))]
 
 
 class NLLOptions(PartOptions, total=False):
@@ -200,6 +234,7 @@ DECLARED: dict[type, dict[str, Option]] = {
         LogitsOptions,
         LinearOptions,
         TokenLossOptions,
+        LogprobOptions,
     )
 }
 

@@ -53,6 +53,7 @@ def _take_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(chunked, "block_rows", lambda *_: rows)
     monkeypatch.setattr(linear, "chunk_rows", lambda *_: 2 * rows)
+    monkeypatch.setattr(linear, "SUMMANDS", 16)
     if rows < 1000:  # kernels take blocks of columns
         monkeypatch.setattr(triton, "WARP", 2)  # and several lanes
         monkeypatch.setattr(triton, "reading", lambda *_, **__: triton.Launch(16, 1))

@@ -221,7 +221,7 @@ def test_one_pass_waits_for_no_device(few: int, backend: str, monkeypatch: pytes
     with FakeTensorMode() as mode:
         head = Head(*map(mode.from_tensor, (p.hidden, p.weight, p.bias, p.labels)))
         engine = backends.load(backend)
-        nll, units = linear.unit_gradients(engine, head, needs, few, None, opt)
+        (nll,), units = linear.unit_gradients(engine, head, needs, few, False, None, opt)
         grads = linear.weighted_gradients(
             engine, nll.sum(), nll, units, head, needs, few, None, opt, in_place=True
         )
@@ -413,6 +413,31 @@ def test_one_pass_is_as_accurate_as_eager_if_sums_are_in_float32(
 
 
 @pytest.mark.parametrize("one_pass", [True, False])
+def test_full_precision_adds_up_few_classes_at_once(one_pass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, cuBLAS may add up the products of all classes one by one."""
+    monkeypatch.setattr(devices, "can_look", lambda _: False)
+    monkeypatch.setattr(linear, "SUMMANDS", 100)
+    summed: list[int] = []
+    add_product = linear._add_product
+
+    def counting(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+        if len(b) != 32:  # rows of hidden: the gradient of the weight
+            summed.append(len(b))
+        add_product(total, a, b, scale)
+
+    monkeypatch.setattr(linear, "_add_product", counting)
+    p = make_problem(n=32, d=8, v=250, dtype=torch.float32, ignored=0)
+
+    def total(h: Tensor, w: Tensor) -> Tensor:
+        if one_pass:
+            return linear_nll_sum(h, w, p.labels, few=0)[0]
+        return linear_token_nll(h, w, p.labels).sum()
+
+    gradients(total, p.hidden, p.weight)
+    assert summed == [100, 100, 50]
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
 @pytest.mark.usefixtures("device_kind")
 def test_half_precision_sums_many_chunks_in_float32(one_pass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """1024 chunks that all add a half: a sum in bfloat16 stops growing long before the end."""
@@ -514,6 +539,14 @@ def test_metrics(backend: str) -> None:
     _, linear = linear_token_nll(p.hidden, p.weight, p.labels, p.bias, return_metrics=True, backend=backend)
     _, from_logits = token_nll(p.logits, p.labels, return_metrics=True, backend=backend)
     torch.testing.assert_close(linear, from_logits)
+    if backend != "reference":
+        inputs = p.hidden, p.weight, p.labels, p.bias
+        one_pass = {
+            few: linear_nll_sum(*inputs, few=few, return_metrics=True, backend=backend) for few in (0, 1, 3)
+        }
+        for _, nll, metrics in one_pass.values():
+            torch.testing.assert_close(nll, p.exact(p.logits), **TIGHT)
+            torch.testing.assert_close(metrics, from_logits)
 
 
 @with_backend
@@ -685,6 +718,13 @@ def test_empty(backend: str, shape: tuple[int, ...]) -> None:
 X, W, Y = torch.zeros(2, 3, 5), torch.zeros(7, 5), torch.zeros(2, 3, dtype=torch.int64)
 
 
+def partitioned(weight: Any) -> Any:
+    """What DeepSpeed's ZeRO-3 leaves of a weight outside of the modules' calls."""
+    part = torch.nn.Parameter(torch.empty(0))
+    part.ds_shape = weight.shape  # type: ignore[attr-defined]
+    return part
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -715,9 +755,12 @@ X, W, Y = torch.zeros(2, 3, 5), torch.zeros(7, 5), torch.zeros(2, 3, dtype=torch
         (lambda: linear_token_nll(X, W.T, Y), ValueError, r"weight must have shape \[vocabulary, 5\].* got \[5, 7\]"),
         (lambda: linear_token_nll(X[..., :0], W[:, :0], Y), ValueError, r"hidden must have .* got \[2, 3, 0\]"),
         (lambda: linear_token_nll(X[0, 0], W, Y), ValueError, r"hidden must have shape \[..., features\]"),
+        (lambda: linear_token_nll(X, W[:0, 0], Y), ValueError, r"got \[0\], as .* ZeRO-3 .* leave it after the backward"),
         (lambda: linear_token_nll(X, W.half(), Y), TypeError, "weight must have the dtype of hidden, torch.float32"),
         (lambda: linear_token_nll(X, W, Y, W[0]), ValueError, r"bias must have shape \[7\], got \[5\]"),
         (lambda: linear_token_nll(X, W.to("meta"), Y), ValueError, "weight must be on the device of hidden"),
+        (lambda: linear_token_nll(X, partitioned(W), Y), ValueError, r"partitioned .* \[0\] .* not \[7, 5\]. .*Gathered"),
+        (lambda: linear_nll_sum(X, partitioned(W), Y, few=0), ValueError, r"within deepspeed.zero.GatheredParameters"),
         (lambda: linear_nll_sum(X, W, Y, few=-1), ValueError, "few must be at least 0, got -1"),
         (lambda: linear_token_nll(X, W, Y, accum_dtype=torch.half), ValueError, "accum_dtype must be torch.float32 for"),
         (lambda: linear_token_nll(X.half(), W.half(), Y, accum_dtype=torch.float64), ValueError, "float16 or torch.float32"),

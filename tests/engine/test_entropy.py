@@ -95,7 +95,7 @@ def test_any_batch(case: Case) -> None:
     """Entropies, their gradients, predictions and log-sum-exps of whatever batch."""
     x = case.logits.detach().requires_grad_()
     nll, metrics = case.with_small_blocks(
-        lambda: token_nll(x, case.labels, return_metrics=True, **case.engine)
+        lambda: token_nll(x, case.labels, return_metrics=True, mean_logit=True, **case.engine)
     )
     truth = case.logits.detach().clone().requires_grad_()
     entropies = oracle.entropies(truth[case.valid], **case.options)
@@ -114,6 +114,8 @@ def test_any_batch(case: Case) -> None:
     if (cap := case.options.get("softcap")) is not None:
         z = cap * torch.tanh(z / cap)
     torch.testing.assert_close(metrics.lse, torch.where(case.valid, z.logsumexp(-1), 0), **TIGHT)
+    assert metrics.mean_logit is not None
+    torch.testing.assert_close(metrics.mean_logit, torch.where(case.valid, z.mean(-1), 0), **TIGHT)
     # Two are equal where the cap is reached, and rounding has the say.
     predicted = z.gather(-1, metrics.prediction.long()[..., None])[..., 0]
     torch.testing.assert_close(predicted[case.valid], z.amax(-1)[case.valid], **TIGHT)
@@ -152,14 +154,34 @@ def test_all_metrics(backend: str, ignore_index: int) -> None:
     labels = torch.where(p.valid, p.labels.clamp(min=1), ignore_index)
     x = p.logits.detach().requires_grad_()
     options: Any = {"return_metrics": True, "backend": backend, "ignore_index": ignore_index}
+    assert token_nll(x, labels, **options)[1].mean_logit is None
+    options["mean_logit"] = True
     nll, metrics = token_nll(x, labels, **options)
     assert torch.equal(metrics.correct, (x.argmax(-1) == labels) & p.valid)
     assert torch.equal(metrics.prediction, x.argmax(-1).where(p.valid, 0))
     torch.testing.assert_close(metrics.lse, x.detach().logsumexp(-1).where(p.valid, 0), **TIGHT)
     torch.testing.assert_close(metrics.entropy, p.exact_entropy(x), **TIGHT)
-    assert [t.requires_grad for t in (nll, *metrics)] == [True, False, False, True, False]
+    torch.testing.assert_close(metrics.mean_logit, x.detach().mean(-1).where(p.valid, 0), **TIGHT)
+    assert [t.requires_grad for t in (nll, *metrics)] == [True, False, False, True, False, False]
     _, from_hidden = linear_token_nll(p.hidden, p.weight, labels, p.bias, **options)
     torch.testing.assert_close(from_hidden, TokenMetrics(*(t.detach() for t in metrics)))
+
+
+def test_the_mean_of_logits_is_one_of_the_metrics() -> None:
+    p = make_problem()
+    with pytest.raises(ValueError, match="mean_logit is one of the metrics: it needs return_metrics=True"):
+        token_nll(p.logits, p.labels, mean_logit=True)  # type: ignore[call-overload]
+
+
+@with_backend
+@pytest.mark.parametrize("offset", [0, 1e4])
+def test_the_mean_of_logits_keeps_its_digits(backend: str, offset: float) -> None:
+    x = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)) + offset
+    labels, exact = torch.arange(8), x.double().mean(-1)
+    _, metrics = token_nll(x, labels, return_metrics=True, mean_logit=True, backend=backend)
+    assert metrics.mean_logit is not None
+    rounding = torch.finfo(x.dtype).eps * x.abs().max()
+    assert (metrics.mean_logit - exact).abs().max() <= rounding
 
 
 # Accuracy ----------------------------------------------------------------------------------------------

@@ -43,10 +43,10 @@ def flat(backend: str = "chunked", **options: Any) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("metrics", [True, False])
+@pytest.mark.parametrize("metrics", [0, 2, 3])
 @with_backend
 def test_opcheck_of_the_primitives(
-    options: dict[str, Any], dtype: torch.dtype, metrics: bool, backend: str
+    options: dict[str, Any], dtype: torch.dtype, metrics: int, backend: str
 ) -> None:
     p = make_problem(n=6, d=4, v=9, dtype=dtype)
     logits = p.logits.detach().requires_grad_()
@@ -64,15 +64,15 @@ def test_opcheck_of_the_primitives(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, True, False)])
-@pytest.mark.parametrize("few", [0, 1, 3])
+@pytest.mark.parametrize(("few", "metrics"), [(0, True), (1, False), (3, False), (1, True)])
 @with_backend
 def test_opcheck_of_the_one_pass_operator(
-    dtype: torch.dtype, trained: tuple[bool, ...], few: int, backend: str
+    dtype: torch.dtype, trained: tuple[bool, ...], few: int, metrics: bool, backend: str
 ) -> None:
     p = make_problem(n=6, d=4, v=9, dtype=dtype)
     head = [x.requires_grad_(t) for x, t in zip((p.hidden, p.weight, p.bias), trained, strict=True)]
     torch.library.opcheck(
-        ops.linear_nll_sum.default, (*head, p.labels, *trained, few, False, None, *flat(backend))
+        ops.linear_nll_sum.default, (*head, p.labels, *trained, few, metrics, False, None, *flat(backend))
     )
 
 
@@ -82,9 +82,9 @@ def test_opcheck_of_the_backward_operators(backend: str) -> None:
     p = make_problem(n=6, d=4, v=9)
     head = (p.hidden, p.weight, p.bias, p.labels)
     needs = (True, True, False)
-    nll, norm, entropy, _ = ops.token_nll(p.logits, p.labels, True, False, *flat(backend))
+    nll, norm, entropy, *_ = ops.token_nll(p.logits, p.labels, 2, False, *flat(backend))
     for classes, of_entropy in product((None, torch.tensor(11)), ((None, None), (entropy, nll))):
-        of_rows = norm, classes, *of_entropy
+        of_rows = norm, classes, None, *of_entropy
         torch.library.opcheck(
             ops.token_nll_backward.default, (nll, p.logits, p.labels, *of_rows, *flat(backend))
         )
@@ -92,7 +92,8 @@ def test_opcheck_of_the_backward_operators(backend: str) -> None:
             ops.linear_token_nll_backward.default, (nll, *of_rows, *head, *needs, None, *flat(backend))
         )
     for few in (0, 1, 3):
-        total, nll, *units = ops.linear_nll_sum(*head, *needs, few, False, None, *flat(backend))
+        total, nll, *rest = ops.linear_nll_sum(*head, *needs, few, False, False, None, *flat(backend))
+        units = rest[4:]
         torch.library.opcheck(
             ops.linear_nll_sum_backward.default,
             (total, nll if few else None, *units, *head, *needs, few, None, *flat(backend)),
@@ -100,9 +101,9 @@ def test_opcheck_of_the_backward_operators(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("v", "metrics"), [(9, False), (9, True), (0, True)])
+@pytest.mark.parametrize(("v", "metrics"), [(9, 0), (9, 2), (9, 3), (0, 3)])
 @with_backend
-def test_opcheck_of_the_operators_on_parts(backend: str, v: int, metrics: bool, dtype: torch.dtype) -> None:
+def test_opcheck_of_the_operators_on_parts(backend: str, v: int, metrics: int, dtype: torch.dtype) -> None:
     p = make_problem(n=6, d=4, v=9, dtype=dtype)
     logits, weight, bias = p.logits[:, :v], p.weight[:v], p.bias[:v]
     head = [x.detach().requires_grad_() for x in (p.hidden, weight, bias)]
@@ -111,7 +112,7 @@ def test_opcheck_of_the_operators_on_parts(backend: str, v: int, metrics: bool, 
     torch.library.opcheck(
         ops.linear_part_statistics.default, (*(x.detach() for x in head), p.labels, metrics, None, *args)
     )
-    whole = (torch.zeros(6, 2), torch.zeros(6), torch.tensor(11), torch.zeros(6) if metrics else None)
+    whole = (torch.zeros(6, 2), torch.zeros(6), torch.tensor(11), None, torch.zeros(6) if metrics else None)
     torch.library.opcheck(ops.part_nll.default, (logits, p.labels, *whole, False, *args))
     torch.library.opcheck(ops.linear_part_nll.default, (*head, p.labels, *whole, None, *args))
 
@@ -258,7 +259,7 @@ def runs(backend: str, create_graph: bool = False) -> dict[str, Callable[[], lis
         return [*(x.detach() for x in results), *grads]
 
     head, y = (p.hidden, p.weight, p.bias), p.labels
-    whole = engine.Whole(torch.randn(37, 2), torch.randn(37), torch.tensor(99), torch.randn(37))
+    whole = engine.Whole(torch.randn(37, 2), torch.randn(37), torch.tensor(99), None, torch.randn(37))
     options: Any = {"backend": backend, **OPTIONS["all"]}
     args = backend, Options(IGNORED, **OPTIONS["all"])
     return {
@@ -279,9 +280,9 @@ def runs(backend: str, create_graph: bool = False) -> dict[str, Callable[[], lis
         "linear part": lambda: run(
             lambda h, w, b: engine.linear_part_nll(Head(h, w, b, y), whole, None, *args), *head
         ),
-        "statistics of a part": lambda: list(engine.part_statistics(p.logits, y, True, *args)),
+        "statistics of a part": lambda: list(engine.part_statistics(p.logits, y, 3, *args)),
         "statistics of a linear part": lambda: list(
-            engine.linear_part_statistics(Head(*head, y), True, None, *args)
+            engine.linear_part_statistics(Head(*head, y), 3, None, *args)
         ),
     }
 

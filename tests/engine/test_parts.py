@@ -79,7 +79,7 @@ def logits_path(
 
     def rank(ranks: Ranks) -> tuple[Tensor, Tensor]:
         x = shards[ranks.rank].detach().clone().requires_grad_()
-        nll = parts.token_nll(x, p.labels, False, False, backend, options_of(options), ranks)[0]
+        nll = parts.token_nll(x, p.labels, 0, False, backend, options_of(options), ranks)[0]
         (grad,) = torch.autograd.grad((p.token_weights * nll).sum(), x)
         return nll.detach(), grad
 
@@ -107,7 +107,7 @@ def check_linear(backend: str, options: dict[str, Any]) -> None:
     def rank(ranks: Ranks) -> list[Tensor]:
         def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
             head = Head(map_gradient(h, ranks.total), w, b, p.labels)
-            nll = parts.linear_token_nll(head, False, None, backend, options_of(options), ranks)[0]
+            nll = parts.linear_token_nll(head, 0, None, backend, options_of(options), ranks)[0]
             torch.testing.assert_close(nll, p.exact(p.logits, **options), **TIGHT)
             return (p.token_weights * nll).sum()
 
@@ -176,7 +176,7 @@ def test_masked_classes_and_extreme_logits(backend: str) -> None:
 
     def rank(ranks: Ranks) -> tuple[Tensor, Tensor]:
         x = logits.split(4, -1)[ranks.rank].clone().requires_grad_()
-        nll = parts.token_nll(x, p.labels, False, False, backend, Options(), ranks)[0]
+        nll = parts.token_nll(x, p.labels, 0, False, backend, Options(), ranks)[0]
         (grad,) = torch.autograd.grad(nll.sum(), x)
         return nll.detach(), grad
 
@@ -197,7 +197,7 @@ def losses(logits: Tensor, labels: Tensor, sizes: list[int], backend: str, opt: 
     shards = logits.split(sizes, -1)
     return on_ranks(
         len(sizes),
-        lambda ranks: parts.token_nll(shards[ranks.rank], labels, False, False, backend, opt, ranks)[0],
+        lambda ranks: parts.token_nll(shards[ranks.rank], labels, 0, False, backend, opt, ranks)[0],
     )
 
 
@@ -240,7 +240,7 @@ def test_ignored_rows_may_hold_anything(backend: str, ignore_index: int) -> None
 
     def rank(ranks: Ranks) -> tuple[Tensor, Tensor]:
         x = logits.split([7, 3], -1)[ranks.rank].clone().requires_grad_()
-        nll = parts.token_nll(x, labels, False, False, backend, opt, ranks)[0]
+        nll = parts.token_nll(x, labels, 0, False, backend, opt, ranks)[0]
         (grad,) = torch.autograd.grad(nll.sum(), x)
         return nll.detach(), grad
 
@@ -264,7 +264,7 @@ def test_labels_out_of_range(backend: str, device_kind: str) -> None:
         errors: list[Any] = on_ranks(
             2,
             lambda ranks: parts.token_nll(
-                p.logits.split([4, 5], -1)[ranks.rank], p.labels, False, False, backend, Options(), ranks
+                p.logits.split([4, 5], -1)[ranks.rank], p.labels, 0, False, backend, Options(), ranks
             ),
         )
         assert all("labels must be in [0, 9) for a vocabulary of 9" in str(e) for e in errors)
@@ -304,9 +304,9 @@ def check_metrics(p: Problem, sizes: list[int], backend: str, options: dict[str,
 
     def rank(ranks: Ranks) -> tuple[Tensor, ...]:
         x = shards[ranks.rank].detach().clone().requires_grad_()
-        results = parts.token_nll(x, p.labels, True, False, backend, options_of(options), ranks)
-        assert [t.requires_grad for t in results] == [True, False, True, False]
-        nll, _, entropy, _ = results
+        results = parts.token_nll(x, p.labels, 3, False, backend, options_of(options), ranks)
+        assert [t.requires_grad for t in results] == [True, False, True, False, False]
+        nll, _, entropy, *_ = results
         (grad,) = torch.autograd.grad(combined(p, nll, entropy), x)
         return *(t.detach() for t in results), grad
 
@@ -314,13 +314,14 @@ def check_metrics(p: Problem, sizes: list[int], backend: str, options: dict[str,
         lambda x: combined(p, p.exact(x, **options), p.exact_entropy(x, **options)), p.logits
     )
     results = on_ranks(len(sizes), rank)
-    whole = {"backend": "reference", "return_metrics": True, **options}
+    whole = {"backend": "reference", "return_metrics": True, "mean_logit": True, **options}
     nll, metrics = token_nll(p.logits, p.labels, **whole)  # type: ignore[call-overload]
-    for got_nll, lse, entropy, prediction, _ in results:
+    for got_nll, lse, entropy, prediction, mean, _ in results:
         torch.testing.assert_close(got_nll, nll, **TIGHT)
         torch.testing.assert_close(lse[p.valid], metrics.lse[p.valid], **TIGHT)
         torch.testing.assert_close(entropy, p.exact_entropy(p.logits, **options), **TIGHT)
         assert torch.equal(prediction, metrics.prediction)
+        torch.testing.assert_close(mean, metrics.mean_logit, **TIGHT)
     torch.testing.assert_close(torch.cat([grad for *_, grad in results], -1), expected, **TIGHT)
 
 
@@ -332,11 +333,16 @@ def check_linear_metrics(p: Problem, sizes: list[int], backend: str, options: di
         return combined(p, p.exact(x, **options), p.exact_entropy(x, **options))
 
     _, expected = gradients(whole, p.hidden, p.weight, p.bias)
+    metrics = token_nll(p.logits, p.labels, return_metrics=True, mean_logit=True, **options)[1]  # type: ignore[call-overload]
+    mean_logits = metrics.mean_logit
 
     def rank(ranks: Ranks) -> list[Tensor]:
         def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
             head = Head(map_gradient(h, ranks.total), w, b, p.labels)
-            nll, _, entropy, _ = parts.linear_token_nll(head, True, None, backend, options_of(options), ranks)
+            nll, _, entropy, _, mean = parts.linear_token_nll(
+                head, 3, None, backend, options_of(options), ranks
+            )
+            torch.testing.assert_close(mean, mean_logits, **TIGHT)
             torch.testing.assert_close(entropy, p.exact_entropy(p.logits, **options), **TIGHT)
             return combined(p, nll, entropy)
 
@@ -375,7 +381,7 @@ def test_predictions_are_the_first_of_equals(backend: str) -> None:
     labels, shards = torch.zeros(60, dtype=torch.int64), x.split([2, 0, 3, 1], -1)
     found = on_ranks(
         4,
-        lambda ranks: parts.token_nll(shards[ranks.rank], labels, True, False, backend, Options(), ranks)[3],
+        lambda ranks: parts.token_nll(shards[ranks.rank], labels, 2, False, backend, Options(), ranks)[3],
     )
     for prediction in found:
         assert torch.equal(prediction[:3], torch.tensor([5, 1, 0]))
@@ -399,7 +405,7 @@ def test_entropy_is_as_accurate_as_eager_on_the_whole(
 
     def rank(ranks: Ranks) -> tuple[Tensor, Tensor]:
         part = shards[ranks.rank].clone().requires_grad_()
-        entropy = parts.token_nll(part, labels, True, False, backend, Options(), ranks)[2]
+        entropy = parts.token_nll(part, labels, 2, False, backend, Options(), ranks)[2]
         (grad,) = torch.autograd.grad((weights * entropy).sum(), part)
         return entropy.detach(), grad
 
@@ -429,7 +435,7 @@ def test_masked_classes_and_ignored_rows_have_no_part_in_metrics(backend: str) -
 
     def rank(ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
         x = logits.split(4, -1)[ranks.rank].clone().requires_grad_()
-        nll, _, entropy, prediction = parts.token_nll(x, p.labels, True, False, backend, Options(), ranks)
+        nll, _, entropy, prediction = parts.token_nll(x, p.labels, 2, False, backend, Options(), ranks)
         (grad,) = torch.autograd.grad(combined(p, nll, entropy), x)
         return entropy.detach(), prediction, grad
 

@@ -96,7 +96,7 @@ def test_nothing_looks_at_the_data(launched: list[tuple[Any, ...]], monkeypatch:
     with pytest.raises((RuntimeError, NotImplementedError)):  # what a look at the data is here
         head.labels.sum().item()
 
-    _, units = linear.unit_gradients(triton, head, needs, 1, None, opt)  # type: ignore[arg-type]
+    _, units = linear.unit_gradients(triton, head, needs, 1, False, None, opt)  # type: ignore[arg-type]
     index, grad, hidden, *of_sum = units
     assert (index.shape, grad.shape, hidden.shape) == ((1,), (501,), (32,))
     assert [u.shape for u in of_sum] == [(100, 32), (501, 32), (501,)]
@@ -106,7 +106,7 @@ def test_nothing_looks_at_the_data(launched: list[tuple[Any, ...]], monkeypatch:
         assert [g.shape for g in grads] == [(100, 32), (501, 32), (501,)]
     _, norm = linear.token_nll(triton, head, False, None, opt)  # type: ignore[arg-type]
     targets = parts._Targets.of(head.labels, 501, opt, ALONE)
-    statistics = linear.part_statistics(triton, head._replace(labels=targets.labels), True, None, opt)  # type: ignore[arg-type]
+    statistics = linear.part_statistics(triton, head._replace(labels=targets.labels), 2, None, opt)  # type: ignore[arg-type]
     whole, prediction = parts._put_together(parts._Statistics(*statistics), targets, True, opt, ALONE)
     assert [x.shape for x in (*whole, prediction)] == [(100, 2), (100,), (), (100,), (100,)]  # type: ignore[union-attr]
     for classes, of_entropy in product((None, targets.classes), (None, OfEntropy(nll, nll))):
@@ -139,7 +139,7 @@ SHAPES = [(8192, 4096, 128256), (16384, 2048, 151936), (4096, 8192, 262144), (32
 
 @pytest.mark.parametrize(("n", "d", "v"), SHAPES)
 def test_chunks_on_an_accelerator(n: int, d: int, v: int) -> None:
-    """As few as fit into what the backward takes anyway, or 512 MiB; with a sum in bfloat16, as Liger's are."""
+    """As few as fit into what the backward takes anyway, or 512 MiB; with a sum in bfloat16, less."""
     hidden, weight, row = meta(n, d), meta(v, d), 2 * (-(-v // 16) * 16)
 
     at_the_end = 4 * v * d + 2 * n * d + 2 * v * d  # the sum, and both gradients
@@ -151,7 +151,7 @@ def test_chunks_on_an_accelerator(n: int, d: int, v: int) -> None:
             assert (rows - 256) * row < max(at_the_end - meanwhile, 2**29) <= rows * row
         rows = linear.chunk_rows(hidden, weight, torch.bfloat16, one_pass)
         assert rows % 128 == 0
-        assert rows == 128 or (rows - 64) * row <= 2 * n * d < (rows + 65) * row
+        assert (rows - 64) * row <= max(2 * n * d, 2**28) < (rows + 65) * row
 
 
 class Allocations(TorchDispatchMode):
@@ -191,7 +191,7 @@ def test_memory_on_an_accelerator(
     engine: Any = triton
     with Allocations(head.hidden, head.weight, head.labels, nll, norm) as held:
         if one_pass:
-            _, units = linear.unit_gradients(engine, head, needs, few, None, opt)
+            _, units = linear.unit_gradients(engine, head, needs, few, False, None, opt)
             linear.weighted_gradients(engine, nll[0], nll, units, head, needs, few, None, opt, in_place=True)
         else:
             linear.token_nll_backward(engine, nll, norm, None, None, head, needs, None, opt)

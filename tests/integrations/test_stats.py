@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvamp import LinearLoss, Loss, NVAMPLoss
+from nvamp import LinearLoss, Loss, NVAMPLoss, TokenLoss
 from nvamp.integrations.stats import log_stats
 from nvamp.integrations.transformers import compute_loss_func, logits_of, patch
 from nvamp.objectives import DFT, NVAMP, Objective, TokenWeighted
@@ -67,7 +67,7 @@ def expected(batches: list[NDArray[np.float64]], objective: Objective) -> dict[s
     }
 
 
-def trainer_with(loss: Any, folder: Path, report_to: str) -> Any:
+def trainer_with(loss: Any, folder: Path, report_to: str, model: Any = None) -> Any:
     arguments = {
         **LOGGED,
         "max_steps": STEPS,
@@ -78,7 +78,7 @@ def trainer_with(loss: Any, folder: Path, report_to: str) -> Any:
         "report_to": report_to,
     }
     rows = Rows(unequal=True)
-    return trainer_of(tiny(), rows, folder, arguments, eval_dataset=rows, compute_loss_func=loss)
+    return trainer_of(model or tiny(), rows, folder, arguments, eval_dataset=rows, compute_loss_func=loss)
 
 
 def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -141,6 +141,42 @@ def test_a_patched_model_with_weights_of_tokens(tmp_path: Path) -> None:
         assert entry["nvamp_cross_entropy"] == pytest.approx(entry["loss"] / 3, rel=1e-4)
 
 
+@pytest.mark.parametrize("path", ["compute_loss_func", "patch", "patch, no logits in evaluation"])
+def test_accuracy_and_entropy(path: str, tmp_path: Path) -> None:
+    """Without learning, and with all rows between two logs, they are those of the first model."""
+    model, rows, criterion = tiny(), Rows(unequal=True), Loss(NVAMP())
+    logits, targets = model(rows.inputs).logits[:, :-1].detach(), rows.labels[:, 1:]
+    p, scored = logits.double().softmax(-1), targets != IGNORED
+    expected = {
+        "nvamp_accuracy": float((p.argmax(-1) == targets)[scored].double().mean()),
+        "nvamp_entropy": float(torch.special.entr(p).sum(-1)[scored].mean()),
+    }
+    assert expected["nvamp_accuracy"] > 0
+    if path != "compute_loss_func":
+        criterion = LinearLoss(NVAMP())
+        patch(model, criterion, eval_logits="," not in path)
+    trainer = trainer_with(
+        compute_loss_func(criterion) if path == "compute_loss_func" else None, tmp_path, "none", model
+    )
+    trainer.args.learning_rate = 0.0
+    log_stats(trainer, criterion, token_metrics=True)
+    trainer.train()
+    metrics = trainer.evaluate()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    for entry in logged:
+        assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
+    log_stats(trainer, criterion)
+    assert "eval_nvamp_entropy" not in trainer.evaluate()
+    assert not criterion.token_metrics
+
+
+def test_losses_of_tokens_have_no_accuracy(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="token_metrics need a Loss or a LinearLoss, got a TokenLoss"):
+        log_stats(trainer_with(None, tmp_path, "none"), TokenLoss(NVAMP()), token_metrics=True)
+
+
 class Waits(TorchDispatchMode):
     """Counts what would make a program wait for the device: values, and sizes that depend on values."""
 
@@ -177,7 +213,7 @@ def test_between_logs_nothing_waits(tmp_path: Path, waits: Waits) -> None:
 
         trainer = trainer_with(loss, tmp_path, "none")
         if name == "with":
-            log_stats(trainer, criterion)
+            log_stats(trainer, criterion, token_metrics=True)
         trainer.train()
     seen = waits.count
     torch.ones(1).item()

@@ -13,7 +13,8 @@ from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntrop
 
 from nvamp import Loss
 from nvamp.integrations import torchtitan
-from nvamp.integrations.torchtitan import TitanLoss
+from nvamp.integrations.torchtitan import TitanLoss, criterion_of
+from nvamp.objectives import CrossEntropy
 from nvamp.objectives.spec import parse_loss
 from tests.integrations.tiny import IGNORED
 
@@ -108,6 +109,54 @@ def test_chunks_have_their_part_of_the_inputs(micro_batches: list[tuple[Tensor, 
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("chunks", [None, 4])
+def test_metrics_add_up(chunks: int | None, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
+    """Over chunks and micro-batches; the loss stays as it is."""
+    torch.manual_seed(0)
+    head = nn.Linear(D, V, bias=False)
+    found: list[dict[str, Tensor]] = []
+    losses = []
+    tokens = torch.stack([(labels != IGNORED).sum() for _, labels in micro_batches]).sum()
+    for metrics in (True, False):
+        config: BaseLoss.Config = TitanLoss.Config(loss="nvamp:gradient=token", metrics=metrics)
+        if chunks is not None:
+            config = ChunkedLossWrapper.Config(num_chunks=chunks, loss_fn=config)
+        loss_fn = config.build(compile_config=None)
+        if isinstance(loss_fn, ChunkedLossWrapper):
+            loss_fn.set_lm_head(head)
+        for hidden, labels in micro_batches:
+            loss, values = loss_fn(hidden if chunks else head(hidden), labels, tokens)
+            losses.append(loss.detach())
+            found.append(values)
+    assert losses[:2] == losses[2:]
+    assert found[2:] == [{}, {}]
+    logits = (
+        torch.cat([head(hidden)[labels != IGNORED] for hidden, labels in micro_batches]).double().detach()
+    )
+    targets = torch.cat([labels[labels != IGNORED] for _, labels in micro_batches])
+    p = logits.softmax(-1)
+    nll = nn.functional.cross_entropy(logits, targets, reduction="none")
+    expected = {
+        "nvamp_cross_entropy/mean": nll.mean(),
+        "nvamp_accuracy/mean": (p.argmax(-1) == targets).double().mean(),
+        "nvamp_entropy/mean": torch.special.entr(p).sum(-1).mean(),
+    }
+    assert expected["nvamp_accuracy/mean"] > 0
+    summed = {name: (found[0][name] + found[1][name]).double() for name in expected}
+    torch.testing.assert_close(summed, expected, rtol=1e-5, atol=0)
+    largest = torch.maximum(found[0]["nvamp_loss/max"], found[1]["nvamp_loss/max"])
+    torch.testing.assert_close(largest.double(), nll.max(), rtol=1e-5, atol=0)
+
+
+def test_the_criterion_is_found() -> None:
+    config = TitanLoss.Config(loss="ce")
+    for made in (config, ChunkedLossWrapper.Config(loss_fn=config)):
+        assert criterion_of(made.build(compile_config=None)).objective == CrossEntropy()
+    for theirs in (CrossEntropyLoss.Config(), ChunkedLossWrapper.Config()):
+        with pytest.raises(TypeError, match="must be a TitanLoss or a wrapper of one, got CrossEntropyLoss"):
+            criterion_of(theirs.build(compile_config=None))
+
+
 @pytest.mark.parametrize("text", ["nvmap", "nvamp:gradient=tokens", "ce:z_loss=-1"])
 def test_a_wrong_text_is_an_error_of_the_configuration(text: str) -> None:
     with pytest.raises(ValueError, match=text):
@@ -123,7 +172,11 @@ def test_a_missing_input_is_named(micro_batches: list[tuple[Tensor, Tensor]]) ->
 
 @pytest.mark.parametrize(
     ("text", "what"),
-    [("ce:label_smoothing=0.1,z_loss=0.1", "label_smoothing, z_loss"), ("entropy", "the entropy")],
+    [
+        ("ce:label_smoothing=0.1,z_loss=0.1", "label_smoothing, z_loss"),
+        ("entropy", "the entropy"),
+        ("ce", "metrics"),
+    ],
 )
 def test_what_torchtitan_does_not_gather(
     text: str, what: str, micro_batches: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
@@ -132,7 +185,7 @@ def test_what_torchtitan_does_not_gather(
     hidden, labels = micro_batches[0]
     logits = nn.Linear(D, V)(hidden)
     with pytest.raises(NotImplementedError, match=f"needs {what}, which torchtitan does not compute"):
-        TitanLoss.Config(loss=text).build(compile_config=None)(logits, labels)
+        TitanLoss.Config(loss=text, metrics=what == "metrics").build(compile_config=None)(logits, labels)
     loss, _ = TitanLoss.Config(loss="ce").build(compile_config=None)(logits, labels)
     expected, _ = CrossEntropyLoss.Config().build(compile_config=None)(logits, labels)
     torch.testing.assert_close(loss, expected)

@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-from nvamp import LinearLoss, Loss, NVAMPLoss
+from nvamp import LinearLoss, LinearNVAMPLoss, Loss, NVAMPLoss, TokenLoss
 from nvamp.integrations.transformers import compute_loss_func, loss_function, patch
 from nvamp.objectives import CrossEntropy, TokenWeighted
 from nvamp.study.corpus import Corpus
@@ -39,6 +41,48 @@ def test_logits_of_every_kind_of_output(wrap: Any) -> None:
     criterion = NVAMPLoss(gradient="token")
     loss = compute_loss_func(criterion)(wrap(logits), labels, num_items_in_batch=torch.tensor(11))
     torch.testing.assert_close(loss, criterion(logits, labels, num_items_in_batch=11), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("way", [compute_loss_func, loss_function])
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (NVAMPLoss, "must be an instance, got the class NVAMPLoss"),
+        (LinearNVAMPLoss(), r"of logits, such as Loss\(NVAMP\(\)\), got LinearNVAMPLoss, which patch\(model"),
+        (TokenLoss(CrossEntropy()), r"got TokenLoss, which nvamp\.integrations\.trl\.SFTTrainer takes"),
+        ("nvamp", "must be a loss of logits, .*got str$"),
+    ],
+)
+def test_what_is_no_loss_of_logits(criterion: Any, message: str, way: Any) -> None:
+    with pytest.raises(TypeError, match=message):
+        way(criterion)
+
+
+def test_what_other_trainers_pass() -> None:
+    logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    loss = compute_loss_func(NVAMPLoss())
+    found = loss({"logits": logits}, labels, num_items_in_batch=11, loss_scale=None, trainer="of ms-swift")
+    assert found == NVAMPLoss()(logits, labels, num_items_in_batch=11)
+    with pytest.raises(TypeError, match="loss_scale: compute_loss_func has no use for it"):
+        loss({"logits": logits}, labels, loss_scale=torch.ones(2, 5))
+
+
+def test_split_sequences_exclude_a_loss_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    loss, unshifted = (compute_loss_func(NVAMPLoss(shift=shift)) for shift in (True, False))
+    split = {"parallelism_config": accelerate.ParallelismConfig(cp_size=2)}
+    monkeypatch.setattr(AcceleratorState, "_shared_state", split)
+    with pytest.raises(ValueError, match=r"context parallelism, cp_size=2, .*: use patch\(model, LinearLoss"):
+        loss({"logits": logits}, labels)
+    unshifted({"logits": logits}, labels)
+    split["parallelism_config"] = accelerate.ParallelismConfig(sp_size=2)
+    with pytest.raises(ValueError, match="sequence parallelism, sp_size=2, a Trainer ignores"):
+        unshifted({"logits": logits}, labels)
+    split.clear()
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")  # as `accelerate launch` sets them
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "4")
+    with pytest.raises(ValueError, match="sequence parallelism, sp_size=4"):
+        compute_loss_func(NVAMPLoss())
 
 
 def test_missing_labels_are_named() -> None:
@@ -188,7 +232,7 @@ def test_weights_of_the_batch_reach_the_loss(way: str, tmp_path: Path) -> None:
         if way == "patch":
             patch(model, LinearLoss(TokenWeighted()))
         else:
-            model.loss_function = loss_function(Loss(TokenWeighted()))
+            model.loss_function = loss_function(Loss(TokenWeighted()), model)
         moved, logged = run(collate, accumulate, None, tmp_path, model, remove_unused_columns=False)
         if accumulate == 1:
             expected, expected_log = descended(batches)

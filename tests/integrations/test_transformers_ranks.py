@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from nvamp import LinearLoss, LinearNVAMPLoss, Loss, NVAMPLoss
 from nvamp.integrations.transformers import Criterion, compute_loss_func, loss_function, patch, unpatch
@@ -99,7 +99,7 @@ def trained(case: Case, batch: int, accumulate: int, grouped: bool, folder: Path
     if isinstance(criterion, LinearLoss):
         patch(model, criterion)
     elif criterion and case.path == "loss_function":
-        model.loss_function = loss_function(criterion)
+        model.loss_function = loss_function(criterion, model)
     elif criterion:
         by_trainer = compute_loss_func(criterion)
     rows = Rows(case.unequal, weighted="weight" in (case.objective or ""))
@@ -116,6 +116,7 @@ def every_case(rank: int, world: int, folder: Path) -> dict[str, Outcome]:
     outcomes = {name: trained(case, 2, case.accumulate, case.grouped, folder) for name, case in CASES.items()}
     without_a_number_nothing_is_divided()
     a_sharded_model_has_the_gradient_of_the_whole_batch()
+    a_model_in_fsdp1_is_patched_and_restored()
     return outcomes
 
 
@@ -151,6 +152,24 @@ def a_sharded_model_has_the_gradient_of_the_whole_batch() -> None:
                 unpatch(model)
         for weight, expected in zip(model.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(weight.grad.full_tensor(), expected.grad / WORLD)
+
+
+def a_model_in_fsdp1_is_patched_and_restored() -> None:
+    """Its wrapper shows the attributes of the model as its own."""
+    tokens = torch.arange(SEQ)[None]
+    own = float(tiny()(input_ids=tokens, labels=tokens).loss.detach())
+    for first in (True, False):
+        model = tiny()
+        if first:
+            patch(model, LinearNVAMPLoss())
+        wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        if not first:
+            patch(wrapped, LinearNVAMPLoss())
+        assert wrapped(input_ids=tokens, labels=tokens).logits is None
+        unpatch(wrapped)
+        outputs = wrapped(input_ids=tokens, labels=tokens)
+        assert float(outputs.loss.detach()) == pytest.approx(own)
+        assert outputs.logits is not None
 
 
 @pytest.fixture(scope="module")

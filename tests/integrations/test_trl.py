@@ -1,25 +1,41 @@
-"""The integration with TRL's `SFTTrainer`, against its own loss."""
+"""The integration with TRL's `SFTTrainer`, against its own loss; and the policy loss against its `GRPOTrainer`'s."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import pytest
+import tokenizers
 import torch
+import torch.nn.functional as F
 import transformers
 import trl
 from datasets import Dataset
 from torch import Tensor
 
-from nvamp import Loss, TokenLoss, TokenNVAMPLoss
+from nvamp import LinearLoss, Loss, TokenLoss, TokenNVAMPLoss
+from nvamp.functional import linear_token_nll
 from nvamp.integrations.stats import log_stats
-from nvamp.integrations.transformers import compute_loss_func, loss_function
+from nvamp.integrations.transformers import compute_loss_func, loss_function, patch
 from nvamp.integrations.trl import SFTTrainer
-from nvamp.objectives import DFT, NVAMP, CrossEntropy, EntropyWeighted, Objective, TokenWeighted
+from nvamp.objectives import (
+    DFT,
+    NVAMP,
+    ClippedPolicy,
+    CrossEntropy,
+    EntropyWeighted,
+    Objective,
+    TokenWeighted,
+)
 from tests.integrations.tiny import (
     DESCENT,
     IGNORED,
+    LOGGED,
+    SEQ,
+    V,
     assert_same,
+    tiny,
     weights_of,
 )
 from tests.study.conftest import words
@@ -160,7 +176,7 @@ class WithLossFunction(transformers.Trainer):  # type: ignore[misc]  # transform
     """transformers' own trainer, of the model's logits."""
 
     def __init__(self, model: Any, **options: Any) -> None:
-        model.loss_function = loss_function(Loss(TokenWeighted()))
+        model.loss_function = loss_function(Loss(TokenWeighted()), model)
         super().__init__(model, **options)
 
 
@@ -259,3 +275,125 @@ def test_a_loss_without_the_criterion_is_an_error(
     monkeypatch.setattr(trl.SFTTrainer, "compute_loss", another)
     with pytest.raises(RuntimeError, match=r"TRL \d.* computed a loss without calling the criterion"):
         trained(SFTTrainer, model_dir, tokenizer, data["text"], tmp_path, {}, criterion=TokenNVAMPLoss())
+
+
+# GRPO --------------------------------------------------------------------------------------------------
+
+
+class Rollouts(NamedTuple):
+    """Four prompts of three tokens, completions of unequal length, and what reinforcement needs of them."""
+
+    tokens: Tensor  # [4, 12]
+    labels: Tensor  # the same, −100 where no token was drawn
+    advantage: Tensor  # [4]
+    old_logprob: Tensor  # [4, 12], far enough from the model's that some ratios are clipped
+    ref_logprob: Tensor
+
+    def for_trl(self, prompt: int = 3) -> dict[str, Tensor]:
+        drawn = (self.labels[:, prompt:] != IGNORED).long()
+        return {
+            "prompt_ids": self.tokens[:, :prompt],
+            "prompt_mask": torch.ones_like(self.tokens[:, :prompt]),
+            "completion_ids": self.tokens[:, prompt:],
+            "completion_mask": drawn,
+            "advantages": self.advantage,
+            "old_per_token_logps": self.old_logprob[:, prompt:],
+            "ref_per_token_logps": self.ref_logprob[:, prompt:],
+            "num_items_in_batch": drawn.sum(),
+        }
+
+    @property
+    def sizes(self) -> Tensor:
+        """How many tokens each row has drawn, [4]."""
+        return (self.labels != IGNORED).sum(-1)
+
+
+@pytest.fixture
+def rollouts() -> Rollouts:
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(V, (4, SEQ), generator=g)
+    place, size = torch.arange(SEQ), torch.tensor([[9], [1], [4], [7]])
+    labels = tokens.masked_fill((place < 3) | (place >= 3 + size), IGNORED)
+    with torch.no_grad():
+        hidden = (model := tiny()).model(tokens).last_hidden_state
+    logprob = -linear_token_nll(hidden[:, :-1], model.lm_head.weight.detach(), labels[:, 1:])
+    old, ref = (F.pad(logprob, (1, 0)) + 0.4 * torch.randn(tokens.shape, generator=g) for _ in range(2))
+    return Rollouts(tokens, labels, torch.tensor([1.5, -0.7, 0.3, -1.1]), old, ref)
+
+
+@pytest.fixture(scope="module")
+def grpo(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """TRL's trainer, whose own loss is called on rollouts made up by the tests."""
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0")
+    return trl.GRPOTrainer(
+        tiny(),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=trl.GRPOConfig(
+            str(tmp_path_factory.mktemp("grpo")),
+            max_completion_length=16,
+            use_bias_correction_kl=False,  # by default the KL term of TRL is multiplied by the ratio
+            bf16=False,
+            **(LOGGED | {"per_device_train_batch_size": 4, "num_generations": 4}),
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "w1"}] * 4),
+        processing_class=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer(words), pad_token="w0", eos_token="w1"
+        ),
+    )
+
+
+# The loss that docs/reinforcement-learning.md gives for each of TRL's: num_items_in_batch and token_weight.
+SAME_AS_TRL: dict[str, Callable[[Rollouts], dict[str, Any]]] = {
+    "dapo": lambda r: {"num_items_in_batch": r.sizes.sum()},
+    "bnpo": lambda r: {},
+    "dr_grpo": lambda r: {"num_items_in_batch": 4 * 16},  # rows × max_completion_length
+    "grpo": lambda r: {
+        "num_items_in_batch": 4,
+        "token_weight": (1 / r.sizes[:, None]).expand(r.labels.shape),
+    },
+}
+
+
+@pytest.mark.parametrize("corrected", [False, True], ids=["", "vllm"])
+@pytest.mark.parametrize(
+    ("loss_type", "options"),
+    [
+        *((loss_type, {"clip": 0.2, "clip_high": 0.28, "kl": 0.3}) for loss_type in SAME_AS_TRL),
+        ("dapo", {"clip": 0.1, "clip_high": 0.1, "kl": 0.3, "entropy": 0.2}),
+        ("bnpo", {"clip": 0.2, "clip_high": 0.28, "entropy": 0.2}),
+        ("grpo", {"clip": 0.5, "clip_high": 0.0}),
+    ],
+)
+def test_a_clipped_policy_is_trls(
+    grpo: Any, rollouts: Rollouts, loss_type: str, options: dict[str, float], corrected: bool
+) -> None:
+    correction = torch.rand(4, SEQ) if corrected else torch.ones(4, SEQ)
+    grpo.loss_type, grpo.beta = loss_type, options.get("kl", 0.0)
+    grpo.epsilon_low, grpo.epsilon_high = options["clip"], options["clip_high"]
+    grpo.entropy_coef = options.get("entropy", 0.0)
+    grpo._entropy_bonus_enabled = bool(grpo.entropy_coef)
+    grpo.current_gradient_accumulation_steps, grpo.use_vllm = 1, corrected
+    grpo.model.train()
+    grpo.model.zero_grad()
+    theirs = grpo._compute_loss(
+        grpo.model, {**rollouts.for_trl(), "importance_sampling_ratio": correction[:, 3:]}
+    )
+    theirs.backward()
+
+    model = tiny()
+    patch(model, LinearLoss(ClippedPolicy(**options)))
+    ours = model(
+        input_ids=rollouts.tokens,
+        labels=rollouts.labels,
+        advantage=rollouts.advantage[:, None] * correction,
+        old_logprob=rollouts.old_logprob,
+        ref_logprob=rollouts.ref_logprob,
+        **SAME_AS_TRL[loss_type](rollouts),
+    ).loss
+    ours.backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    for (name, a), b in zip(model.named_parameters(), grpo.model.parameters(), strict=True):
+        torch.testing.assert_close(
+            a.grad, b.grad, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    assert float(model.lm_head.weight.grad.abs().max()) > 0.01  # so 1e-6 is small

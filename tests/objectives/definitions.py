@@ -99,6 +99,7 @@ def clipped_policy(
     advantage: Tensor,
     old_logprob: Tensor | None = None,
     ref_logprob: Tensor | None = None,
+    token_weight: Tensor | float = 1.0,
 ) -> Tensor:
     logprob = -ell
     ratio = (logprob - (logprob.detach() if old_logprob is None else old_logprob)).exp()
@@ -110,4 +111,4 @@ def clipped_policy(
     if o.entropy:
         assert entropy is not None
         loss = loss - o.entropy * entropy
-    return loss
+    return token_weight * loss

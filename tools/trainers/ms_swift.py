@@ -20,15 +20,7 @@ def train(objective: str | None) -> Outcome:
     from swift.loss import loss_map
     from swift.pipelines import SwiftSft
 
-    def of_trainer(args: Any, trainer: Any) -> Any:
-        loss = compute_loss_func(Loss(parse(objective or "ce")))
-
-        def compute(outputs: Any, labels: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
-            return loss(outputs, labels, num_items_in_batch)
-
-        return compute
-
-    loss_map["nvamp"] = of_trainer
+    loss_map["nvamp"] = lambda args, trainer: compute_loss_func(Loss(parse(objective or "ce")))
     watch = Watch(None)
 
     class Sft(SwiftSft):  # type: ignore[misc]  # swift is untyped here

@@ -14,15 +14,17 @@ from nvamp.engine import ops, parts, reference
 from nvamp.engine.backends import backend_for
 from nvamp.engine.checks import (
     check_accum_dtype,
+    check_class_weight,
     check_head,
     check_labels,
     check_linear,
     check_logits,
     check_transforms,
 )
-from nvamp.engine.options import Head, Needs, Options
+from nvamp.engine.options import Head, Needs, Options, accumulate_dtype
 from nvamp.options import (
     DECLARED,
+    EngineOptions,
     LinearNLLOptions,
     LinearSumOptions,
     NLLOptions,
@@ -47,6 +49,7 @@ class TokenMetrics(NamedTuple):
     prediction: Tensor  # int64: the class of the largest z, the first of equals; 0 if ignored
     entropy: Tensor  # nats, differentiable with any weight per token; 0 if ignored
     lse: Tensor  # logsumexp(z); 0 if ignored
+    mean_logit: Tensor | None = None  # mean of z over the classes; 0 if ignored; None unless asked for
 
 
 @overload
@@ -65,6 +68,7 @@ def token_nll(
     *,
     ignore_index: int = ...,
     return_metrics: Literal[True],
+    mean_logit: bool = ...,
     **options: Unpack[NLLOptions],
 ) -> tuple[Tensor, TokenMetrics]: ...
 @spelled_out(NLLOptions)
@@ -74,6 +78,7 @@ def token_nll(
     *,
     ignore_index: int = -100,
     return_metrics: bool = False,
+    mean_logit: bool = False,
     **options: Unpack[NLLOptions],
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
     """Negative log-likelihood of every label, `logsumexp(logits) − logits[label]`, in nats.
@@ -88,16 +93,20 @@ def token_nll(
             nothing is shifted here.
         ignore_index: the label of tokens that do not count: loss and gradient are 0.
         return_metrics: also return `TokenMetrics`, from the same pass.
+        mean_logit: with `return_metrics`, have the mean of the logits of each token among them.
         inplace_backward: let the backward write the gradient over the logits, which saves the memory of a
             gradient. If another backward needs the logits, PyTorch raises its error for a tensor modified in
             place. The option has no effect on logits that are leaves, views of leaves or DTensors or that
             overlap themselves, with `retain_graph=True`, if saved tensors are hooked, as under activation
             checkpointing, under `torch.compile`, and on `"reference"`.
+        class_weight: [V], floating-point, without gradient: how much each class counts, in the loss of a
+            token as `torch.nn.CrossEntropyLoss(weight=..., reduction="none")` defines it; see `TokenOptions`.
+            With `label_smoothing` too, `"chunked"` does the work of `"triton"`.
         vocab_group: the ranks that share the vocabulary. Each has the logits of some classes, in the order of
-            the ranks; the labels index the whole vocabulary and are the same on all ranks. The losses are
-            then the same on all ranks too, and each rank gets the gradient with respect to its own logits. It
-            takes three all-reduces of at most three numbers a token. Logits that are a DTensor sharded over
-            the last dimension need no `vocab_group`.
+            the ranks; the labels and the `class_weight` are those of the whole vocabulary, the same on all
+            ranks. The losses are then the same on all ranks too, and each rank gets the gradient with respect
+            to its own logits. It takes three all-reduces of at most three numbers a token. Logits that are a
+            DTensor sharded over the last dimension need no `vocab_group`.
         backend: `"triton"`, `"chunked"`, `"reference"`, or `None` for the best one of the device.
         **options: see `TokenOptions`.
 
@@ -110,24 +119,27 @@ def token_nll(
             devices, where a check would wait for the device, such a label gives a loss and a gradient of NaN.
     """
     o = cast(NLLOptions, check_options(NLLOptions, options, "token_nll"))
+    metrics = _wanted(return_metrics, mean_logit)
     vocab_group = o["vocab_group"]
     if parts.has_dtensors(logits, labels):
         from nvamp.dtensors import local_logits  # only here: PyTorch can be built without it
 
-        logits, labels, vocab_group = local_logits(logits, labels, vocab_group)
+        logits, labels, vocab_group, _ = local_logits(logits, labels, vocab_group)
     check_logits(logits, part=vocab_group is not None)
     labels = check_labels(labels, logits, "logits")
-    opt = _opt(ignore_index, o)
-    name = backend_for(logits, o["backend"])
+    opt = _opt(ignore_index, o, logits, None if vocab_group is not None else logits.shape[-1])
+    name = _backend(logits, o)
     check_transforms(name, logits)
     if vocab_group is not None:
         ranks = _ranks_of(vocab_group)
-        results = parts.token_nll(logits, labels, return_metrics, o["inplace_backward"], name, opt, ranks)
+        results = parts.token_nll(logits, labels, metrics, o["inplace_backward"], name, opt, ranks)
     elif name == "reference":
-        results = reference.token_nll(logits, labels, return_metrics, opt)
+        results = reference.token_nll(logits, labels, metrics, opt)
+    elif not (metrics or o["inplace_backward"]) and ops.are_few(logits, labels):
+        results = ops.few_token_nll(logits, labels, name, opt)
     else:
-        results = ops.token_nll(logits, labels, return_metrics, o["inplace_backward"], name, opt)
-        results = _with_lse(*results) if return_metrics else results[:1]
+        results = ops.token_nll(logits, labels, metrics, o["inplace_backward"], name, opt)
+        results = _with_lse(metrics, *results)
     return _result(labels, ignore_index, *results)
 
 
@@ -151,6 +163,7 @@ def linear_token_nll(
     *,
     ignore_index: int = ...,
     return_metrics: Literal[True],
+    mean_logit: bool = ...,
     **options: Unpack[LinearNLLOptions],
 ) -> tuple[Tensor, TokenMetrics]: ...
 @spelled_out(LinearNLLOptions)
@@ -162,6 +175,7 @@ def linear_token_nll(
     *,
     ignore_index: int = -100,
     return_metrics: bool = False,
+    mean_logit: bool = False,
     **options: Unpack[LinearNLLOptions],
 ) -> Tensor | tuple[Tensor, TokenMetrics]:
     """`token_nll(hidden @ weight.T + bias, labels)`, with one chunk of the logits in memory at a time.
@@ -188,15 +202,17 @@ def linear_token_nll(
     The other arguments, the result and the errors are those of `token_nll`.
     """
     o = cast(LinearNLLOptions, check_options(LinearNLLOptions, options, "linear_token_nll"))
+    metrics = _wanted(return_metrics, mean_logit)
     vocab_group, accum_dtype = o["vocab_group"], o["accum_dtype"]
     if parts.has_dtensors(hidden, weight, labels, bias):
         from nvamp.dtensors import local_head
 
-        hidden, weight, labels, bias, vocab_group = local_head(hidden, weight, labels, bias, vocab_group)
+        parts_of = local_head(hidden, weight, labels, bias, vocab_group)
+        hidden, weight, labels, bias, vocab_group, _ = parts_of
     head = _head(hidden, weight, labels, bias, part=vocab_group is not None)
     check_accum_dtype(accum_dtype, head.weight)
-    opt = _opt(ignore_index, o)
-    name = backend_for(hidden, o["backend"])
+    opt = _opt(ignore_index, o, head.hidden, None if vocab_group is not None else len(head.weight))
+    name = _backend(hidden, o)
     check_transforms(name, *head[:3])
     if vocab_group is not None:
         ranks = _ranks_of(vocab_group)
@@ -204,13 +220,13 @@ def linear_token_nll(
             from nvamp.distributed import map_gradient
 
             head = head._replace(hidden=map_gradient(head.hidden, ranks.total))
-        results = parts.linear_token_nll(head, return_metrics, accum_dtype, name, opt, ranks)
+        results = parts.linear_token_nll(head, metrics, accum_dtype, name, opt, ranks)
     elif name == "reference":
         logits = reference.logits_of(head, ignore_index)
-        results = reference.token_nll(logits, head.labels, return_metrics, opt)
+        results = reference.token_nll(logits, head.labels, metrics, opt)
     else:
-        results = ops.linear_token_nll(head, return_metrics, accum_dtype, name, opt)
-        results = _with_lse(*results) if return_metrics else results[:1]
+        results = ops.linear_token_nll(head, metrics, accum_dtype, name, opt)
+        results = _with_lse(metrics, *results)
     return _result(labels, ignore_index, *results)
 
 
@@ -231,6 +247,30 @@ def can_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: s
     return differentiated and not half and backend_for(hidden, backend) != "reference"
 
 
+@overload
+def linear_nll_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    few: int,
+    ignore_index: int = ...,
+    return_metrics: Literal[False] = ...,
+    **options: Unpack[LinearSumOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_nll_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    few: int,
+    ignore_index: int = ...,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearSumOptions],
+) -> tuple[Tensor, Tensor, TokenMetrics]: ...
 def linear_nll_sum(
     hidden: Tensor,
     weight: Tensor,
@@ -239,8 +279,9 @@ def linear_nll_sum(
     *,
     few: int,
     ignore_index: int = -100,
+    return_metrics: bool = False,
     **options: Unpack[LinearSumOptions],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, TokenMetrics]:
     """The sum of the losses, and the losses [...]; the gradient of the sum is taken in the forward.
 
     This takes three matrix products instead of the four of `linear_token_nll`, but holds the gradients of
@@ -251,6 +292,8 @@ def linear_nll_sum(
             largest loss, the first if tied; its row is kept. More: any rows; the backward computes their
             logits again and adds their part to the gradient of the weight, two products of that many rows.
             Outside a CPU, rows beyond the `few` largest gradients by magnitude are silently dropped.
+        return_metrics: also return `TokenMetrics`, here without gradient, from one more look at each chunk of
+            logits.
 
     The other arguments and the errors are those of `linear_token_nll`; `"reference"` does not have it.
     """
@@ -259,22 +302,51 @@ def linear_nll_sum(
     check_accum_dtype(accum_dtype, head.weight)
     if few < 0:
         raise ValueError(f"few must be at least 0, got {few}")
-    opt = _opt(ignore_index, o)
+    opt = _opt(ignore_index, o, head.hidden, len(head.weight))
     needs = Needs(*(t is not None and t.requires_grad for t in head[:3]))
-    name = backend_for(hidden, o["backend"])
+    name = _backend(hidden, o)
     check_transforms(name, *head[:3])
-    total, nll, *_ = ops.linear_nll_sum(head, needs, few, True, accum_dtype, name, opt)
-    return total, nll.view(labels.shape)
+    wanted = _wanted(return_metrics, mean_logit=False)
+    total, *tokens = ops.linear_nll_sum(head, needs, few, wanted, True, accum_dtype, name, opt)[:6]
+    found = _result(labels, ignore_index, *_with_lse(wanted, *tokens))
+    return (total, found) if isinstance(found, Tensor) else (total, *found)
 
 
-def _opt(ignore_index: int, o: TokenOptions) -> Options:
-    """The checked options of the loss of a token, as operators take them."""
+def _opt(ignore_index: int, o: EngineOptions, x: Tensor, vocab: int | None) -> Options:
+    """The checked options of the loss of a token, as operators take them, for x, the logits or hidden states.
+
+    `vocab` is None if x is a part of the vocabulary, whose size is not known yet.
+    """
     token_options: Any = {name: o[name] for name in DECLARED[TokenOptions]}  # type: ignore[literal-required]
-    return Options(check_ignore_index("ignore_index", ignore_index), **token_options)
+    class_weight = o["class_weight"]
+    if class_weight is not None:
+        if class_weight.device != x.device:
+            raise ValueError(
+                f"class_weight must be on the device of the labels, {x.device}, got {class_weight.device}"
+            )
+        if vocab is not None:
+            check_class_weight(class_weight, vocab)
+        class_weight = class_weight.to(accumulate_dtype(x.dtype))
+    ignore_index = check_ignore_index("ignore_index", ignore_index)
+    return Options(ignore_index, class_weight=class_weight, **token_options)
 
 
-def _with_lse(nll: Tensor, norm: Tensor, entropy: Tensor, prediction: Tensor) -> tuple[Tensor, ...]:
-    return nll, norm.sum(-1), entropy, prediction
+def _backend(x: Tensor, o: EngineOptions) -> str:
+    """The name of the backend for x. The kernels of `"triton"` do not add up what weighs differently."""
+    name = backend_for(x, o["backend"])
+    return "chunked" if name == "triton" and o["class_weight"] is not None and o["label_smoothing"] else name
+
+
+def _wanted(return_metrics: bool, mean_logit: bool) -> int:
+    """How many metrics are wanted, as `Backend.token_nll` takes it."""
+    if mean_logit and not return_metrics:
+        raise ValueError("mean_logit is one of the metrics: it needs return_metrics=True")
+    return 2 * return_metrics + mean_logit
+
+
+def _with_lse(metrics: int, nll: Tensor, norm: Tensor, *found: Tensor) -> tuple[Tensor, ...]:
+    """(nll,) or, with `metrics`, (nll, lse) and those that were found."""
+    return (nll, norm.sum(-1), *found[:metrics]) if metrics else (nll,)
 
 
 def _result(
@@ -283,10 +355,10 @@ def _result(
     """The losses, shaped like the labels, and `TokenMetrics` if lse, entropy and prediction are given."""
     if not metrics:
         return nll.view(labels.shape)
-    nll, lse, entropy, prediction = (x.view(labels.shape) for x in (nll, *metrics))
+    nll, lse, entropy, prediction, *mean = (x.view(labels.shape) for x in (nll, *metrics))
     valid = labels != ignore_index
     correct = (prediction == labels) & valid
-    return nll, TokenMetrics(correct, prediction, entropy, torch.where(valid, lse, 0))
+    return nll, TokenMetrics(correct, prediction, entropy, torch.where(valid, lse, 0), *mean)
 
 
 def _head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, part: bool = False) -> Head:

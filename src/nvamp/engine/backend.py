@@ -53,27 +53,31 @@ class Backend(Protocol):
     `norm` [..., 2] has the largest z of each row and log Σ exp(z − largest). Their sum is the log-sum-exp;
     they stay apart because the rounding of a large sum would be the error of a softmax made from it.
 
+    `triton` is not given a `class_weight` together with label smoothing.
+
     Labels are int32 or int64. A label out of range gives NaN, unless the logits are a part of the vocabulary:
     then the label belongs to another part. Rows with `ignore_index` may hold anything; their losses,
     entropies, predictions and gradients are 0.
     """
 
-    def token_nll(self, logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
-        """(nll, norm), with `metrics` (nll, norm, entropy, prediction), from logits [..., V] of any strides.
+    def token_nll(self, logits: Tensor, labels: Tensor, metrics: int, opt: Options) -> tuple[Tensor, ...]:
+        """(nll, norm), and as many metrics as are wanted, from logits [..., V] of any strides.
 
-        The prediction is the class of the largest z, the first of equals, in int64; in a row with NaN it may
-        be any class.
+        `metrics` says how many: 0; 2, the entropy and the prediction; or 3, the mean of z as well. The
+        prediction is the class of the largest z, the first of equals, in int64; in a row with NaN it may be
+        any class.
         """
 
     def part_statistics(
-        self, logits: Tensor, labels: Tensor, metrics: bool, opt: Options
+        self, logits: Tensor, labels: Tensor, metrics: int, opt: Options
     ) -> tuple[Tensor, ...]:
         """(norm, z of the label or 0 if it is in another part, Σ (largest − z)) for a part of the vocabulary.
 
         `norm` here is the largest z and Σ exp(z − largest), without the logarithm, so that it adds up over
-        parts. The last sum is 0 without label smoothing, and Σ (0 − z) if the largest z is −inf. `metrics`
-        adds the entropy and the prediction, as if the part were the whole; if Σ exp is 0, the entropy may be
-        anything.
+        parts. The last sum is 0 without label smoothing, and Σ (0 − z) if the largest z is −inf; each class
+        counts in it as much as its `class_weight`. `metrics` adds the entropy and the prediction, as if the
+        part were the whole; if Σ exp is 0, the entropy may be anything. In place of the mean there is
+        Σ (largest − z), in which all classes count alike.
         """
 
     def token_nll_backward(
@@ -86,12 +90,14 @@ class Backend(Protocol):
         out: Tensor,
         classes: Tensor | None = None,
         of_entropy: OfEntropy | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         """Writes the gradient of Σ grad_nll·nll with respect to logits [..., V] to `out`.
 
         `out` is contiguous, or the logits themselves. With `of_entropy` it gets the gradient of
-        Σ grad_nll·nll + Σ grad·entropy. With `classes` the logits are a part of a vocabulary of that size,
-        and `norm` and the entropies describe the whole vocabulary.
+        Σ grad_nll·nll + Σ grad·entropy. With `classes` the logits are a part of a vocabulary of that size;
+        `norm` and the entropies describe the whole vocabulary, and so do `weights`, which are those of
+        `weights_of` if there is a `class_weight`.
         """
 
     def unit_gradient_(self, logits: Tensor, labels: Tensor, opt: Options) -> Tensor:

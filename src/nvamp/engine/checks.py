@@ -60,6 +60,12 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: bool = False) -> None:
     """Raises unless hidden [..., D], weight [V, D] and bias [V] fit together in shape, dtype and device."""
+    if weight.dim() == 1 and not weight.numel():
+        raise ValueError(
+            f"weight must have shape [vocabulary, {hidden.shape[-1]}], got {list(weight.shape)}, as "
+            "DeepSpeed's ZeRO-3 leaves a weight between the layers: compute the loss within "
+            "deepspeed.zero.GatheredParameters([weight]), and leave it after the backward"
+        )
     if weight.dim() != 2 or (weight.shape[0] == 0 and not part) or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must have shape [vocabulary, {hidden.shape[-1]}] for hidden {list(hidden.shape)}, "
@@ -110,6 +116,17 @@ def check_accum_dtype(accum_dtype: torch.dtype | None, weight: Tensor) -> None:
     if accum_dtype is not None and accum_dtype not in possible:
         names = " or ".join(str(dtype) for dtype in dict.fromkeys(possible))
         raise ValueError(f"accum_dtype must be {names} for a weight in {weight.dtype}, got {accum_dtype}")
+
+
+def check_class_weight(class_weight: Tensor, vocab: int | Tensor) -> None:
+    """Raises unless there is a weight for each of `vocab` classes. It does not wait to find out."""
+    if isinstance(vocab, Tensor) and (torch.compiler.is_compiling() or not devices.can_look(vocab)):
+        return
+    if len(class_weight) != vocab:
+        raise ValueError(
+            f"class_weight must have shape [{int(vocab)}], a weight for each class of the vocabulary, "
+            f"got {list(class_weight.shape)}"
+        )
 
 
 def check_label_range(labels: Tensor, vocab: int | Tensor, ignore_index: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nvamp.engine import devices
 from nvamp.engine.backend import Chunk, Largest, OfEntropy
-from nvamp.engine.options import Options, accumulate_dtype
+from nvamp.engine.options import Options, accumulate_dtype, weights_of
 
 MiB = 2**20
 
@@ -20,7 +20,7 @@ MiB = 2**20
 def block_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a block. Its softmax then fills a core's share of cache on a CPU, and 256 MiB elsewhere."""
     threads = torch.get_num_threads() if device.type == "cpu" else 256
-    return max(threads * MiB // (vocab * accumulate_dtype(dtype).itemsize), threads)
+    return max(threads * 4 * MiB // (vocab * accumulate_dtype(dtype).itemsize), threads)
 
 
 # Labels ------------------------------------------------------------------------------------------------
@@ -76,18 +76,22 @@ def _activate(x: Tensor, opt: Options, out: Tensor, want_slope: bool) -> tuple[T
     return tanh.mul_(opt.softcap), slope
 
 
-def _losses(z: Tensor, targets: Targets, opt: Options, out: Tensor) -> tuple[Tensor, Tensor]:
+def _losses(
+    z: Tensor, targets: Targets, weights: Tensor | None, opt: Options, out: Tensor
+) -> tuple[Tensor, Tensor]:
     """Losses [rows] and norm [rows, 2] of a block z [rows, V]. `out`, which may be z, gets softmax(z)."""
     top = z.amax(-1)
     below_top = top - z.gather(1, targets.label[:, None])[:, 0]
+    if opt.label_smoothing or weights is not None:
+        below_top *= 1 - opt.label_smoothing if weights is None else weights[:, 0]
     if opt.label_smoothing:
         z = torch.sub(z, top[:, None], out=out)  # the common part of all z would cost the mean digits
-        below_top = _smoothed(below_top, -z.mean(-1), opt)
+        # Both may be inf, so `torch.lerp`, which takes their difference, would give NaN.
+        below_top -= opt.label_smoothing * _mean(z, opt)
     # The largest probability is 1 / Σ exp(z − top).
     log_sum = -torch.softmax(z, -1, out=out).amax(-1).log_()
-    nll = log_sum + below_top
-    if opt.z_loss:
-        nll += opt.z_loss * (top + log_sum).square()
+    of_lse = log_sum + opt.z_loss * (top + log_sum).square() if opt.z_loss else log_sum
+    nll = below_top + (of_lse if weights is None else weights[:, 1] * of_lse)
     if targets.ignored is not None:
         nll.masked_fill_(targets.ignored, 0)
     if targets.invalid is not None:
@@ -95,9 +99,9 @@ def _losses(z: Tensor, targets: Targets, opt: Options, out: Tensor) -> tuple[Ten
     return nll, torch.stack((top, log_sum), -1)
 
 
-def _smoothed(at_label: Tensor, mean: Tensor, opt: Options) -> Tensor:
-    """The smoothed loss. Both may be inf, so `torch.lerp`, which takes their difference, would give NaN."""
-    return (1 - opt.label_smoothing) * at_label + opt.label_smoothing * mean
+def _mean(x: Tensor, opt: Options) -> Tensor:
+    """The mean [rows] of x [rows, V] over the classes, each with its weight if they have some."""
+    return x.mean(-1) if opt.class_weight is None else x @ opt.class_weight / x.shape[1]
 
 
 def _weighted(below: Tensor, p: Tensor) -> Tensor:
@@ -116,6 +120,7 @@ def _to_gradient(
     slope: Tensor | None,
     targets: Targets,
     grad_nll: Tensor,
+    weights: Tensor | None,
     opt: Options,
     classes: Tensor | None = None,
     of_entropy: OfEntropy | None = None,
@@ -128,20 +133,27 @@ def _to_gradient(
     z − largest z [rows, V].
     """
     # dnll/dz = p·(1 + 2·z_loss·lse) − (1 − label_smoothing)·[v = y] − label_smoothing/V
+    # With class weights the first and the second term have those of the target, the third that of v.
     w = (grad_nll * opt.logit_scale)[:, None]
-    factor = w * (1 + 2 * opt.z_loss * norm.sum(-1, keepdim=True)) if opt.z_loss else w
+    factor = w if weights is None else w * weights[:, 1:]
+    if opt.z_loss:
+        factor = factor * (1 + 2 * opt.z_loss * norm.sum(-1, keepdim=True))
     if of_entropy is not None and below is not None:
         # dentropy/dz = −p·(log p + entropy), and log p = below − log_sum
         h = (of_entropy.grad * -opt.logit_scale)[:, None]
         factor = factor + h * (of_entropy.entropy - norm[:, 1])[:, None]
         factor = torch.addcmul(factor, h, _without_inf(below), out=below)
     p.mul_(factor)
-    at_label = (opt.label_smoothing - 1) * w
+    at_label = -w * (1 - opt.label_smoothing if weights is None else weights[:, :1])
     if classes is not None and targets.invalid is not None:
         at_label = at_label.masked_fill(targets.invalid[:, None], 0)
     p.scatter_add_(1, targets.label[:, None], at_label)
     if opt.label_smoothing:
-        p.sub_(w * opt.label_smoothing / (p.shape[1] if classes is None else classes))
+        uniform = w * opt.label_smoothing / (p.shape[1] if classes is None else classes)
+        if opt.class_weight is None:
+            p.sub_(uniform)
+        else:
+            p.addr_(uniform[:, 0], opt.class_weight, alpha=-1)
     if slope is not None:
         p.mul_(slope)
     if targets.ignored is not None:
@@ -178,12 +190,13 @@ def _block_buffer(logits: Tensor) -> Tensor:
 # The backend: logits [..., V] of N rows ----------------------------------------------------------------
 
 
-def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
+def token_nll(logits: Tensor, labels: Tensor, metrics: int, opt: Options) -> tuple[Tensor, ...]:
     targets = targets_of(labels, logits.shape[-1], opt)
+    weights = weights_of(targets.label, opt)
     n = labels.numel()
     buffer = _block_buffer(logits)
     nll, norm = buffer.new_empty(n), buffer.new_empty(n, 2)
-    entropy, prediction = buffer.new_empty(n), targets.label.new_empty(n)
+    entropy, prediction, mean = buffer.new_empty(n), targets.label.new_empty(n), buffer.new_empty(n)
     room = torch.empty_like(buffer) if metrics else buffer
     for x, at in _blocks(logits):
         p, rows = buffer[: len(x)], targets.rows(at)
@@ -194,25 +207,27 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
         if metrics:
             top, prediction[at] = z.max(-1)
             below = torch.sub(z, top[:, None], out=room[: len(x)])
-        nll[at], norm[at] = _losses(z, rows, opt, p)
+        if metrics > 2:
+            mean[at] = top + below.mean(-1)
+        nll[at], norm[at] = _losses(z, rows, None if weights is None else weights[at], opt, p)
         if metrics:
             # Σ p is 1 up to rounding; uncorrected, that would cost the entropy and its gradient digits.
             total = p.sum(-1)
             norm[at, 1] += total - 1
             entropy[at] = norm[at, 1] - _weighted(below, p) / total
-    if metrics and targets.ignored is not None:
-        entropy.masked_fill_(targets.ignored, 0)
-        prediction.masked_fill_(targets.ignored, 0)
-    results = [t.view(labels.shape) for t in ((nll, entropy, prediction) if metrics else (nll,))]
-    return results[0], norm.view(*labels.shape, 2), *results[1:]
+    found = (entropy, prediction, mean)[:metrics]
+    if targets.ignored is not None:
+        for x in found:
+            x.masked_fill_(targets.ignored, 0)
+    return nll.view(labels.shape), norm.view(*labels.shape, 2), *(x.view(labels.shape) for x in found)
 
 
-def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
+def part_statistics(logits: Tensor, labels: Tensor, metrics: int, opt: Options) -> tuple[Tensor, ...]:
     targets = targets_of(labels, logits.shape[-1], opt, part=True)
     n = labels.numel()
     buffer = _block_buffer(logits)
     norm, at_label, sum_below = buffer.new_empty(n, 2), buffer.new_empty(n), buffer.new_zeros(n)
-    entropy, prediction = buffer.new_empty(n), targets.label.new_empty(n)
+    entropy, prediction, all_below = buffer.new_empty(n), targets.label.new_empty(n), buffer.new_empty(n)
     second = torch.empty_like(buffer) if metrics else buffer
     for x, at in _blocks(logits):
         room = buffer[: len(x)]
@@ -221,9 +236,11 @@ def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, opt: Options)
         top = z.amax(-1)
         below = torch.sub(z, torch.where(top == -torch.inf, 0, top)[:, None], out=room)
         if opt.label_smoothing:
-            sum_below[at] = -below.sum(-1)
+            sum_below[at] = -_mean(below, opt) * below.shape[1]
         if metrics:
             prediction[at] = z.argmax(-1)
+        if metrics > 2:
+            all_below[at] = -below.sum(-1)
         e = torch.exp(below, out=second[: len(x)])
         norm[at] = torch.stack((top, e.sum(-1)), -1)
         if metrics:
@@ -232,12 +249,10 @@ def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, opt: Options)
     if targets.invalid is not None:
         at_label.masked_fill_(targets.invalid, 0)
     if targets.ignored is not None:
-        for x in (norm, at_label, sum_below, entropy, prediction):
+        for x in (norm, at_label, sum_below, entropy, prediction, all_below):
             x[targets.ignored] = 0
-    results = [
-        t.view(labels.shape) for t in (at_label, sum_below, *((entropy, prediction) if metrics else ()))
-    ]
-    return norm.view(*labels.shape, 2), *results
+    found = at_label, sum_below, *(entropy, prediction, all_below)[:metrics]
+    return norm.view(*labels.shape, 2), *(x.view(labels.shape) for x in found)
 
 
 def token_nll_backward(
@@ -249,8 +264,10 @@ def token_nll_backward(
     out: Tensor,
     classes: Tensor | None = None,
     of_entropy: OfEntropy | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     targets = targets_of(labels, logits.shape[-1], opt, part=classes is not None)
+    weights = weights_of(targets.label, opt) if weights is None else weights.view(-1, 2)
     grad_nll, norm = grad_nll.flatten(), norm.view(-1, 2)
     direct = out.dtype == norm.dtype
     buffer = out if direct else _block_buffer(logits)
@@ -269,20 +286,23 @@ def token_nll_backward(
         else:
             torch.sub(z, norm[at, :1], out=p).sub_(norm[at, 1:]).exp_()
         of_rows = None if of_entropy is None else OfEntropy(*(t.flatten()[at] for t in of_entropy))
-        _to_gradient(p, norm[at], slope, rows, grad_nll[at], opt, classes, of_rows, below)
+        weigh = None if weights is None else weights[at]
+        _to_gradient(p, norm[at], slope, rows, grad_nll[at], weigh, opt, classes, of_rows, below)
         if not direct:
             grad.copy_(p)
 
 
 def unit_gradient_(logits: Tensor, labels: Tensor, opt: Options) -> Tensor:
     targets = targets_of(labels, logits.shape[-1], opt)
+    weights = weights_of(targets.label, opt)
     buffer = _block_buffer(logits)
     nll, one = buffer.new_empty(len(logits)), buffer.new_ones(len(logits))
     for x, at in _blocks(logits):
         p = x if x.dtype == nll.dtype else buffer[: len(x)]
         z, slope = _activate(x, opt, p, want_slope=True)
-        nll[at], norm = _losses(z, targets.rows(at), opt, p)
-        _to_gradient(p, norm, slope, targets.rows(at), one[at], opt)
+        rows, weigh = targets.rows(at), None if weights is None else weights[at]
+        nll[at], norm = _losses(z, rows, weigh, opt, p)
+        _to_gradient(p, norm, slope, rows, one[at], weigh, opt)
         if p is not x:
             x.copy_(p)
     return nll

@@ -395,6 +395,7 @@ def nll_kernel(
     Z_LOSS: tl.constexpr,
     METRICS: tl.constexpr,
     PART: tl.constexpr,
+    SUM: tl.constexpr,
     ADJACENT: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
@@ -402,8 +403,8 @@ def nll_kernel(
 ):
     """Losses and norm of logits [outer, inner, V]: a program a row, which it reads once.
 
-    With PART it writes what they follow from: to `nll` the z of a label that is here, to `sum_below`
-    Σ (largest − z) if SMOOTHED, and to `norm` Σ exp(z − largest) without the logarithm.
+    With PART it writes what they follow from: to `nll` the z of a label that is here, and to `norm`
+    Σ exp(z − largest) without the logarithm. With SUM it writes Σ (largest − z) to `sum_below`.
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row).to(tl.int64)
@@ -411,7 +412,7 @@ def nll_kernel(
         tl.store(nll_ptr + row, 0)
         tl.store(norm_ptr + 2 * row, 0)
         tl.store(norm_ptr + 2 * row + 1, 0)
-        if PART and SMOOTHED:
+        if SUM:
             tl.store(sum_below_ptr + row, 0)
         if METRICS:
             tl.store(entropy_ptr + row, 0)
@@ -422,19 +423,19 @@ def nll_kernel(
     x_row = _row(row, inner, stride_outer, stride_inner)
     top, total, at_label, sum_z, entropy, prediction = _statistics(
         x_ptr, x_row, label, vocab, stride_vocab, softcap, logit_scale,
-        WIDE, CAPPED, SCALED, SMOOTHED, METRICS, ADJACENT, 1, BLOCK, LANES, VECTOR,
+        WIDE, CAPPED, SCALED, SMOOTHED or SUM, METRICS, ADJACENT, 1, BLOCK, LANES, VECTOR,
     )  # fmt: skip
     tl.store(norm_ptr + 2 * row, top)
     if PART:
         tl.store(norm_ptr + 2 * row + 1, total)
         tl.store(nll_ptr + row, tl.where(valid, at_label, 0))
-        if SMOOTHED:
-            tl.store(sum_below_ptr + row, vocab * (_finite(top) - _anchor(at_label)) - sum_z)
     else:
         log_sum = tl.log(total)
         tl.store(norm_ptr + 2 * row + 1, log_sum)
         nll = _loss(top, log_sum, at_label, sum_z, vocab, label_smoothing, z_loss, WIDE, SMOOTHED, Z_LOSS)
         tl.store(nll_ptr + row, tl.where(valid, nll, float("nan")))
+    if SUM:
+        tl.store(sum_below_ptr + row, vocab * (_finite(top) - _anchor(at_label)) - sum_z)
     if METRICS:
         tl.store(entropy_ptr + row, entropy)
         tl.store(prediction_ptr + row, prediction)

@@ -20,6 +20,8 @@ MiB = 2**20
 FEW_CHUNKS = 4
 TILE = 128  # rows that a matrix product takes at a time on an accelerator
 ALLOWANCE = 512 * MiB  # that a chunk of logits may take on an accelerator, however small the head
+FRUGAL = 256 * MiB  # the same, if memory comes first; half of it takes up to twice the time
+SUMMANDS = 4096  # classes that a full-precision product adds up at a time; cuBLAS may add them up one by one
 EIGHT = 8  # cuBLAS is up to seven times slower in half precision for a vocabulary that is no multiple of 8
 
 
@@ -32,14 +34,14 @@ def chunk_rows(
     accelerator each chunk reads and writes the float32 gradient of the weight once, so few chunks are best. A
     chunk may take `spare_bytes`, which the backward needs anyway once the chunk is gone, or 512 MiB if that
     is more, rounded up to fill a card with tiles of a product. If `accum_dtype` is the dtype of the weight,
-    memory comes first: a chunk is as large as `hidden`.
+    memory comes first: a chunk is as large as `hidden`, or 256 MiB if that is more.
     """
     vocab, features = weight.shape
     if devices.can_look(weight):
         return max(52 * MiB // ((vocab + 2 * features) * weight.itemsize), 1)
     row = pitch_of(vocab) * weight.itemsize
     if accum_dtype not in (None, accumulate_dtype(weight.dtype)):
-        return TILE * max((hidden.nbytes // row + TILE // 2) // TILE, 1)
+        return TILE * max((max(hidden.nbytes, FRUGAL) // row + TILE // 2) // TILE, 1)
     return -(-max(spare_bytes(hidden, weight, one_pass), ALLOWANCE) // (2 * TILE * row)) * 2 * TILE
 
 
@@ -149,6 +151,13 @@ def _parts(weight: Tensor) -> list[slice]:
     return [slice(0, whole), slice(whole, vocab)]
 
 
+def _summed_parts(weight: Tensor) -> list[slice]:
+    """The same for products that add up the classes: not too many at once in full precision."""
+    if devices.can_look(weight) or weight.itemsize == 2:
+        return _parts(weight)
+    return [slice(start, start + SUMMANDS) for start in range(0, len(weight), SUMMANDS)]
+
+
 def _even(n: int, most: int) -> int:
     """Rows of a chunk: as few chunks as `most` rows allow, all alike, in whole tiles if they are large."""
     rows = -(-n // max(-(-n // most), 1))
@@ -183,8 +192,8 @@ class _Gradients:
     def add(self, grad: Tensor, hidden: Tensor, at: slice) -> None:
         """Adds the part of hidden [rows, D], the rows `at`, from the gradient [rows, V] of their logits."""
         weight, where = self.rows.head.weight, self.rows.where
-        parts = _parts(weight)
         if self.needs.hidden:
+            parts = _summed_parts(weight)
             dtype = self.hidden.dtype if len(parts) == 1 else accumulate_dtype(weight.dtype)  # to round once
             in_place = where is None and dtype == self.hidden.dtype
             total = self.hidden[at] if in_place else self.hidden.new_empty(hidden.shape, dtype=dtype)
@@ -195,7 +204,7 @@ class _Gradients:
             elif not in_place:
                 self.hidden[at] = total
         if self.needs.weight:
-            for part in parts:
+            for part in _parts(weight):
                 _add_product(self.weight[part], grad[:, part].T, hidden, self.scale)
             self.scale = 1.0
         if self.needs.bias:
@@ -235,16 +244,16 @@ def _can_add_to_wider(total: Tensor) -> bool:
 
 
 def token_nll(
-    backend: Backend, head: Head, metrics: bool, accum_dtype: torch.dtype | None, opt: Options
+    backend: Backend, head: Head, metrics: int, accum_dtype: torch.dtype | None, opt: Options
 ) -> tuple[Tensor, ...]:
-    """(nll, norm) or, with `metrics`, (nll, norm, entropy, prediction), [N, ...] each."""
+    """`Backend.token_nll`, [N, ...] each."""
     return _of_each_chunk(
         lambda logits, labels: backend.token_nll(logits, labels, metrics, opt), head, accum_dtype, opt
     )
 
 
 def part_statistics(
-    backend: Backend, head: Head, metrics: bool, accum_dtype: torch.dtype | None, opt: Options
+    backend: Backend, head: Head, metrics: int, accum_dtype: torch.dtype | None, opt: Options
 ) -> tuple[Tensor, ...]:
     """`Backend.part_statistics`, for a weight that is a part of the vocabulary; [N, ...] each."""
     return _of_each_chunk(
@@ -271,6 +280,7 @@ def token_nll_backward(
     grad_nll: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    weights: Tensor | None,
     of_entropy: OfEntropy | None,
     head: Head,
     needs: Needs,
@@ -279,9 +289,10 @@ def token_nll_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of Σ grad_nll·nll with respect to hidden, weight and bias, in their dtypes.
 
-    `classes` and `of_entropy` are as in `Backend.token_nll_backward`.
+    `classes`, `weights` and `of_entropy` are as in `Backend.token_nll_backward`.
     """
     rows = _Rows.of(head, opt, compact=devices.can_wait(head.hidden))
+    weights = None if weights is None else rows.gather(weights)
     norm, grad_nll, *entropies = (rows.gather(x) for x in (norm, grad_nll, *(of_entropy or ())))
     sum_dtype = _sum_dtype(head, len(rows.labels), accum_dtype)
     grads = _Gradients.empty(rows, needs, head.hidden.dtype, sum_dtype)
@@ -296,6 +307,7 @@ def token_nll_backward(
                 opt,
                 out=x,
                 classes=classes,
+                weights=None if weights is None else weights[at],
                 of_entropy=OfEntropy(*(e[at] for e in entropies)) if entropies else None,
             )
             grads.add(x, h, at)
@@ -317,36 +329,49 @@ class Units(NamedTuple):
 
 
 def unit_gradients(
-    backend: Backend, head: Head, needs: Needs, few: int, accum_dtype: torch.dtype | None, opt: Options
-) -> tuple[Tensor, Units]:
-    """nll [N], and what the backward needs; the row of the largest loss is kept if `few` is 1."""
+    backend: Backend,
+    head: Head,
+    needs: Needs,
+    few: int,
+    metrics: int,
+    accum_dtype: torch.dtype | None,
+    opt: Options,
+) -> tuple[tuple[Tensor, ...], Units]:
+    """(nll,) or, with `metrics`, the results of `Backend.token_nll`, [N, ...] each, and the units.
+
+    The row of the largest loss is kept if `few` is 1.
+    """
     rows = _Rows.of(head, opt, compact=devices.can_look(head.hidden))
     held = held_dtype(head.weight, accum_dtype)
     sum_dtype = torch.promote_types(held, _sum_dtype(head, len(rows.labels), accum_dtype))
     grads = _Gradients.empty(rows, needs, held, sum_dtype)
     slices = rows.slices(accum_dtype, one_pass=True)
     largest = Largest.none(head, len(slices)) if few == 1 else None
-    losses = [grads.bias.new_empty(0)]
+    found: list[tuple[Tensor, ...]] = []
 
     def take_chunks() -> None:  # as above
         for i, (x, h, at) in enumerate(rows.chunks(slices)):
             labels = rows.labels[at]
-            losses.append(backend.unit_gradient_(x, labels, opt))
+            of_logits = backend.token_nll(x, labels, metrics, opt)[1:] if metrics else ()
+            nll = backend.unit_gradient_(x, labels, opt)
+            found.append((nll, *of_logits))
             if largest is not None:
-                backend.keep_largest(largest, Chunk(i, at.start, losses[-1], labels, x, h), opt)
+                backend.keep_largest(largest, Chunk(i, at.start, nll, labels, x, h), opt)
             grads.add(x, h, at)
 
     take_chunks()
-    nll = rows.scatter(torch.cat(losses))
+    if not found:
+        found.append(backend.token_nll(head.weight.new_empty(0, len(head.weight)), rows.labels, metrics, opt))
+    tokens = tuple(rows.scatter(torch.cat(results)) for results in zip(*found, strict=True))
     of_sum = grads.result(held)
     if largest is None:
         none = head.weight.new_empty(0)
-        return nll, Units(none.long(), none, none.clone(), *of_sum)
+        return tokens, Units(none.long(), none, none.clone(), *of_sum)
     index = largest.row[-1:]
     if rows.where is not None and len(rows.where):
         index = rows.where[index]
     # A copy, not a view: a fake tensor does not know what else its memory holds.
-    return nll, Units(index.clone(), largest.grad, largest.hidden, *of_sum)
+    return tokens, Units(index.clone(), largest.grad, largest.hidden, *of_sum)
 
 
 def weighted_gradients(

@@ -20,14 +20,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from nvamp.engine import linear
+from nvamp.engine import devices, linear
 from nvamp.engine.backend import OfEntropy
 from nvamp.engine.backends import load
 from nvamp.engine.checks import check_label_range
 from nvamp.engine.hugepages import in_huge_pages
 from nvamp.engine.inplace import is_of_leaf, may_use_up, no_overlap, saving_is_hooked
 from nvamp.engine.linear import Units
-from nvamp.engine.operator import fields_of, operator
+from nvamp.engine.operator import fields_of, is_plain, operator
 from nvamp.engine.options import Head, Needs, Options, accumulate_dtype
 
 Tensors = tuple[Tensor, ...]
@@ -35,24 +35,29 @@ Tensors = tuple[Tensor, ...]
 _OPTIONS = f"str backend, {fields_of(Options)}"  # the last arguments of every operator that looks at logits
 _HEAD = fields_of(Head)
 _NEEDS = fields_of(Needs, prefix="needs_")
-_TOKENS = "(Tensor nll, Tensor norm, Tensor entropy, Tensor prediction)"
+_METRICS = "Tensor entropy, Tensor prediction, Tensor mean"  # those not wanted are empty
+_TOKENS = f"(Tensor nll, Tensor norm, {_METRICS})"
+_OF_PART = "Tensor? classes, Tensor? weights"  # as in `Backend.token_nll_backward`
 _OF_ENTROPY = "Tensor? entropy, Tensor? grad_entropy"  # both or neither
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 
 def _tokens(nll: Tensor, norm: Tensor, *metrics: Tensor) -> Tensors:
-    """The results of an operator that always returns four."""
-    return nll, norm, *(metrics or _no_metrics(norm))
+    """The results of an operator that always returns five."""
+    return nll, norm, *_all_metrics(norm, metrics)
 
 
-def _no_metrics(norm: Tensor) -> Tensors:
-    return norm.new_empty(0), norm.new_empty(0, dtype=torch.int64)
+def _all_metrics(norm: Tensor, metrics: Tensors) -> Tensors:
+    """The metrics that there are, and empty tensors in place of the others."""
+    none = norm.new_empty(0), norm.new_empty(0, dtype=torch.int64), norm.new_empty(0)
+    return *metrics, *none[len(metrics) :]
 
 
-def _fake_tokens(x: Tensor, labels: Tensor, metrics: bool) -> Tensors:
+def _fake_tokens(x: Tensor, labels: Tensor, metrics: int) -> Tensors:
     nll = x.new_empty(labels.shape, dtype=accumulate_dtype(x.dtype))
-    entropy = torch.empty_like(nll) if metrics else nll.new_empty(0)
-    return nll, nll.new_empty(*labels.shape, 2), entropy, torch.empty_like(entropy, dtype=torch.int64)
+    prediction = torch.empty_like(nll, dtype=torch.int64)
+    found = (torch.empty_like(nll), prediction, torch.empty_like(nll))[:metrics]
+    return _tokens(nll, nll.new_empty(*labels.shape, 2), *found)
 
 
 def _fake_gradients(head: Head, needs: Needs, dtype: torch.dtype) -> Tensors:
@@ -69,11 +74,23 @@ def _as_is(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _keep_entropy(ctx: Any, output: Tensors, metrics: bool) -> Tensor | None:
+def _keep_entropy(ctx: Any, output: Tensors, metrics: int) -> Tensor | None:
     """The entropies, if any, for the backward: beside the losses only they have a gradient."""
-    _, norm, entropy, prediction = output
-    ctx.mark_non_differentiable(norm, prediction, *(() if metrics else (entropy,)))
+    _, norm, entropy, *others = output
+    ctx.mark_non_differentiable(norm, *others, *(() if metrics else (entropy,)))
     return entropy if metrics else None
+
+
+def _save(ctx: Any, opt: Options, *tensors: Tensor | None) -> None:
+    """Keeps options and tensors for the backward."""
+    ctx.opt = opt._replace(class_weight=None)
+    ctx.save_for_backward(opt.class_weight, *tensors)
+
+
+def _saved(ctx: Any) -> tuple[Options, list[Any]]:
+    """What `_save` kept. Checkpointing allows no second look."""
+    class_weight, *tensors = ctx.saved_tensors
+    return ctx.opt._replace(class_weight=class_weight), tensors
 
 
 def _or_zeros(grad_nll: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
@@ -97,23 +114,23 @@ def _refuse(*_: Any) -> Any:
 
 @operator(
     "nvamp::token_nll",
-    f"(Tensor logits, Tensor labels, bool metrics, bool inplace_backward, {_OPTIONS}) -> {_TOKENS}",
+    f"(Tensor logits, Tensor labels, int metrics, bool inplace_backward, {_OPTIONS}) -> {_TOKENS}",
 )
 def token_nll(
-    logits: Tensor, labels: Tensor, metrics: bool, inplace_backward: bool, backend: str, opt: Options
+    logits: Tensor, labels: Tensor, metrics: int, inplace_backward: bool, backend: str, opt: Options
 ) -> Tensors:
     check_label_range(labels, logits.shape[-1], opt.ignore_index)
     return _tokens(*load(backend).token_nll(logits, labels, metrics, opt))
 
 
 @token_nll.register_fake
-def _(logits: Tensor, labels: Tensor, metrics: bool, *_: Any) -> Tensors:
+def _(logits: Tensor, labels: Tensor, metrics: int, *_: Any) -> Tensors:
     return _fake_tokens(logits, labels, metrics)
 
 
 @operator(
     "nvamp::token_nll_backward",
-    f"(Tensor grad_nll, Tensor logits, Tensor labels, Tensor norm, Tensor? classes, {_OF_ENTROPY}, "
+    f"(Tensor grad_nll, Tensor logits, Tensor labels, Tensor norm, {_OF_PART}, {_OF_ENTROPY}, "
     f"{_OPTIONS}) -> Tensor",
 )
 def token_nll_backward(
@@ -122,6 +139,7 @@ def token_nll_backward(
     labels: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    weights: Tensor | None,
     entropy: Tensor | None,
     grad_entropy: Tensor | None,
     backend: str,
@@ -130,7 +148,8 @@ def token_nll_backward(
     grad = in_huge_pages(logits.new_empty(logits.shape))
     if logits.shape[-1]:
         of_entropy = _of_entropy(entropy, grad_entropy)
-        load(backend).token_nll_backward(grad_nll, logits, labels, norm, opt, grad, classes, of_entropy)
+        args = grad_nll, logits, labels, norm, opt, grad, classes, of_entropy, weights
+        load(backend).token_nll_backward(*args)
     return grad
 
 
@@ -148,6 +167,7 @@ def _token_nll_backward_(
     labels: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    weights: Tensor | None,
     entropy: Tensor | None,
     grad_entropy: Tensor | None,
     backend: str,
@@ -157,37 +177,87 @@ def _token_nll_backward_(
     grad = logits.detach()
     if logits.shape[-1]:
         of_entropy = _of_entropy(entropy, grad_entropy)
-        load(backend).token_nll_backward(grad_nll, grad, labels, norm, opt, grad, classes, of_entropy)
+        args = grad_nll, grad, labels, norm, opt, grad, classes, of_entropy, weights
+        load(backend).token_nll_backward(*args)
     torch.autograd.graph.increment_version(grad)
     return grad
 
 
 def _token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    logits, labels, metrics, inplace, ctx.backend, ctx.opt = inputs
+    logits, labels, metrics, inplace, ctx.backend, opt = inputs
     ctx.inplace = inplace and not saving_is_hooked()
     entropy = _keep_entropy(ctx, output, metrics)
-    ctx.save_for_backward(logits, labels, output[1], None, entropy)
+    _save(ctx, opt, logits, labels, output[1], None, None, entropy)
 
 
 def _token_nll_autograd(
-    ctx: Any, grad_nll: Tensor | None, _norm: None, grad_entropy: Tensor | None, _prediction: None
+    ctx: Any, grad_nll: Tensor | None, _norm: None, grad_entropy: Tensor | None, *_: None
 ) -> tuple[Tensor]:
     return _logits_gradient(ctx, grad_nll, grad_entropy)
 
 
 def _logits_gradient(ctx: Any, grad_nll: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor]:
-    logits, labels, norm, classes, entropy = ctx.saved_tensors
+    opt, (logits, labels, norm, *of_part, entropy) = _saved(ctx)
     grads = [grad for grad in (grad_nll, grad_entropy) if grad is not None]
     in_place = ctx.inplace and not is_of_leaf(logits) and no_overlap(logits)
     in_place = in_place and all(may_use_up(logits, grad) for grad in grads)
     backward = _token_nll_backward_ if in_place else token_nll_backward
     entropies = (None, None) if grad_entropy is None else (entropy, grad_entropy)
     grad_nll = _or_zeros(grad_nll, grad_entropy)
-    args = grad_nll, logits, labels, norm, classes, *entropies, ctx.backend, ctx.opt
+    args = grad_nll, logits, labels, norm, *of_part, *entropies, ctx.backend, opt
     return (cast(Tensor, backward(*args)),)
 
 
 token_nll.register_autograd(_token_nll_autograd, setup_context=_token_nll_setup)
+
+
+# A few rows on a CPU -----------------------------------------------------------------------------------
+
+FEW_ROWS = 16
+
+
+def are_few(logits: Tensor, labels: Tensor) -> bool:
+    """Whether `few_token_nll` is of use: a plain call on a CPU with a gradient to take, of a few rows.
+
+    There, computing the softmax again in the backward costs more time than memory is worth.
+    """
+    few = 0 < labels.numel() <= FEW_ROWS and devices.can_look(logits)
+    return few and torch.is_grad_enabled() and logits.requires_grad and is_plain((logits, labels))
+
+
+class _FewTokenNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, backend: str, opt: Options) -> Tensor:
+        vocab = logits.shape[-1]
+        check_label_range(labels, vocab, opt.ignore_index)
+        unit = torch.empty(logits.shape, dtype=accumulate_dtype(logits.dtype)).copy_(logits)
+        nll = load(backend).unit_gradient_(unit.view(-1, vocab), labels.flatten(), opt)
+        ctx.save_for_backward(unit)
+        return nll.view(labels.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+        (unit,) = ctx.saved_tensors
+        return scale_rows(unit, grad_nll), None, None, None
+
+
+def few_token_nll(logits: Tensor, labels: Tensor, backend: str, opt: Options) -> Tensors:
+    """`token_nll` that makes the gradient together with the losses, in a copy of the logits."""
+    nll: Tensor = _FewTokenNLL.apply(logits, labels, backend, opt)  # type: ignore[no-untyped-call]
+    return (nll,)
+
+
+@operator("nvamp::scale_rows", "(Tensor x, Tensor scale) -> Tensor")
+def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
+    return x * scale[..., None]
+
+
+@scale_rows.register_fake
+def _(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+scale_rows.register_autograd(_refuse)
 
 
 # nvamp::linear_token_nll -------------------------------------------------------------------------------
@@ -195,10 +265,10 @@ token_nll.register_autograd(_token_nll_autograd, setup_context=_token_nll_setup)
 
 @operator(
     "nvamp::linear_token_nll",
-    f"({_HEAD}, bool metrics, ScalarType? accum_dtype, {_OPTIONS}) -> {_TOKENS}",
+    f"({_HEAD}, int metrics, ScalarType? accum_dtype, {_OPTIONS}) -> {_TOKENS}",
 )
 def linear_token_nll(
-    head: Head, metrics: bool, accum_dtype: torch.dtype | None, backend: str, opt: Options
+    head: Head, metrics: int, accum_dtype: torch.dtype | None, backend: str, opt: Options
 ) -> Tensors:
     check_label_range(head.labels, len(head.weight), opt.ignore_index)
     with _as_is(head.hidden):
@@ -206,19 +276,20 @@ def linear_token_nll(
 
 
 @linear_token_nll.register_fake
-def _(head: Head, metrics: bool, *_: Any) -> Tensors:
+def _(head: Head, metrics: int, *_: Any) -> Tensors:
     return _fake_tokens(head.hidden, head.labels, metrics)
 
 
 @operator(
     "nvamp::linear_token_nll_backward",
-    f"(Tensor grad_nll, Tensor norm, Tensor? classes, {_OF_ENTROPY}, {_HEAD}, {_NEEDS}, "
+    f"(Tensor grad_nll, Tensor norm, {_OF_PART}, {_OF_ENTROPY}, {_HEAD}, {_NEEDS}, "
     f"ScalarType? accum_dtype, {_OPTIONS}) -> ({_GRADIENTS})",
 )
 def linear_token_nll_backward(
     grad_nll: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    weights: Tensor | None,
     entropy: Tensor | None,
     grad_entropy: Tensor | None,
     head: Head,
@@ -232,7 +303,7 @@ def linear_token_nll_backward(
     of_entropy = _of_entropy(entropy, grad_entropy)
     with _as_is(head.hidden):
         return linear.token_nll_backward(
-            load(backend), grad_nll, norm, classes, of_entropy, head, needs, accum_dtype, opt
+            load(backend), grad_nll, norm, classes, weights, of_entropy, head, needs, accum_dtype, opt
         )
 
 
@@ -241,6 +312,7 @@ def _(
     grad_nll: Tensor,
     norm: Tensor,
     classes: Tensor | None,
+    weights: Tensor | None,
     entropy: Tensor | None,
     grad_entropy: Tensor | None,
     head: Head,
@@ -254,24 +326,24 @@ linear_token_nll_backward.register_autograd(_refuse)
 
 
 def _linear_token_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    head, metrics, ctx.accum_dtype, ctx.backend, ctx.opt = inputs
+    head, metrics, ctx.accum_dtype, ctx.backend, opt = inputs
     entropy = _keep_entropy(ctx, output, metrics)
-    ctx.save_for_backward(output[1], None, entropy, *head)
+    _save(ctx, opt, output[1], None, None, entropy, *head)
 
 
 def _linear_token_nll_autograd(
-    ctx: Any, grad_nll: Tensor | None, _norm: None, grad_entropy: Tensor | None, _prediction: None
+    ctx: Any, grad_nll: Tensor | None, _norm: None, grad_entropy: Tensor | None, *_: None
 ) -> list[Tensor | None]:
     return _head_gradients(ctx, grad_nll, grad_entropy)
 
 
 def _head_gradients(ctx: Any, grad_nll: Tensor | None, grad_entropy: Tensor | None) -> list[Tensor | None]:
-    norm, classes, entropy, *tensors = ctx.saved_tensors
+    opt, (norm, classes, weights, entropy, *tensors) = _saved(ctx)
     head, needs = Head(*tensors), Needs(*ctx.needs_input_grad[:3])
     entropies = (None, None) if grad_entropy is None else (entropy, grad_entropy)
     grad_nll = _or_zeros(grad_nll, grad_entropy)
-    args = head, needs, ctx.accum_dtype, ctx.backend, ctx.opt
-    return _present(linear_token_nll_backward(grad_nll, norm, classes, *entropies, *args), needs)
+    args = head, needs, ctx.accum_dtype, ctx.backend, opt
+    return _present(linear_token_nll_backward(grad_nll, norm, classes, weights, *entropies, *args), needs)
 
 
 def _present(grads: Tensors, needs: Needs) -> list[Tensor | None]:
@@ -286,13 +358,14 @@ linear_token_nll.register_autograd(_linear_token_nll_autograd, setup_context=_li
 
 @operator(
     "nvamp::linear_nll_sum",
-    f"({_HEAD}, {_NEEDS}, SymInt few, bool use_up, ScalarType? accum_dtype, {_OPTIONS}) "
-    f"-> (Tensor sum, Tensor nll, {fields_of(Units)})",
+    f"({_HEAD}, {_NEEDS}, SymInt few, int metrics, bool use_up, ScalarType? accum_dtype, {_OPTIONS}) "
+    f"-> (Tensor sum, {_TOKENS[1:-1]}, {fields_of(Units)})",
 )
 def linear_nll_sum(
     head: Head,
     needs: Needs,
     few: int,
+    metrics: int,
     use_up: bool,
     accum_dtype: torch.dtype | None,
     backend: str,
@@ -304,18 +377,39 @@ def linear_nll_sum(
     """
     check_label_range(head.labels, len(head.weight), opt.ignore_index)
     with _as_is(head.hidden):
-        nll, units = linear.unit_gradients(load(backend), head, needs, few, accum_dtype, opt)
-    return nll.sum(), nll, *units
+        tokens, units = linear.unit_gradients(load(backend), head, needs, few, metrics, accum_dtype, opt)
+    nll, *rest = tokens
+    return nll.sum(), *_tokens(nll, *(rest or (nll.new_empty(0, 2),))), *units
 
 
 @linear_nll_sum.register_fake
-def _(head: Head, needs: Needs, few: int, use_up: bool, accum_dtype: torch.dtype | None, *_: Any) -> Tensors:
-    nll = _fake_tokens(head.hidden, head.labels, False)[0]
+def _(
+    head: Head,
+    needs: Needs,
+    few: int,
+    metrics: int,
+    use_up: bool,
+    accum_dtype: torch.dtype | None,
+    *_: Any,
+) -> Tensors:
+    nll, norm, *rest = _fake_tokens(head.hidden, head.labels, metrics)
+    norm = norm if metrics else norm.new_empty(0, 2)
     index = head.labels.new_empty(int(few == 1), dtype=torch.int64)
     max_grad = head.weight.new_empty(len(head.weight) if few == 1 else 0)
     max_hidden = head.hidden.new_empty(head.hidden.shape[1] if few == 1 else 0)
     hidden, weight, bias = _fake_gradients(head, needs, linear.held_dtype(head.weight, accum_dtype))
-    return nll.new_empty(()), nll, index, max_grad, max_hidden, hidden, weight, bias.to(nll.dtype)
+    return (
+        nll.new_empty(()),
+        nll,
+        norm,
+        *rest,
+        index,
+        max_grad,
+        max_hidden,
+        hidden,
+        weight,
+        bias.to(nll.dtype),
+    )
 
 
 @operator(
@@ -365,21 +459,21 @@ def _weighted_gradients(
 
 
 def _linear_nll_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    head, ctx.needs, ctx.few, use_up, ctx.accum_dtype, ctx.backend, ctx.opt = inputs
+    head, ctx.needs, ctx.few, _, use_up, ctx.accum_dtype, ctx.backend, opt = inputs
     ctx.use_up = use_up and not saving_is_hooked()  # a hook may keep what it saves
     ctx.mark_non_differentiable(*output[2 if ctx.few else 1 :])
-    ctx.save_for_backward(*head, *output[2:])
+    _save(ctx, opt, *head, *output[6:])
 
 
 def _linear_nll_sum_autograd(
     ctx: Any, grad_sum: Tensor | None, grad_nll: Tensor | None, *_: Any
 ) -> list[Tensor | None]:
-    hidden, weight, bias, labels, *units = ctx.saved_tensors  # once: checkpointing allows no second look
+    opt, (hidden, weight, bias, labels, *units) = _saved(ctx)
     if grad_sum is None:
         assert grad_nll is not None
         grad_sum = grad_nll.new_zeros(())
-    args = (grad_sum, grad_nll, Units(*units), Head(hidden, weight, bias, labels))
-    rest = (ctx.needs, ctx.few, ctx.accum_dtype, ctx.backend, ctx.opt)
+    args = (grad_sum, grad_nll, Units(*units), Head(hidden, weight, bias, labels), ctx.needs)
+    rest = (ctx.few, ctx.accum_dtype, ctx.backend, opt)
     if ctx.use_up and may_use_up(units[0], grad_sum, grad_nll):
         grads = _weighted_gradients(True, *args, *rest)
     else:
@@ -392,7 +486,7 @@ linear_nll_sum.register_autograd(_linear_nll_sum_autograd, setup_context=_linear
 
 # A vocabulary in parts --------------------------------------------------------------------------------
 
-_STATISTICS = "(Tensor norm, Tensor at_label, Tensor sum_below, Tensor entropy, Tensor prediction)"
+_STATISTICS = f"(Tensor norm, Tensor at_label, Tensor sum_below, {_METRICS})"
 _RESULTS = "(Tensor nll, Tensor entropy)"
 
 
@@ -402,38 +496,40 @@ class Whole(NamedTuple):
     norm: Tensor  # [..., 2]
     nll: Tensor  # [...]
     classes: Tensor  # int64 []: how many there are
+    weights: Tensor | None  # [..., 2], those of `weights_of`
     entropy: Tensor | None  # [...]; None without metrics
 
 
 def _statistics(norm: Tensor, at_label: Tensor, sum_below: Tensor, *metrics: Tensor) -> Tensors:
-    """The results of an operator that always returns five."""
-    return norm, at_label, sum_below, *(metrics or _no_metrics(norm))
+    """The results of an operator that always returns six."""
+    return norm, at_label, sum_below, *_all_metrics(norm, metrics)
 
 
-def _of_no_class(x: Tensor, labels: Tensor, metrics: bool) -> Tensors:
+def _of_no_class(x: Tensor, labels: Tensor, metrics: int) -> Tensors:
     """The statistics of an empty part."""
     zeros = x.new_zeros(labels.shape, dtype=accumulate_dtype(x.dtype))
     norm = torch.stack((zeros - torch.inf, zeros), -1)
-    return _statistics(norm, zeros, zeros.clone(), *((zeros.clone(), zeros.long()) if metrics else ()))
+    found = (zeros.clone(), zeros.long(), zeros.clone())[:metrics]
+    return _statistics(norm, zeros, zeros.clone(), *found)
 
 
-def _fake_statistics(x: Tensor, labels: Tensor, metrics: bool) -> Tensors:
+def _fake_statistics(x: Tensor, labels: Tensor, metrics: int) -> Tensors:
     nll, norm, *rest = _fake_tokens(x, labels, metrics)
     return norm, nll, torch.empty_like(nll), *rest
 
 
 @operator(
     "nvamp::part_statistics",
-    f"(Tensor logits, Tensor labels, bool metrics, {_OPTIONS}) -> {_STATISTICS}",
+    f"(Tensor logits, Tensor labels, int metrics, {_OPTIONS}) -> {_STATISTICS}",
 )
-def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, backend: str, opt: Options) -> Tensors:
+def part_statistics(logits: Tensor, labels: Tensor, metrics: int, backend: str, opt: Options) -> Tensors:
     if not logits.shape[-1]:
         return _of_no_class(logits, labels, metrics)
     return _statistics(*load(backend).part_statistics(logits, labels, metrics, opt))
 
 
 @part_statistics.register_fake
-def _(logits: Tensor, labels: Tensor, metrics: bool, *_: Any) -> Tensors:
+def _(logits: Tensor, labels: Tensor, metrics: int, *_: Any) -> Tensors:
     return _fake_statistics(logits, labels, metrics)
 
 
@@ -462,11 +558,11 @@ def _(logits: Tensor, labels: Tensor, whole: Whole, *_: Any) -> Tensors:
 
 
 def _part_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    logits, labels, whole, inplace, ctx.backend, ctx.opt = inputs
+    logits, labels, whole, inplace, ctx.backend, opt = inputs
     ctx.inplace = inplace and not saving_is_hooked()
     if whole.entropy is None:
         ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(logits, labels, whole.norm, whole.classes, whole.entropy)
+    _save(ctx, opt, logits, labels, whole.norm, whole.classes, whole.weights, whole.entropy)
 
 
 part_nll.register_autograd(_logits_gradient, setup_context=_part_nll_setup)
@@ -474,10 +570,10 @@ part_nll.register_autograd(_logits_gradient, setup_context=_part_nll_setup)
 
 @operator(
     "nvamp::linear_part_statistics",
-    f"({_HEAD}, bool metrics, ScalarType? accum_dtype, {_OPTIONS}) -> {_STATISTICS}",
+    f"({_HEAD}, int metrics, ScalarType? accum_dtype, {_OPTIONS}) -> {_STATISTICS}",
 )
 def linear_part_statistics(
-    head: Head, metrics: bool, accum_dtype: torch.dtype | None, backend: str, opt: Options
+    head: Head, metrics: int, accum_dtype: torch.dtype | None, backend: str, opt: Options
 ) -> Tensors:
     if not len(head.weight):
         return _of_no_class(head.hidden, head.labels, metrics)
@@ -486,7 +582,7 @@ def linear_part_statistics(
 
 
 @linear_part_statistics.register_fake
-def _(head: Head, metrics: bool, *_: Any) -> Tensors:
+def _(head: Head, metrics: int, *_: Any) -> Tensors:
     return _fake_statistics(head.hidden, head.labels, metrics)
 
 
@@ -506,10 +602,10 @@ def _(head: Head, whole: Whole, *_: Any) -> Tensors:
 
 
 def _linear_part_nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    head, whole, ctx.accum_dtype, ctx.backend, ctx.opt = inputs
+    head, whole, ctx.accum_dtype, ctx.backend, opt = inputs
     if whole.entropy is None:
         ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(whole.norm, whole.classes, whole.entropy, *head)
+    _save(ctx, opt, whole.norm, whole.classes, whole.weights, whole.entropy, *head)
 
 
 linear_part_nll.register_autograd(_head_gradients, setup_context=_linear_part_nll_setup)

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from nvamp.engine.checks import check_label_range
-from nvamp.engine.options import Head, Options, accumulate_dtype
+from nvamp.engine.options import Head, Options, accumulate_dtype, weights_of
 
 
-def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
-    """(nll,) or, with `metrics`, (nll, lse, entropy, prediction), for arguments as in `functional.token_nll`.
+def token_nll(logits: Tensor, labels: Tensor, metrics: int, opt: Options) -> tuple[Tensor, ...]:
+    """(nll,), or with `metrics` (nll, lse, entropy, prediction), and with 3 the mean of z too.
 
-    The losses and the entropies are differentiable.
+    The arguments are as in `functional.token_nll`. The losses and the entropies are differentiable.
     """
     valid, vocab = labels != opt.ignore_index, logits.shape[-1]
     if not (torch.compiler.is_compiling() or is_functorch_wrapped_tensor(labels)):  # no data to look at
@@ -24,19 +24,24 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tu
     nll = F.cross_entropy(
         z.flatten(0, -2),
         labels.flatten().long(),
+        opt.class_weight,
         ignore_index=opt.ignore_index,
         label_smoothing=opt.label_smoothing,
         reduction="none",
     ).view(labels.shape)
     if opt.z_loss:
-        nll = nll + torch.where(valid, opt.z_loss * z.logsumexp(-1).square(), 0)
+        weights = weights_of(labels, opt)
+        weight = 1 if weights is None else weights[..., 1]
+        nll = nll + torch.where(valid, weight * opt.z_loss * z.logsumexp(-1).square(), 0)
     if not metrics:
         return (nll,)
     log_p = z.log_softmax(-1)
     lowest = torch.finfo(log_p.dtype).min  # in place of −inf, whose product with p = 0 would be NaN
     entropy = -(log_p.exp() * log_p.clamp(min=lowest)).sum(-1)
-    lse, prediction = z.detach().logsumexp(-1), z.argmax(-1)
-    return nll, *(torch.where(valid, x, 0) for x in (lse, entropy, prediction))
+    found = [z.detach().logsumexp(-1), entropy, z.argmax(-1)]
+    if metrics > 2:
+        found.append(z.detach().mean(-1))
+    return nll, *(torch.where(valid, x, 0) for x in found)
 
 
 def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tensor, ...]:
@@ -50,8 +55,10 @@ def part_statistics(logits: Tensor, labels: Tensor, opt: Options) -> tuple[Tenso
     total = e.sum(-1)
     some = torch.where(total == 0, 1, total)  # a part of no mass has an entropy of 0
     entropy = some.log() - (e * below.clamp(min=torch.finfo(e.dtype).min)).sum(-1) / some
-    results = torch.stack((top, total), -1), torch.where(labels < 0, 0, at_label), -below[..., :-1].sum(-1)
-    return *results, entropy, padded.argmax(-1)
+    weight = 1 if opt.class_weight is None else opt.class_weight
+    sum_below = -(below[..., :-1] * weight).sum(-1)
+    results = torch.stack((top, total), -1), torch.where(labels < 0, 0, at_label), sum_below
+    return *results, entropy, padded.argmax(-1), -below.detach()[..., :-1].sum(-1)
 
 
 def logits_of(head: Head, ignore_index: int) -> Tensor:

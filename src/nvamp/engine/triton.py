@@ -18,11 +18,14 @@ from torch import Tensor
 
 from nvamp.engine import kernels
 from nvamp.engine.backend import Chunk, Largest, OfEntropy
-from nvamp.engine.options import Options, accumulate_dtype
+from nvamp.engine.options import Options, accumulate_dtype, weights_of
 
 INTERPRETED = not isinstance(kernels.nll_kernel, triton.JITFunction)
 WARP = 64 if torch.version.hip else 32
 WIDE = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
+
+
+NUMBERS = [name for name in Options._fields if name not in ("ignore_index", "class_weight")]
 
 
 class Launch(NamedTuple):
@@ -50,10 +53,10 @@ FEW_ROWS = 256  # the multiprocessors of the largest GPUs, rounded up
 def reading(columns: int, dtype: torch.dtype, capped: bool, rows: int, metrics: bool = False) -> Launch:
     """The launch of the kernel that reads a row once: many programs, which hide each other's waiting.
 
-    512 threads take 16 KiB; metrics need registers, so there 256 threads take 4 KiB. Few rows make few
+    512 threads take 16 KiB; metrics need registers, so there 256 threads take 8 KiB. Few rows make few
     programs, so each is as large as possible.
     """
-    most, threads = (32768, 1024) if rows <= FEW_ROWS else (4096, 256) if metrics else (16384, 512)
+    most, threads = (32768, 1024) if rows <= FEW_ROWS else (8192, 256) if metrics else (16384, 512)
     return _launch_of(columns, dtype, most, threads, capped)
 
 
@@ -88,10 +91,10 @@ def number(x: float, like: Tensor) -> Any:
 
 def options_of(opt: Options, like: Tensor) -> dict[str, Any]:
     """The arguments that every kernel on logits takes, with numbers in the dtype of `like`, the losses."""
-    ignore_index, *numbers = opt
+    numbers = {name: getattr(opt, name) or 0.0 for name in NUMBERS}
     return {
-        "ignore_index": ignore_index,
-        **{name: number(x or 0.0, like) for name, x in zip(opt._fields[1:], numbers, strict=True)},
+        "ignore_index": opt.ignore_index,
+        **{name: number(x, like) for name, x in numbers.items()},
         "WIDE": WIDE[like.dtype],
         "CAPPED": opt.softcap is not None,
         "SCALED": opt.logit_scale != 1,
@@ -147,20 +150,32 @@ def _alike(x: Tensor, out: Tensor) -> bool:
 # The backend -------------------------------------------------------------------------------------------
 
 
-def token_nll(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
-    return _pass_over(logits, labels, None, metrics, opt)
+def token_nll(logits: Tensor, labels: Tensor, metrics: int, opt: Options) -> tuple[Tensor, ...]:
+    sum_below = _room_for_sums(logits, labels) if metrics > 2 else None
+    nll, norm, *rest = _pass_over(logits, labels, sum_below, False, metrics, opt)
+    if sum_below is not None:
+        rest.append(norm[..., 0] - sum_below / logits.shape[-1])
+    weights = weights_of(labels, opt)
+    if weights is not None:
+        nll *= weights[..., 1].masked_fill(labels == opt.ignore_index, 0)
+    return nll, norm, *rest
 
 
-def part_statistics(logits: Tensor, labels: Tensor, metrics: bool, opt: Options) -> tuple[Tensor, ...]:
-    sum_below = torch.zeros(labels.shape, dtype=accumulate_dtype(logits.dtype), device=labels.device)
-    at_label, norm, *rest = _pass_over(logits, labels, sum_below, metrics, opt)
-    return norm, at_label, sum_below, *rest
+def part_statistics(logits: Tensor, labels: Tensor, metrics: int, opt: Options) -> tuple[Tensor, ...]:
+    sum_below = _room_for_sums(logits, labels)
+    summed = opt.label_smoothing or metrics > 2
+    at_label, norm, *rest = _pass_over(logits, labels, sum_below if summed else None, True, metrics, opt)
+    return norm, at_label, sum_below, *rest, *([sum_below.clone()] if metrics > 2 else [])
+
+
+def _room_for_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.zeros(labels.shape, dtype=accumulate_dtype(logits.dtype), device=labels.device)
 
 
 def _pass_over(
-    logits: Tensor, labels: Tensor, sum_below: Tensor | None, metrics: bool, opt: Options
+    logits: Tensor, labels: Tensor, sum_below: Tensor | None, part: bool, metrics: int, opt: Options
 ) -> tuple[Tensor, ...]:
-    """The results of `nll_kernel`; with `sum_below`, which it fills, those for a part of the vocabulary."""
+    """The results of `nll_kernel`, for a `part` of the vocabulary if it is one. It fills `sum_below`."""
     wide, vocab = accumulate_dtype(logits.dtype), logits.shape[-1]
     nll = torch.empty(labels.shape, dtype=wide, device=labels.device)
     norm = nll.new_empty(*labels.shape, 2)
@@ -168,7 +183,7 @@ def _pass_over(
     prediction = torch.empty_like(nll, dtype=torch.int64) if metrics else None
     of_rows = (labels, nll, norm, entropy, prediction, sum_below)
     flat = [None if t is None else t.contiguous().flatten(0, labels.dim() - 1) for t in of_rows]
-    sizes = reading(vocab, logits.dtype, opt.softcap is not None, labels.numel(), metrics)
+    sizes = reading(vocab, logits.dtype, opt.softcap is not None, labels.numel(), metrics > 0)
     for x, rows in _planes(logits):
         launch(
             kernels.nll_kernel,
@@ -179,8 +194,9 @@ def _pass_over(
             x.shape[1],
             *_strides(x),
             vocab,
-            METRICS=metrics,
-            PART=sum_below is not None,
+            METRICS=metrics > 0,
+            PART=part,
+            SUM=sum_below is not None,
             ADJACENT=x.stride(-1) == 1,
             **sizes.lanes(logits.dtype),
             **options_of(opt, nll),
@@ -197,8 +213,12 @@ def token_nll_backward(
     out: Tensor,
     classes: Tensor | None = None,
     of_entropy: OfEntropy | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     vocab = logits.shape[-1]
+    weights = weights_of(labels, opt) if weights is None else weights
+    if weights is not None:
+        grad_nll = grad_nll * weights[..., 1]
     sizes = streaming(vocab, logits.dtype, opt.softcap is not None)
     of_rows = (labels, norm, grad_nll, *(of_entropy or (None, None)))
     flat = [None if t is None else t.contiguous().flatten(0, labels.dim() - 1) for t in of_rows]
@@ -226,6 +246,10 @@ def token_nll_backward(
 
 
 def unit_gradient_(logits: Tensor, labels: Tensor, opt: Options) -> Tensor:
+    if opt.class_weight is not None:  # the kernel weighs all rows alike
+        nll, norm = token_nll(logits, labels, False, opt)
+        token_nll_backward(torch.ones_like(nll), logits, labels, norm, opt, out=logits)
+        return nll
     rows, vocab = logits.shape
     nll = logits.new_empty(rows, dtype=accumulate_dtype(logits.dtype))
     sizes = revisiting(vocab, logits.dtype, opt.softcap is not None)

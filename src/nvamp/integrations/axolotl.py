@@ -3,10 +3,10 @@
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, field_validator, model_validator
 
 from nvamp.integrations.stats import log_stats
-from nvamp.integrations.transformers import compute_loss_func
+from nvamp.integrations.transformers import compute_loss_func, loss_function
 from nvamp.losses import Loss
 from nvamp.objectives.spec import parse_loss
 
@@ -19,10 +19,27 @@ class NVAMPArgs(BaseModel):
     Attributes:
         nvamp_loss: an objective as `nvamp.objectives.parse` reads it, with options of the loss of a token
             (`nvamp.functional.TokenOptions`) among its own. An objective that needs columns of the batch
-            beside the labels, such as `token_weighted`, is refused.
+            beside the labels, such as `token_weighted`, is refused. It has no default, so that a misspelt key
+            is an error; so are other keys that begin with "nvamp".
     """
 
-    nvamp_loss: str = "nvamp"
+    nvamp_loss: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, configuration: Any) -> Any:
+        unknown = [k for k in configuration if k.lower().startswith("nvamp") and k not in cls.model_fields]
+        if unknown:
+            raise ValueError(
+                f"unknown options {', '.join(unknown)}: the plugin's only one is nvamp_loss, whose text "
+                "holds those of the objective, such as nvamp:alpha=0.5"
+            )
+        for key in ("rl", "reward_model", "process_reward_model"):
+            if value := configuration.get(key):
+                raise ValueError(
+                    f"{key}: {value} trains a loss of its own: NVAMPPlugin is for training on labels alone"
+                )
+        return configuration
 
     @field_validator("nvamp_loss")
     @classmethod
@@ -47,18 +64,26 @@ class NVAMPPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is untyped here
         return f"{NVAMPArgs.__module__}.{NVAMPArgs.__qualname__}"
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Sets the loss of the trainer.
+        """Sets the loss of the trainer, or of a mixture of experts, which adds its router's loss to it.
 
         Raises:
-            ValueError: the trainer already has a loss function, from another option.
+            TypeError: a mixture of experts computes its loss itself.
+            ValueError: the trainer already has a loss, from another option.
         """
-        if trainer.compute_loss_func is not None:
-            raise ValueError(
-                f"the trainer already has a compute_loss_func, {trainer.compute_loss_func!r}: "
-                "NVAMPPlugin excludes other options that set a loss, such as use_eaft"
-            )
+        for name in ("compute_loss_func", "label_smoother"):
+            other = getattr(trainer, name, None)
+            if other is not None:
+                raise ValueError(
+                    f"the trainer already has a {name}, {other!r}: NVAMPPlugin excludes other options that "
+                    "set a loss, such as use_eaft and label_smoothing_factor"
+                )
         criterion = _criterion(cfg.nvamp_loss)
-        trainer.compute_loss_func = compute_loss_func(criterion)
+        model = trainer.model
+        if getattr(model.config.get_text_config(), "output_router_logits", False):
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            base.loss_function = loss_function(criterion, model)
+        else:
+            trainer.compute_loss_func = compute_loss_func(criterion)
         log_stats(trainer, criterion)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from nvamp.apply import TokenInputs
 from nvamp.distributed import ranks_of
 from nvamp.integrations.columns import TOKEN_INPUTS, check_inputs, token_inputs
+from nvamp.integrations.transformers.patching import installed_loss
 from nvamp.losses import TokenLoss
 
 __all__ = ["SFTTrainer"]
@@ -34,9 +35,11 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped here
     The other arguments are those of `trl.SFTTrainer`.
 
     Raises:
+        TypeError: the criterion is no `TokenLoss`; or, from `compute_loss`, a column that it needs is not in
+            the batch.
         ValueError: `args.loss_type` is not "nll", the loss of a token that the criterion needs; or another
-            option would replace the criterion, such as sequence parallelism (Ulysses).
-        TypeError: from `compute_loss`, a column that the criterion needs is not in the batch.
+            option would replace the criterion, such as sequence parallelism (Ulysses); or the model has a
+            criterion of its own, from `patch` or `loss_function`.
         RuntimeError: from `compute_loss`, TRL computed a loss without the criterion.
 
     Example:
@@ -44,7 +47,16 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]  # trl is untyped here
     """
 
     def __init__(self, *args: Any, criterion: TokenLoss, **kwargs: Any) -> None:
+        given: object = criterion
+        if not isinstance(given, TokenLoss):
+            got = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+            raise TypeError(f"criterion must be a TokenLoss, such as TokenLoss(NVAMP()), got {got}")
         super().__init__(*args, **kwargs)
+        if installed_loss(self.model) is not None:
+            raise ValueError(
+                "the model has a criterion of its own, from patch or loss_function, which TRL would not "
+                "call: give this trainer a model without one"
+            )
         if self.args.loss_type != "nll":
             raise ValueError(f"loss_type must be 'nll' with a criterion, got {self.args.loss_type!r}")
         if self.compute_loss_func is not None:

@@ -12,7 +12,7 @@ from nvamp.options import between, option, optional
 class ClippedPolicy(Objective):
     """The clipped policy gradient for tokens that the model has drawn, with advantages A:
 
-        L = Σ [−min(r·A, clip(r, 1 − clip, 1 + clip_high)·A) + kl·(e^δ − δ − 1) − entropy·H] / M
+        L = Σ w·[−min(r·A, clip(r, 1 − clip, 1 + clip_high)·A) + kl·(e^δ − δ − 1) − entropy·H] / M
 
         r = exp(logprob − old_logprob),   δ = ref_logprob − logprob,   logprob = −ℓ
 
@@ -22,8 +22,10 @@ class ClippedPolicy(Objective):
     through H as well; the first term gives clipped tokens no gradient.
 
     The call takes `advantage`, `old_logprob` under the policy that drew the tokens, and `ref_logprob` under
-    the reference policy, both in nats. All three are shaped like the labels and constant. Without
-    `old_logprob` the current model counts as the one that drew the tokens: r is 1, with its gradient.
+    the reference policy, both in nats, and `token_weight` w. All four are shaped like the labels and
+    constant. Without `old_logprob` the current model counts as the one that drew the tokens: r is 1, with its
+    gradient. Without `token_weight`, w is 1. With 1/(tokens of the sequence) as w and the number of sequences
+    as `num_items_in_batch`, L is the mean of the means of sequences, as in GRPO.
 
     Args:
         clip: how far below 1 the ratio r counts, in [0, 1].
@@ -50,7 +52,7 @@ class ClippedPolicy(Objective):
     kl: float = option(0.0, between(0))
     entropy: float = option(0.0, between(0))
 
-    optional_inputs = ("old_logprob", "ref_logprob")
+    optional_inputs = ("old_logprob", "ref_logprob", "token_weight")
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -71,8 +73,8 @@ class ClippedPolicy(Objective):
             delta = batch.inputs["ref_logprob"] + ell
             value = value + self.kl * (delta.expm1() - delta)
             weight = weight + self.kl * delta.expm1()
-        if not self.entropy:
-            return batch.mean(value, weight)
-        assert batch.entropy is not None
-        value = value - self.entropy * batch.entropy
-        return batch.mean(value, weight, torch.full_like(ell, -self.entropy))
+        w, entropy_weight = batch.inputs.get("token_weight", torch.ones_like(ell)), None
+        if self.entropy:
+            assert batch.entropy is not None
+            value, entropy_weight = value - self.entropy * batch.entropy, -self.entropy * w
+        return batch.mean(w * value, w * weight, entropy_weight)

@@ -1,23 +1,79 @@
 """A criterion as the `loss_function` of a transformers model."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor
 
 from nvamp.apply import TokenInputs
 from nvamp.integrations.columns import check_inputs, token_inputs
-from nvamp.losses import LinearLoss, Loss
+from nvamp.losses import LinearLoss, Loss, TokenLoss
 
 # (logits [B, S, V], labels [B, S], num_items_in_batch=...) -> scalar; it shifts the labels itself.
 Criterion = Callable[..., Tensor]
 
 
-class ModelLoss:
-    """What `model.loss_function` calls: a criterion of logits."""
+def check_criterion(criterion: object) -> None:
+    """Raises a `TypeError` unless it can be called with logits and labels."""
+    if isinstance(criterion, type):
+        raise TypeError(f"criterion must be an instance, got the class {criterion.__name__}")
+    place = None
+    if isinstance(criterion, LinearLoss):
+        place = "patch(model, criterion) takes"
+    elif isinstance(criterion, TokenLoss):
+        place = "nvamp.integrations.trl.SFTTrainer takes"
+    if place or not callable(criterion):
+        got = type(criterion).__name__ + (f", which {place}" if place else "")
+        raise TypeError(f"criterion must be a loss of logits, such as Loss(NVAMP()), got {got}")
 
-    def __init__(self, criterion: Criterion) -> None:
+
+class WatchedCall:
+    """A call of a model that is to call this loss."""
+
+    def __init__(self, loss: "ModelLoss") -> None:
+        self.loss = loss
+        self.loss_was_called = False
+
+
+class _State(threading.local):
+    """The watched calls under way in this thread. It is no ContextVar, which `torch.compile` cannot trace."""
+
+    def __init__(self) -> None:
+        # Set here and not in the class: an attribute that a compiled first call adds would fail its guards.
+        self.calls: tuple[WatchedCall, ...] = ()
+
+
+_state = _State()
+
+
+@contextmanager
+def watched_call(loss: "ModelLoss") -> Iterator[WatchedCall]:
+    """Records whether the loss is called meanwhile."""
+    call, before = WatchedCall(loss), _state.calls
+    _state.calls = (*before, call)
+    try:
+        yield call
+    finally:
+        _state.calls = before
+
+
+class ModelLoss:
+    """What `model.loss_function` calls: a criterion of logits.
+
+    Args:
+        shifts: whether the model's own loss scores position t against label t+1. If not, labels are used as
+            they are, as `shift_labels` are, whatever the criterion's own `shift`.
+        logits_without_labels: whether the model may be called in training without labels, for its logits.
+    """
+
+    def __init__(
+        self, criterion: Criterion, shifts: bool = True, logits_without_labels: bool = False
+    ) -> None:
         self.criterion = criterion
+        self.shifts = shifts
+        self.logits_without_labels = logits_without_labels
 
     def __call__(
         self,
@@ -44,6 +100,9 @@ class ModelLoss:
             TypeError: the objective needs something that the batch does not hold, or has no use for it.
             ValueError: there are no labels, or `ignore_index` is not the criterion's.
         """
+        for call in _state.calls:
+            if call.loss is self:
+                call.loss_was_called = True
         own_index = getattr(self.criterion, "ignore_index", -100)
         if ignore_index not in (-100, own_index):
             raise ValueError(f"the criterion has ignore_index={own_index}, the model asks for {ignore_index}")
@@ -58,7 +117,7 @@ class ModelLoss:
             num_items_in_batch = num_items_in_batch.to(device, non_blocking=True)
         moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
         inputs = cast(TokenInputs, moved)
-        shifted = shift_labels is not None
+        shifted = shift_labels is not None or not self.shifts
         value = self.value(logits, targets.to(device), shifted, num_items_in_batch, inputs)
         return share(value, num_items_in_batch, self.criterion)
 
@@ -77,7 +136,9 @@ class ModelLoss:
                 logits, labels, criterion._call(num_items_in_batch, inputs), **changed
             )
         if shifted:
-            raise TypeError(f"shift_labels need a Loss, got {criterion!r}, which shifts the labels itself")
+            raise TypeError(
+                f"labels that are not to be shifted need a Loss, got {criterion!r}, which shifts them itself"
+            )
         return criterion(logits, labels, num_items_in_batch=num_items_in_batch, **inputs)
 
 
