@@ -72,4 +72,4 @@ bench: $(INSTALLED)
 
 # Removes what can be made again, but not the studies and measurements in runs/.
 clean:
-	rm -rf .venv runs/site runs/lowest runs/dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv runs/site runs/lowest runs/trainers runs/dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
