@@ -130,8 +130,7 @@ class WithItsOwnLoss(transformers.LlamaForCausalLM):
 
 
 def test_a_model_that_ignores_its_loss_function() -> None:
-    model = WithItsOwnLoss(tiny().config)
-    model.loss_function = loss_function(Loss(NVAMP()))
+    model = give(WithItsOwnLoss(tiny().config), "loss_function")
     for training in (True, False):
         model.train(training)
         with pytest.raises(
