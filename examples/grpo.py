@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 
 from nvamp import LinearLoss
-from nvamp.functional import linear_token_nll
+from nvamp.functional import logprobs
 from nvamp.integrations.transformers import patch
 from nvamp.objectives import ClippedPolicy
 from nvamp.study.compare import SEQUENCE
@@ -35,11 +35,10 @@ LR = 5e-3
 
 
 @torch.no_grad()
-def logprobs(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
+def logprobs_of(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
     """The log-probability of each label, on the grid of the labels [B, S], in nats; 0 where there is none."""
     hidden = model.model(tokens).last_hidden_state
-    nll = linear_token_nll(hidden[:, :-1], model.lm_head.weight, labels[:, 1:])
-    return F.pad(-nll, (1, 0))
+    return F.pad(logprobs(hidden[:, :-1], model.lm_head.weight, labels[:, 1:]), (1, 0))
 
 
 def advantages(reward: Tensor) -> Tensor:
@@ -85,7 +84,7 @@ def main() -> None:
         drawn = labels != -100
         reward = (rewarded[tokens] & drawn).sum(-1) / drawn.sum(-1)
         advantage = advantages(reward.view(PROMPTS, GROUP)).view(-1, 1).expand_as(tokens)
-        old, ref = (logprobs(each, tokens, labels) for each in (model, reference))
+        old, ref = (logprobs_of(each, tokens, labels) for each in (model, reference))
 
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(tokens)).chunk(MICRO_BATCHES):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from nvamp import LinearLoss, LinearNVAMPLoss, Loss, NVAMPLoss
 from nvamp.integrations.transformers import compute_loss_func, loss_function, patch, patching, unpatch
@@ -67,6 +68,8 @@ def test_the_probe_leaves_the_model_as_it_was() -> None:
     modes = [module.training for module in model.modules()]
     before = torch.get_rng_state()
     own_loss(model)
+    own_loss(bare := model_of("LlamaForCausalLM"))
+    assert "_loss_function" not in vars(bare)
     assert [module.training for module in model.modules()] == modes
     assert model.loss_function is own
     assert not model.lm_head._forward_hooks
@@ -121,6 +124,27 @@ def test_evaluation_has_the_loss_of_training(name: str, backend: str) -> None:
         unpatch(model)
 
 
+class WithAnother(LlamaForCausalLM):
+    """A model with a second loss, which is a cross-entropy of something else."""
+
+    def forward(self, labels: Any = None, **kwargs: Any) -> Any:
+        outputs = super().forward(labels=labels, **kwargs)
+        outputs.loss = outputs.loss + nn.functional.cross_entropy(torch.zeros(3, 5), torch.arange(3))
+        return outputs
+
+
+def test_another_cross_entropy_stays() -> None:
+    config = model_of("LlamaForCausalLM").config
+    model = WithAnother(config).double()
+    batch = batch_of(model)
+    logits = LlamaForCausalLM.forward(model, batch["input_ids"]).logits
+    expected = NVAMPLoss()(logits, batch["labels"]) + torch.tensor(5.0).log()
+    patch(model, LinearNVAMPLoss())
+    for training in (True, False):
+        loss = model.train(training)(**batch).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
 def test_the_number_of_tokens_and_their_weights_reach_the_criterion() -> None:
     model = model_of("T5ForConditionalGeneration")
     batch = batch_of(model)
@@ -154,14 +178,16 @@ def test_a_bias_is_of_the_layer_and_of_the_model() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("training", [True, False])
-def test_compiled(training: bool) -> None:
-    """The graph breaks at the loss."""
-    model = model_of("T5ForConditionalGeneration").train(training)
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "LlamaForCausalLM"])
+def test_compiled(name: str, training: bool) -> None:
+    """The graph breaks only if the model computes the loss itself."""
+    model = model_of(name).train(training)
     batch = batch_of(model)
-    expected = NVAMPLoss(shift=False)(model(**batch).logits, batch["labels"])
+    causal = name == "LlamaForCausalLM"
+    expected = NVAMPLoss(shift=causal)(model(**batch).logits, batch["labels"])
     patch(model, LinearNVAMPLoss())
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=causal)
     for _ in range(2):
         torch.testing.assert_close(compiled(**batch).loss, expected, rtol=1e-12, atol=0)
     torch._dynamo.reset()
@@ -172,6 +198,8 @@ def test_compiled(training: bool) -> None:
     [
         (lambda x, y: nn.functional.cross_entropy(x.view(-1, 99), y, label_smoothing=0.1), "cross_entropy"),
         (lambda x, y: nn.functional.cross_entropy(x.view(-1, 99), y, reduction="sum"), "cross_entropy"),
+        (lambda x, y: nn.functional.cross_entropy(x.view(-1, 99), y, torch.ones(99)), "cross_entropy"),
+        (lambda x, y: nn.functional.cross_entropy(x, y.view(2, 9)), "cross_entropy"),
         (lambda x, y: x.view(2, -1).sum(), r"view to \(2, -1\)"),
         (lambda x, y: x[..., :5].sum(), "getitem"),
         (lambda x, y: x[:, :, 3].sum(), "getitem"),

@@ -90,7 +90,10 @@ def test_the_training_is_the_same_after_it(tmp_path: Path) -> None:
         made = trainer(tmp_path, transformers.LlamaForCausalLM(config), compute_loss_func(criterion))
         log_stats(made, criterion)
         if checked:
+            state = made.accelerator.gradient_state
+            loaders = [*state.dataloader_references]
             assert_trains_with(made, criterion)
+            assert state.dataloader_references == loaders
         made.train()
         logged = [entry["nvamp_cross_entropy"] for entry in made.state.log_history if "loss" in entry]
         outcomes.append((weights_of(made.model), logged))

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 
 from nvamp import LinearLoss, Loss, NVAMPLoss, TokenLoss
-from nvamp.integrations.transformers import compute_loss_func, loss_function, patch, unpatch
+from nvamp.integrations.transformers import compute_loss_func, loss_function, patch, patching, unpatch
 from nvamp.integrations.trl import SFTTrainer
 from nvamp.objectives import DFT, NVAMP
 from nvamp.study.models import quiet
@@ -54,6 +55,8 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(functional, "liger_fused_linear_cross_entropy", kernel)
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", transformers.LlamaForCausalLM.forward)
+    # The class of a patched Llama has the signature of the forward at the time.
+    monkeypatch.setattr(patching, "_patched_model", cache(patching._patched_model.__wrapped__))
     return lambda **options: apply_liger_kernel_to_llama(**KERNELS, **options)
 
 
@@ -173,6 +176,8 @@ def test_calls_for_logits(way: str) -> None:
     for outputs in ({}, {"return_dict": False}):
         with pytest.raises(RuntimeError, match="called in training without labels"):
             model(TOKENS, **outputs)
+    with pytest.raises(RuntimeError, match="called in training without labels"):
+        model.forward(TOKENS)  # as PEFT did before 0.21
     with torch.no_grad():
         assert torch.equal(model(TOKENS).logits, expected)
     assert torch.equal(model.eval()(TOKENS).logits, expected)

@@ -83,16 +83,17 @@ def _of_trainer(trainer: Any, batch: Mapping[str, Any] | None) -> Any:
     trainer = copy.copy(trainer)
     if hasattr(trainer, "_metrics"):  # TRL's
         trainer._metrics = copy.deepcopy(trainer._metrics)
-    loader = iter([dict(batch)]) if batch is not None else _first_of(trainer.get_train_dataloader())
-    (inputs,), items = trainer.get_batch_samples(loader, 1, trainer.args.device)
+    first = _first_of(trainer.get_train_dataloader()) if batch is None else dict(batch)
+    (inputs,), items = trainer.get_batch_samples(iter([first]), 1, trainer.args.device)
     with trainer.compute_loss_context_manager():
         return trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs), num_items_in_batch=items)
 
 
-def _first_of(loader: Any) -> Iterator[Any]:
-    yield next(iter(loader))
+def _first_of(loader: Any) -> Any:
+    batch = next(iter(loader))
     if hasattr(loader, "end"):  # Accelerate counts the loaders that are being read
         loader.end()
+    return batch
 
 
 def _of_model(model: Any, criterion: object, batch: Mapping[str, Any] | None) -> Any:

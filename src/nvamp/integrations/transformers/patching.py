@@ -2,11 +2,12 @@
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache, wraps
-from inspect import signature
+from inspect import signature, unwrap
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -306,6 +307,12 @@ def _patched_model(base: Any) -> Any:
     If that is the loss of a patched model, it computes no logits with labels, in training at least.
     """
     position = list(signature(base.forward).parameters).index("labels") - 1
+    names_loss = "loss_function" in unwrap(base.forward).__code__.co_names
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled one leaves the mode out
+    def of_logits(loss: _LinearModelLoss, self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _OfLogits(loss, kwargs):
+            return base.forward(self, *args, **kwargs)
 
     def labels_of(args: Any, kwargs: Any) -> Any:
         return args[position] if len(args) > position else kwargs.get("labels")
@@ -322,8 +329,10 @@ def _patched_model(base: Any) -> Any:
         if labels_of(args, kwargs) is None or not isinstance(loss, _LinearModelLoss):
             return base.forward(self, *args, **kwargs)
         if loss.eval_logits and not self.training:
-            with nullcontext() if loss.called_by_model else _OfLogits(loss, kwargs):
+            called = loss.called_by_model
+            if called or (called is None and names_loss and torch.compiler.is_compiling()):
                 return base.forward(self, *args, **kwargs)
+            return of_logits(loss, self, *args, **kwargs)
         layers = heads.layers_of(self)
         if not all(isinstance(layer, _Patched) for layer in layers):
             raise NotImplementedError(
