@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from nvamp import LinearLoss, LinearNVAMPLoss, Loss, NVAMPLoss
 from nvamp.integrations.transformers import compute_loss_func, loss_function, patch, patching, unpatch
 from nvamp.integrations.transformers.alignment import OwnLoss, loss_shifts, own_loss
-from nvamp.integrations.transformers.deferred import DeferredLogits
+from nvamp.integrations.transformers.deferred import DeferredLogits, Product
 from nvamp.objectives import NVAMP, CrossEntropy, TokenWeighted
 from nvamp.study.models import quiet
 from tests.integrations.architectures import CONFIG, Architecture, batch_of, build
@@ -170,10 +170,10 @@ def test_a_bias_is_of_the_layer_and_of_the_model() -> None:
         logits = torch.tanh((logits + added) * 0.5) * 3
         return nn.functional.cross_entropy(logits[:, 1:].reshape(-1, 7), labels[:, 1:].flatten())
 
-    criterion = patching._LinearModelLoss(LinearLoss(CrossEntropy()), True, None)
+    criterion = patching._LinearModelLoss(LinearLoss(CrossEntropy()), True, False, None, True)
     run = patching._Call("a model", criterion, [layer], {})
     torch.testing.assert_close(
-        loss_of(DeferredLogits(hidden, layer, run)), loss_of(layer(hidden)), rtol=1e-12, atol=0
+        loss_of(DeferredLogits((Product(hidden, layer),), run)), loss_of(layer(hidden)), rtol=1e-12, atol=0
     )
 
 

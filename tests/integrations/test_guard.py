@@ -4,6 +4,7 @@ import importlib
 import math
 from functools import cache
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import lightning
@@ -123,19 +124,20 @@ class WithItsOwnLoss(transformers.LlamaForCausalLM):
     """It ignores `loss_function`, as some models do."""
 
     def forward(self, labels: Any = None, **kwargs: Any) -> Any:
-        outputs = super().forward(**kwargs)
+        outputs = transformers.LlamaForCausalLM.forward(self, **kwargs)
         if labels is not None:
             outputs.loss = nn.functional.cross_entropy(outputs.logits[:, :-1].mT, labels[:, 1:])
         return outputs
 
 
 def test_a_model_that_ignores_its_loss_function() -> None:
-    model = give(WithItsOwnLoss(tiny().config), "loss_function")
+    with pytest.raises(TypeError, match="WithItsOwnLoss computes its loss itself and ignores"):
+        give(WithItsOwnLoss(tiny().config), "loss_function")
+    model = give(tiny(), "loss_function")
+    model.forward = MethodType(WithItsOwnLoss.forward, model)  # as a library might do later
     for training in (True, False):
         model.train(training)
-        with pytest.raises(
-            RuntimeError, match=r"WithItsOwnLoss, Loss\..*needs a Trainer with compute_loss_func"
-        ):
+        with pytest.raises(RuntimeError, match=r"LlamaForCausalLM, Loss\..*needs patch\(model, LinearLoss"):
             model(**BATCH)
     model.loss_function = lambda *_, **__: None  # another's is not watched
     assert model(**BATCH).loss is not None

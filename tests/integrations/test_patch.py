@@ -572,11 +572,13 @@ def test_refused_before_it_begins(model: Any) -> None:
         patch(model, LinearNVAMPLoss())
     model.lm_head = head
     head.forward = head.forward
-    with pytest.raises(TypeError, match=r"got .*Linear with another forward, as tp_plan, device_map and"):
+    with pytest.raises(
+        TypeError, match=r"got .*Linear whose forward has been replaced by Linear\.forward: use"
+    ):
         patch(model, LinearNVAMPLoss())
     del head.forward
     weight, head.weight = head.weight, nn.Parameter(head.weight.detach().as_subclass(QuantizedTensor))
-    with pytest.raises(TypeError, match=r"must be a plain tensor, got .*test_patch.QuantizedTensor: leave"):
+    with pytest.raises(TypeError, match=r"got .*Linear whose weight is a .*test_patch.QuantizedTensor: use"):
         patch(model, LinearNVAMPLoss())
     head.weight = weight
     assert vars(model) == before

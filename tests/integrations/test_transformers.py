@@ -55,7 +55,7 @@ def test_logits_of_every_kind_of_output(wrap: Any) -> None:
 )
 def test_what_is_no_loss_of_logits(criterion: Any, message: str, way: Any) -> None:
     with pytest.raises(TypeError, match=message):
-        way(criterion)
+        way(criterion, None)
 
 
 def test_what_other_trainers_pass() -> None:

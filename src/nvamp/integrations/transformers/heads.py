@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nvamp.engine.parts import has_dtensors
 from nvamp.integrations.transformers.deferred import DeferredLogits, Product, Run, Weights
@@ -166,7 +165,7 @@ def _what_is_wrong(layer: Any) -> str | None:
         replaced = vars(layer).get("_hf_hook", vars(layer)["forward"])  # Accelerate's, or somebody's
         by = getattr(replaced, "__qualname__", _name_of(replaced))
         return f"{name} whose forward has been replaced by {by}"
-    if not has_dtensors(layer.weight) and is_traceable_wrapper_subclass(layer.weight):
+    if type(layer.weight) not in (Tensor, nn.Parameter) and not has_dtensors(layer.weight):
         return f"{name} whose weight is a {_name_of(layer.weight)}"
     return None
 
