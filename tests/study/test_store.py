@@ -199,7 +199,7 @@ def test_losses_that_do_not_belong_to_the_model_are_damaged(one: Settings, tmp_p
                 store.load(loss, 0)
 
 
-@pytest.mark.parametrize("left", ["settings.json.part", "lock"])
+@pytest.mark.parametrize("left", ["settings.json.part", ".nvamp.lock"])
 def test_what_a_kill_leaves_before_the_first_file(one: Settings, tmp_path: Path, left: str) -> None:
     (tmp_path / left).write_text("process 1 on another machine")
     assert study(one, tmp_path)[1].trained == [("ce", 0)]
@@ -210,7 +210,7 @@ def test_a_study_interrupted_after_its_first_file_continues(
     one: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(path: Path, *rest: Any, **options: Any) -> None:
-        if path.name == "runs":
+        if path.name == "models":  # "runs" is there already
             raise KeyboardInterrupt
         mkdir(path, *rest, **options)
 

@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import IO
@@ -54,19 +54,20 @@ def hold(path: Path) -> IO[str]:
         StudyError: another process holds it.
         OSError: it cannot be written.
     """
-    file = path.open("a+", encoding="utf-8")
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with file:
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("a+", encoding="utf-8"))
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             file.seek(0)
             holder = file.read() or "another process"
-        raise StudyError(f"{path.parent} is in use by {holder}") from None
-    except OSError:  # some network file systems
-        pass
-    file.truncate(0)
-    now = datetime.now().astimezone().isoformat(" ", "seconds")
-    file.write(f"process {os.getpid()} on {platform.node()}, since {now}")
-    file.flush()
+            raise StudyError(f"{path.parent} is in use by {holder}") from None
+        except OSError:  # some network file systems
+            pass
+        file.truncate(0)
+        now = datetime.now().astimezone().isoformat(" ", "seconds")
+        file.write(f"process {os.getpid()} on {platform.node()}, since {now}")
+        file.flush()
+        stack.pop_all()
     return file

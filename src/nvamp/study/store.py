@@ -30,9 +30,9 @@ from nvamp.study.training import Recipe, Run
 # Conditions that are kept as a hash, which would mean nothing to a reader.
 HASHED = ("text", "content of --model")
 SETTINGS = "settings.json"  # the file that marks a directory as a study's
-LOCK = "lock"
-# A process that is killed before it has written the first file leaves no more than these.
+LOCK = ".nvamp.lock"
 _MARKS = {"nvamp", "--steps"}  # conditions of every study
+# A process that is killed before it has written the first file leaves no more than these.
 _BEFORE = {f"{SETTINGS}.part", LOCK}
 
 Json = dict[str, Any]
@@ -181,6 +181,7 @@ class Store:
             StudyError: a file cannot be written; the message includes the number of runs that are kept.
         """
         with self._counting_kept():
+            self._record(loss, seed).unlink(missing_ok=True)
             self._save_model(loss, seed, run, corpus)
             buffer = BytesIO()
             np.save(buffer, run.nll)
