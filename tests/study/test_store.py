@@ -3,7 +3,6 @@ import os
 import re
 import resource
 import shutil
-import sys
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -197,17 +196,6 @@ def test_losses_that_do_not_belong_to_the_model_are_damaged(one: Settings, tmp_p
             )
             with pytest.raises(StudyError, match=r"ce-seed0\.npy is damaged"):
                 store.load(loss, 0)
-
-
-def test_nesting_that_can_be_read_but_not_written_is_damage(one: Settings, tmp_path: Path) -> None:
-    (loss,) = parse_losses(one.losses)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "ce-seed0.npy").touch()
-    store, limit = Store(tmp_path), sys.getrecursionlimit()
-    for depth in range(limit - 200, limit):
-        (tmp_path / "runs" / "ce-seed0.json").write_text('{"a":' * depth + "1" + "}" * depth)
-        with pytest.raises(StudyError, match=r"ce-seed0\.json is damaged: delete it"):
-            store.load(loss, 0)
 
 
 @pytest.mark.parametrize("left", ["settings.json.part", ".nvamp.lock"])

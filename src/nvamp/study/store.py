@@ -155,7 +155,7 @@ class Store:
         try:
             record = _read_json(path)
             intact = record.pop("checksum", None) == _checksum(_canonical(record))
-        except (StudyError, RecursionError):
+        except StudyError:
             intact = False
         if not intact:
             raise _damaged(path)
