@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import nvamp.study.compare
 import nvamp.study.store
 from nvamp.study import StudyError
 from nvamp.study.compare import Settings, compare, prepare
@@ -21,7 +22,7 @@ from nvamp.study.inspect.score import inspect_text
 from nvamp.study.losses import MODES, parse_losses
 from nvamp.study.models import build_model, load_model
 from nvamp.study.store import Store, _canonical, _checksum, conditions, finite, versions, write_json
-from nvamp.study.training import Progress
+from nvamp.study.training import Progress, train
 from tests.study.conftest import Silent, study
 
 
@@ -219,6 +220,30 @@ def test_a_study_interrupted_after_its_first_file_continues(
         study(one, tmp_path / "out")
     monkeypatch.undo()
     assert study(one, tmp_path / "out")[1].trained == [("ce", 0)]
+
+
+def test_a_run_interrupted_as_it_is_trained_again_is_not_damaged(
+    one: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(*arguments: Any) -> Any:
+        run = train(*arguments)
+        run.nll[0] += 1  # on another number of threads, say
+        return run
+
+    def interrupted(path: Path, value: Any) -> None:
+        if path.name == "ce-seed0.json":
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    study(one, tmp_path)
+    (tmp_path / "runs" / "ce-seed0.npy").unlink()
+    monkeypatch.setattr(nvamp.study.compare, "train", other)
+    monkeypatch.setattr(nvamp.study.store, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study(one, tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / "runs" / "ce-seed0.npy").exists()
+    assert study(one, tmp_path)[1].trained == [("ce", 0)]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
