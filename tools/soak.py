@@ -59,24 +59,36 @@ class Ended(NamedTuple):
     errors: str
 
 
+def _run(arguments: list[str], log: Path) -> int:
+    """Run `nvamp` in this process, its errors in the file `log`, and return its exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with log.open("w") as errors, Path(os.devnull).open("w") as nothing:
+        os.dup2(errors.fileno(), 2)
+        os.dup2(nothing.fileno(), 1)
+    sys.argv = ["nvamp", *arguments]
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        nvamp_main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except KeyboardInterrupt:  # before or after `nvamp` looks for it
+        return 130
+    except BaseException:
+        traceback.print_exc()
+    return 1
+
+
 def nvamp_ended(arguments: list[str], log: Path, kill: int = 0, after: float = 0.0) -> Ended:
     """`nvamp` in a process of its own, with the signal `kill` sent to it after so many seconds."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the fork is ready for it
     pid = os.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = 1
+        code = 130
         try:
-            with log.open("w") as errors, Path(os.devnull).open("w") as nothing:
-                os.dup2(errors.fileno(), 2)
-                os.dup2(nothing.fileno(), 1)
-            sys.argv = ["nvamp", *arguments]
-            nvamp_main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(code)
+            code = _run(arguments, log)
+        finally:  # whatever arrives, it must not go on as its parent
+            os._exit(code)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if kill:
         deadline = time.monotonic() + after
         while time.monotonic() < deadline:
