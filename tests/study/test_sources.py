@@ -50,6 +50,13 @@ def test_files_that_are_not_read_are_counted_and_named(
         read_documents([str(tmp_path)], [])
 
 
+def test_names_of_files_that_are_not_read_fit_on_a_line_and_a_page(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n\xe2\x80\xae")).write_bytes(b"\xff")
+    _, source = read_documents([str(tmp_path)], [])
+    assert source == f"{tmp_path} (not read: 1 not UTF-8: ⟨U+DCFF⟩⟨U+000A⟩⟨U+202E⟩)"
+
+
 def test_what_nvamp_writes_is_no_text(tmp_path: Path) -> None:
     study = tmp_path / "earlier"
     (study / "runs").mkdir(parents=True)

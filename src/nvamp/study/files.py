@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and one that a single process holds."""
+"""Files that are written completely or not at all, one that a single process holds, and names on one line."""
 
 import os
 import platform
@@ -71,3 +71,8 @@ def hold(path: Path) -> IO[str]:
         file.flush()
         stack.pop_all()
     return file
+
+
+def visible(name: str) -> str:
+    """A name on one line: characters that are invisible, or change how others look, become their numbers."""
+    return "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in name)

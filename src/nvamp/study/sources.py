@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nvamp.study import StudyError
+from nvamp.study.files import visible
 from nvamp.study.store import is_study
 
 T = TypeVar("T")
@@ -202,7 +203,7 @@ class _Files:
     def unread(self, before: str, after: str = "") -> str:
         """What was not read, in words between `before` and `after`; empty if all was."""
         kinds = [
-            f"{len(paths):,} {why.value}: {', '.join(path.name for path in list(paths)[:NAMED])}"
+            f"{len(paths):,} {why.value}: {', '.join(visible(path.name) for path in sorted(paths)[:NAMED])}"
             + (", ..." if len(paths) > NAMED else "")
             for why, paths in self._unread.items()
         ]
