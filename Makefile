@@ -62,10 +62,12 @@ api: $(INSTALLED)
 lowest: $(INSTALLED)
 	$(BIN)/python -m tools.lowest
 
-# Runs the property tests with new examples for FUZZ_SECONDS, and reports a failure with its seed.
+# For FUZZ_SECONDS each: property tests with new examples; then the commands killed, damaged and given random
+# options. A failure is reported with its seed.
 FUZZ_SECONDS ?= 3600
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tools.fuzz --seconds $(FUZZ_SECONDS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak --seconds $(FUZZ_SECONDS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cpu --out runs/bench

@@ -1,5 +1,6 @@
 """`nvamp` as a user runs it."""
 
+import io
 import json
 import re
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import nvamp
+import nvamp.study.terminal
 from nvamp.cli import main
 from nvamp.study.losses import KNOWN, MODES
 from tests.processes import python
@@ -146,6 +148,9 @@ def test_ctrl_c_while_a_text_is_read(
         (["compare", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["compare", "--steps", "many"], "'--steps'"),
         (["compare", "--text", ""], "--text: expected a name, got an empty one"),
+        (["compare", "--out", ""], "Invalid value for '--out': expected a name, got an empty one"),
+        (["inspect", "--model", "x", "--text", "x", "--out", ""], "for '--out': expected a name"),
+        (["inspect", "--model", "x", "--text", ""], "for '--text': expected a name, got an empty one"),
         (["compare", "--text", "\udcff.txt"], r"'\udcff.txt': expected UTF-8"),
         (["compare", "--no-overwrite"], "No such option: --no-overwrite"),
         (["compare", "--bogus"], "No such option: --bogus"),
@@ -174,6 +179,44 @@ def test_a_mistake_is_reported_in_one_line(
     assert err.startswith("nvamp: ")
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_that_is_not_utf_8(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dir: Path, text_dir: Path, encoding: str
+) -> None:
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", console)
+    out = tmp_path / "out\N{SNOWMAN}"
+    arguments = ["--loss", "ce", "--loss", "dft", "--seeds", "2", "--steps", "2", "--model", model_dir]
+    assert run(monkeypatch, "compare", *arguments, "--text", text_dir, "--out", out) == 0
+    console.flush()
+    shown = console.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert "dft against ce: cross-entropy: " in shown
+    assert "out?" in "".join(shown.split())
+    assert (out / "report.html").exists()
+
+
+def test_the_report_does_not_wait_for_the_console(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dir: Path, text_dir: Path
+) -> None:
+    def closed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nvamp.study.terminal, "show_results", closed)
+    arguments = ["compare", "--loss", "ce", "--seeds", "1", "--steps", "2", "--model", model_dir]
+    assert run(monkeypatch, *arguments, "--text", text_dir, "--out", tmp_path / "out") == 130
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_an_environment_that_makes_no_sense(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    assert run(monkeypatch, "compare") == 2
+    assert capsys.readouterr().err == (
+        "nvamp: LOCAL_RANK=first in the environment: expected an integer from 0\n"
+    )
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

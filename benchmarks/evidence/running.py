@@ -94,8 +94,19 @@ def run_all(
     Args:
         noise: for a seed, the probability of each training label to be replaced, [blocks, sequence].
     """
-    store = Store(directory)
-    store.claim(_conditions(recipe, corpus, noise and noise(0)), overwrite=False)
+    with Store(directory) as store:
+        store.claim(_conditions(recipe, corpus, noise and noise(0)), overwrite=False)
+        yield from _run_all(store, losses, seeds, recipe, corpus, noise)
+
+
+def _run_all(
+    store: Store,
+    losses: Sequence[str],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    corpus: Corpus,
+    noise: Callable[[int], Tensor] | None,
+) -> Iterator[Finished]:
     classes = frequency_classes(corpus.train, len(corpus.tokenizer))
     for seed in seeds:
         for loss in parse_losses(list(losses)):
@@ -106,10 +117,8 @@ def run_all(
                 )
                 record = {**describe(loss, seed, run, classes), "gradient_norms": norms.values}
                 store.save(loss, seed, record, run, corpus)
-                print(f"{directory.name}: {loss.name}, seed {seed}: {run.seconds:.0f} s", flush=True)
-            kept = store.load(loss, seed)
-            assert kept is not None
-            yield Finished(kept, store.nll(loss, seed))
+                print(f"{store.out.name}: {loss.name}, seed {seed}: {run.seconds:.0f} s", flush=True)
+            yield Finished(*store.kept(loss, seed))
 
 
 def _conditions(recipe: Recipe, corpus: Corpus, noise: Tensor | None) -> Json:

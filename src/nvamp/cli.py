@@ -40,6 +40,8 @@ def main() -> None:
         peers = join()
         if peers.rank > 0:
             sys.stdout = io.StringIO()  # only the first rank prints
+        elif isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # not every console knows ± and the names of all files
         _check_encoding(sys.argv[1:])
         code = app(standalone_mode=False, obj=peers)
     except typer.TyperException as error:
@@ -71,6 +73,13 @@ def _check_encoding(arguments: list[str]) -> None:
             argument.encode()
         except UnicodeEncodeError:
             raise StudyError(f"{argument!r}: expected UTF-8") from None
+
+
+def _named(value: str | Path) -> Path:
+    """A path from its name; the empty name, which would be the working directory, is none."""
+    if value == "":
+        raise typer.BadParameter("expected a name, got an empty one")
+    return Path(value)
 
 
 def _show_version(wanted: bool) -> None:
@@ -127,9 +136,9 @@ def compare(
             "which can be repeated. Append #column if there are several text columns."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Directory for results, report and models.")] = Path(
-        "runs/compare"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Directory for results, report and models.", parser=_named, metavar="PATH")
+    ] = Path("runs/compare"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study in --out first.")] = False,
 ) -> None:
     """Train the same model from the same seeds under several losses, and report what differs.
@@ -139,7 +148,7 @@ def compare(
     peers: Peers = context.obj
     from nvamp.study.compare import Settings, compare
     from nvamp.study.report import write_report
-    from nvamp.study.store import kept_runs
+    from nvamp.study.store import Store, kept_runs
     from nvamp.study.terminal import Terminal, show_results
 
     settings = Settings(
@@ -147,12 +156,16 @@ def compare(
     )
     console = Console()
     try:
-        with Terminal(console, steps) as terminal:
-            results = compare(settings, out, shlex.join(["nvamp", *sys.argv[1:]]), terminal, overwrite, peers)
-        if results is None:  # gathered by another rank
-            return
-        show_results(console, results)
-        page = write_report(results, out / "report.html")
+        with Store(out) as store:
+            with Terminal(console, steps) as terminal:
+                command = shlex.join(["nvamp", *sys.argv[1:]])
+                results = compare(settings, store, command, terminal, overwrite, peers)
+            if results is None:  # gathered by another rank
+                return
+            try:  # the report first: a console can fail
+                page = write_report(results, out / "report.html")
+            finally:
+                show_results(console, results)
     except KeyboardInterrupt:
         kept = kept_runs(out)
         _say(f"interrupted: {kept} finished runs are kept in {out}; the same command continues", peers)
@@ -163,7 +176,7 @@ def compare(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Option(help="A causal language model: a directory or hub id.")],
-    text: Annotated[Path, typer.Option(help="A UTF-8 file.")],
+    text: Annotated[Path, typer.Option(help="A UTF-8 file.", parser=_named, metavar="PATH")],
     loss: Annotated[
         list[str],
         typer.Option(
@@ -171,7 +184,9 @@ def inspect(
             show_default="nvamp in each gradient mode",
         ),
     ] = list(MODES),  # noqa: B006  # typer copies it
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("inspect.html"),
+    out: Annotated[Path, typer.Option(help="The page to write.", parser=_named, metavar="PATH")] = Path(
+        "inspect.html"
+    ),
 ) -> None:
     """Show a text on one page, each token coloured by its loss or by the weight a loss function gives it."""
     from nvamp.study.inspect.page import inspect_file

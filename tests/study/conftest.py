@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from nvamp.study.compare import Settings, compare
 from nvamp.study.corpus import Corpus, build_corpus, train_tokenizer
 from nvamp.study.metrics import METRICS
 from nvamp.study.models import quiet
+from nvamp.study.store import Store
 from nvamp.study.training import Progress
 
 
@@ -84,6 +85,15 @@ def small_llama(tokenizer: Any, positions: int, **options: Any) -> Any:
     return LlamaForCausalLM(config)
 
 
+def dropping(vocabulary: int) -> Any:
+    """A model of 16 positions in training mode that drops half of what it computes."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=vocabulary, n_embd=16, n_layer=1, n_head=2, n_positions=16, resid_pdrop=0.5, embd_pdrop=0.5
+    )
+    return GPT2LMHeadModel(config).train()
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A local model of a few thousand parameters, with its tokenizer."""
@@ -108,6 +118,7 @@ class Silent:
     def __init__(self) -> None:
         self.kept = -1
         self.trained: list[tuple[str, int]] = []
+        self.left_out = 0
 
     def prepared(self, corpus: Any, runs: int, kept: int) -> None:
         self.kept = kept
@@ -117,6 +128,9 @@ class Silent:
 
     def finished(self, record: dict[str, Any]) -> None:
         self.trained.append((record["loss"], record["seed"]))
+
+    def replacing(self, runs: int) -> None:
+        self.left_out = runs
 
     def waiting(self) -> None:
         pass
@@ -135,7 +149,8 @@ def one(settings: Settings) -> Settings:
 
 def study(settings: Settings, out: Path, **options: Any) -> tuple[dict[str, Any], Silent]:
     display = Silent()
-    results = compare(settings, out, "nvamp compare", display, **options)
+    with Store(out) as store:
+        results = compare(settings, store, "nvamp compare", display, **options)
     assert results is not None
     return results, display
 

@@ -41,8 +41,15 @@ def test_more_losses_and_seeds_may_join(settings: Settings, one: Settings, tmp_p
     study(one, tmp_path)
     results, display = study(settings, tmp_path)
     assert display.trained == [("dft", 0), ("ce", 1), ("dft", 1)]
+    assert display.left_out == 0
     fewer, display = study(replace(settings, losses=("dft",)), tmp_path)
     assert display.trained == []
+    assert display.left_out == 2  # runs of the report that this one replaces
+    assert study(replace(settings, losses=("dft",), seeds=1), tmp_path)[1].left_out == 1
+    assert study(settings, tmp_path)[1].left_out == 0
+    for damaged in ("{", "[]", '{"runs": [{}]}', '{"runs": 3}'):
+        (tmp_path / "results.json").write_text(damaged)
+        assert study(settings, tmp_path)[1].left_out == 0
     assert fewer["losses"][0]["metrics"] == results["losses"][1]["metrics"]
 
 

@@ -49,6 +49,15 @@ def test_value_and_gradient_are_those_of_the_formula(spec: str, items: int | Non
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("spec", KNOWN)
+def test_without_a_valid_label_the_loss_is_zero(spec: str) -> None:
+    logits = torch.randn(2, 5, 7, requires_grad=True)
+    value = parse_loss(spec).criterion(logits, torch.full((2, 5), -100))
+    (grad,) = torch.autograd.grad(value, logits)
+    assert value == 0
+    assert not grad.any()
+
+
 def test_focal_gradient_is_finite_where_the_model_is_certain() -> None:
     logits = torch.zeros(1, 3, 5, requires_grad=True)
     certain = logits + 200 * torch.nn.functional.one_hot(torch.tensor([[1, 2, 0]]), 5)

@@ -40,6 +40,17 @@ def test_cvar_is_the_mean_of_the_worst_twentieth(losses: list[float]) -> None:
     assert cvar(np.array(losses)) == pytest.approx(sum(worst) / len(worst))
 
 
+def test_metrics_are_computed_in_float64() -> None:
+    nll = np.random.default_rng(0).exponential(3, 100_001).astype(np.float32)
+    exact = nll.astype(np.float64)
+    found = held_out_metrics(nll, nll > 1, np.zeros(len(nll), np.int64))
+    assert (
+        found["cross_entropy"] == found["frequent"] == pytest.approx(math.fsum(exact) / len(exact), rel=1e-12)
+    )
+    assert found["std"] == pytest.approx(exact.std(), rel=1e-12)
+    assert found["cvar"] == pytest.approx(math.fsum(np.sort(exact)[-5001:]) / 5001, rel=1e-12)
+
+
 def test_cvar_of_a_hundred_is_of_five() -> None:
     assert cvar(np.arange(100.0)) == 97.0
     assert cvar(np.arange(101.0)) == pytest.approx(np.mean([95, 96, 97, 98, 99, 100]))

@@ -37,8 +37,11 @@ def change(path: Path, **fields: Any) -> None:
 
 @pytest.mark.parametrize("known", [True, False], ids=["a class of transformers", "a class of its own"])
 @pytest.mark.parametrize("kind", LOADERS)
-def test_code_in_the_directory_is_not_run(kind: str, known: bool, directory: Path) -> None:
-    """Where transformers has a class for it, that is used; else there is an error."""
+def test_code_in_the_directory_is_not_run(
+    kind: str, known: bool, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If transformers has a class for it, that is used; else there is an error, and nobody is asked."""
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
     ran = directory / "ran"
     code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Config: ...\nclass Model: ...\nclass Tokenizer: ...\n"
     (directory / "code.py").write_text(code)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from nvamp.study import StudyError
 from nvamp.study.compare import Settings, compare
 from nvamp.study.peers import Peers, hide, join
+from nvamp.study.store import Store
 from tests.study.conftest import Silent, started, study, without_times
 
 NVAMP = "from nvamp.cli import main; main()"
@@ -147,24 +149,24 @@ class Impatient(Silent):
 
 def test_each_rank_trains_its_own_share(settings: Settings, tmp_path: Path) -> None:
     store = dist.HashStore()
-    with pytest.raises(KeyboardInterrupt):
-        compare(settings, tmp_path, "", Impatient(), peers=Peers(0, 2, store))
+    with Store(tmp_path) as first, pytest.raises(KeyboardInterrupt):
+        compare(settings, first, "", Impatient(), peers=Peers(0, 2, store))
     assert finished_runs(tmp_path) == ["ce-seed0", "ce-seed1"]
-    assert compare(settings, tmp_path, "", Silent(), peers=Peers(1, 2, store)) is None
+    assert compare(settings, Store(tmp_path), "", Silent(), peers=Peers(1, 2, store)) is None
     assert finished_runs(tmp_path) == ["ce-seed0", "ce-seed1", "dft-seed0", "dft-seed1"]
     assert not (tmp_path / "results.json").exists()
 
 
 def test_ranks_that_differ_do_not_train(settings: Settings, tmp_path: Path) -> None:
     store = dist.HashStore()
-    with pytest.raises(KeyboardInterrupt):
-        compare(settings, tmp_path / "out", "", Impatient(), peers=Peers(0, 2, store))
+    with Store(tmp_path / "out") as first, pytest.raises(KeyboardInterrupt):
+        compare(settings, first, "", Impatient(), peers=Peers(0, 2, store))
     other = replace(settings, steps=5)
     with pytest.raises(StudyError, match=r"^the ranks differ: --steps 6 \(on rank 1: 5\)$"):
-        compare(other, tmp_path / "out", "", Silent(), peers=Peers(1, 2, store))
+        compare(other, Store(tmp_path / "out"), "", Silent(), peers=Peers(1, 2, store))
     elsewhere = tmp_path / "elsewhere"
     with pytest.raises(StudyError, match=f"^--out {elsewhere}: not the directory of the first rank"):
-        compare(settings, elsewhere, "", Silent(), peers=Peers(1, 2, store))
+        compare(settings, Store(elsewhere), "", Silent(), peers=Peers(1, 2, store))
     assert not elsewhere.exists()
 
 
@@ -214,3 +216,53 @@ def test_a_process_on_its_own(monkeypatch: pytest.MonkeyPatch, left: dict[str, s
         monkeypatch.setenv(name, value)
     assert join() == Peers()
     assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(os.environ)
+
+
+MEETING = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}
+
+
+def surrounded(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name in (*MEETING, "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("RANK", "a", "from 0 to 1"),
+        ("RANK", "", "from 0 to 1"),
+        ("RANK", "-1", "from 0 to 1"),
+        ("RANK", "2", "from 0 to 1"),
+        ("WORLD_SIZE", "x", "from 1"),
+        ("WORLD_SIZE", "0", "from 1"),
+        ("MASTER_PORT", "x", "from 1 to 65535"),
+        ("MASTER_PORT", "65536", "from 1 to 65535"),
+    ],
+)
+def test_variables_that_make_no_sense(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str
+) -> None:
+    surrounded(monkeypatch, {**MEETING, name: value})
+    with pytest.raises(StudyError) as error:
+        join()
+    assert str(error.value) == f"{name}={value} in the environment: expected an integer {expected}"
+
+
+@pytest.mark.parametrize("value", ["a", "-1"])
+def test_a_local_rank_that_makes_no_sense(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    surrounded(monkeypatch, {"LOCAL_RANK": value})
+    with pytest.raises(
+        StudyError, match=f"^LOCAL_RANK={value} in the environment: expected an integer from 0$"
+    ):
+        join()
+
+
+def test_ranks_that_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("localhost", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        surrounded(monkeypatch, {**MEETING, "MASTER_PORT": port})
+        with pytest.raises(StudyError, match=f"^the ranks do not meet at localhost:{port}: [^\n]+$"):
+            join()

@@ -1,8 +1,12 @@
 import json
+import os
 import re
+import resource
 import shutil
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,14 +14,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import nvamp.study.compare
 import nvamp.study.store
 from nvamp.study import StudyError
-from nvamp.study.compare import Settings, prepare
+from nvamp.study.compare import Settings, compare, prepare
 from nvamp.study.inspect.score import inspect_text
 from nvamp.study.losses import MODES, parse_losses
-from nvamp.study.models import load_model
-from nvamp.study.store import finite, write_json
-from tests.study.conftest import study
+from nvamp.study.models import build_model, load_model
+from nvamp.study.store import Store, _canonical, _checksum, conditions, finite, versions, write_json
+from nvamp.study.training import Progress, train
+from tests.study.conftest import Silent, study
 
 
 def test_an_unfinished_run_is_not_taken_for_a_finished_one(
@@ -130,21 +136,193 @@ def test_another_model_in_the_same_place_is_another_study(
         study(one, tmp_path / "out")
 
 
+def array(numbers: Any) -> bytes:
+    """The bytes of a `.npy` file."""
+    buffer = BytesIO()
+    np.save(buffer, numbers)
+    return buffer.getvalue()
+
+
 def test_damaged_runs(one: Settings, tmp_path: Path) -> None:
     study(one, tmp_path)
     record, nll = (tmp_path / "runs" / f"ce-seed0.{suffix}" for suffix in ("json", "npy"))
     nll.unlink()
     assert study(one, tmp_path)[1].trained == [("ce", 0)]
+    whole = {path: path.read_bytes() for path in (record, nll)}
+    losses = np.load(nll)
+    huge = whole[nll].replace(b"(%d,)" % len(losses), b"(%d,)" % 10**11)
     for path, content in (
         (nll, b""),
         (nll, b"\x93NUMPY"),
+        (nll, b"PK\x03\x04" + bytes(40)),
+        (nll, b"some text"),
+        (nll, array(losses.astype(np.float64))),
+        (nll, array(losses[:-1])),
+        (nll, array(losses[None])),
+        (nll, array(losses * np.nan)),
+        (nll, huge),
+        (nll, whole[nll][:-1] + b"\0"),
         (record, b"{"),
         (record, b"[]"),
+        (record, b"{}"),
         (record, b"\xff"),
+        (record, b"[" * 100_000),
+        (record, whole[record].replace(b'"diverged": false', b'"diverged": true')),
+        (record, whole[record].replace(b'"cross_entropy": ', b'"cross_entropy": 1')),
     ):
+        assert content != whole[path]
         path.write_bytes(content)
-        with pytest.raises(StudyError, match=f"^{path} is damaged: "):
+        with pytest.raises(StudyError, match=f"^{path} is damaged: delete it to train this run again$"):
             study(one, tmp_path)
+        path.write_bytes(whole[path])
+    assert study(one, tmp_path)[1].kept == 1
+    nll.unlink()
+    nll.mkdir()
+    with pytest.raises(StudyError, match=f"^{nll} is damaged: "):
+        study(one, tmp_path)
+
+
+def test_losses_that_do_not_belong_to_the_model_are_damaged(one: Settings, tmp_path: Path) -> None:
+    """Checksums that fit do not make up for a dtype or a shape that does not."""
+    study(one, tmp_path)
+    (loss,) = parse_losses(one.losses)
+    with Store(tmp_path) as store:
+        record, nll = store.kept(loss, 0)
+        for wrong in (nll.astype(np.float64), nll[None]):
+            (tmp_path / "runs" / "ce-seed0.npy").write_bytes(array(wrong))
+            saved = {"tokens": len(nll), "checksum": _checksum(array(wrong))}
+            fields = {**record, "nll": saved}
+            write_json(
+                tmp_path / "runs" / "ce-seed0.json", {**fields, "checksum": _checksum(_canonical(fields))}
+            )
+            with pytest.raises(StudyError, match=r"ce-seed0\.npy is damaged"):
+                store.load(loss, 0)
+
+
+@pytest.mark.parametrize("left", ["settings.json.part", ".nvamp.lock"])
+def test_what_a_kill_leaves_before_the_first_file(one: Settings, tmp_path: Path, left: str) -> None:
+    (tmp_path / left).write_text("process 1 on another machine")
+    assert study(one, tmp_path)[1].trained == [("ce", 0)]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_study_interrupted_after_its_first_file_continues(
+    one: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path, *rest: Any, **options: Any) -> None:
+        if path.name == "models":  # "runs" is there already
+            raise KeyboardInterrupt
+        mkdir(path, *rest, **options)
+
+    mkdir = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study(one, tmp_path / "out")
+    monkeypatch.undo()
+    assert study(one, tmp_path / "out")[1].trained == [("ce", 0)]
+
+
+def test_a_run_interrupted_as_it_is_trained_again_is_not_damaged(
+    one: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(*arguments: Any) -> Any:
+        run = train(*arguments)
+        run.nll[0] += 1  # on another number of threads, say
+        return run
+
+    def interrupted(path: Path, value: Any) -> None:
+        if path.name == "ce-seed0.json":
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    study(one, tmp_path)
+    (tmp_path / "runs" / "ce-seed0.npy").unlink()
+    monkeypatch.setattr(nvamp.study.compare, "train", other)
+    monkeypatch.setattr(nvamp.study.store, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study(one, tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / "runs" / "ce-seed0.npy").exists()
+    assert study(one, tmp_path)[1].trained == [("ce", 0)]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_directory_belongs_to_one_process_at_a_time(one: Settings, tmp_path: Path, overwrite: bool) -> None:
+    refused = []
+
+    class Meanwhile(Silent):
+        def run(self, loss: str, seed: int) -> Progress:
+            with pytest.raises(StudyError) as error:
+                study(one, tmp_path, overwrite=overwrite)
+            refused.append(str(error.value))
+            return super().run(loss, seed)
+
+    with Store(tmp_path) as store:
+        assert compare(one, store, "", Meanwhile())
+    (message,) = refused
+    assert message.startswith(f"{tmp_path} is in use by process {os.getpid()} on ")
+    assert study(one, tmp_path)[1].kept == 1
+
+
+@pytest.mark.parametrize(
+    ("bytes_left", "name"),
+    [(5_000, "models/dft-seed0"), (400, "models/dft-seed0"), (200_000, "results.json")],
+)
+def test_a_full_disk_is_reported_in_one_line(
+    settings: Settings, one: Settings, tmp_path: Path, bytes_left: int, name: str
+) -> None:
+    """A file that may not grow fails as on a full disk: in Rust, in NumPy or in Python."""
+    study(one, tmp_path)
+    if name == "results.json":
+        study(settings, tmp_path)
+        bytes_left = (tmp_path / name).stat().st_size // 2
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
+    try:
+        with pytest.raises(StudyError) as error:
+            study(settings, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    kept = 4 if name == "results.json" else 1
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / name}: ")
+    assert "File too large" in message
+    assert message.endswith(f"; {kept} finished runs are kept in {tmp_path}")
+    assert "\n" not in message
+    assert not list(tmp_path.rglob("*.part"))
+    assert study(settings, tmp_path)[1].kept == kept
+
+
+@pytest.mark.parametrize("built_in", [False, True])
+def test_space_is_checked_before_training(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built_in: bool
+) -> None:
+    settings = replace(settings, model=None) if built_in else settings
+    corpus = prepare(settings)
+    needed = 4 * 4 * build_model(settings.model, corpus).num_parameters()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(StudyError) as error:
+        study(settings, tmp_path / "out")
+    assert str(error.value) == (
+        f"--out {tmp_path / 'out'}: the models of the 4 runs to train take {needed / 1e6:,.2f} MB, "
+        f"and the disk has {needed / 1e6:,.2f} MB left; 0 finished runs are kept"
+    )
+    if not built_in:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+        assert len(study(settings, tmp_path / "out")[1].trained) == 4
+
+
+@pytest.mark.parametrize("name", ["nvamp", "torch", "transformers", "device"])
+def test_other_versions_and_devices_are_another_study(
+    one: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    corpus, recipe = prepare(one), one.recipe()
+    with Store(tmp_path) as store:
+        store.claim(conditions(recipe, corpus), overwrite=False)
+    monkeypatch.setattr(nvamp.study.store, "versions", lambda: {**here, name: "another"})
+    here = versions()
+    with pytest.raises(StudyError, match=rf"another study: {name} .* \(now another\); choose"):
+        study(one, tmp_path)
 
 
 def test_other_text_is_another_study(one: Settings, tmp_path: Path, text_dir: Path) -> None:

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from nvamp.study.training import (
     train,
     training_arguments,
 )
+from tests.study.conftest import dropping
 
 CPU = torch.device("cpu")
 
@@ -61,6 +63,22 @@ def test_held_out_losses_by_definition(corpus: Corpus, model_dir: Any) -> None:
     expected = -logits.log_softmax(-1).gather(2, labels).flatten()
     np.testing.assert_allclose(nll, expected, rtol=1e-5)
     np.testing.assert_array_equal(correct, (logits.argmax(-1) == labels[..., 0]).flatten())
+
+
+def test_dropout_does_not_touch_held_out_losses(corpus: Corpus) -> None:
+    model = dropping(len(corpus.tokenizer))
+    nll, _ = held_out_nll(model, corpus.held_out)
+    np.testing.assert_array_equal(nll, held_out_nll(model.eval(), corpus.held_out)[0])
+
+
+def test_the_recipe(tmp_path: Path) -> None:
+    arguments = training_arguments(Recipe(105, 8, 1e-3), 7, CPU, str(tmp_path))
+    assert (arguments.optim, arguments.weight_decay) == ("adamw_torch_fused", 0)
+    assert (arguments.lr_scheduler_type, arguments.warmup_steps) == ("cosine", 10)
+    assert (arguments.learning_rate, arguments.max_grad_norm) == (1e-3, 1.0)
+    assert (arguments.max_steps, arguments.per_device_train_batch_size, arguments.seed) == (105, 8, 7)
+    assert arguments.gradient_accumulation_steps == 1
+    assert not arguments.bf16
 
 
 def test_held_out_losses_are_plain_whatever_the_training(corpus: Corpus, model_dir: Any) -> None:

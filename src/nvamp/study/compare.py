@@ -1,5 +1,6 @@
 """A study: train every loss from every seed, keep each run as it finishes, and gather the results."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,11 +12,11 @@ from typing import Protocol
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus, build_corpus, frequency_classes
 from nvamp.study.losses import Loss, parse_losses
-from nvamp.study.models import load_tokenizer, max_positions, quiet
+from nvamp.study.models import load_tokenizer, max_positions, model_bytes, quiet
 from nvamp.study.peers import POLL, Peers
 from nvamp.study.results import describe, describe_corpus, gather
 from nvamp.study.sources import read_documents
-from nvamp.study.store import Json, Store, conditions, finite, versions, write_json
+from nvamp.study.store import Json, Store, conditions, finite, kept_runs, versions
 from nvamp.study.training import Progress, Recipe, train
 
 SEQUENCE = 64  # tokens in a block, for the built-in model
@@ -77,19 +78,22 @@ class Display(Protocol):
     def finished(self, record: Json) -> None:
         """A run of this process or of another rank is finished and kept."""
 
+    def replacing(self, runs: int) -> None:
+        """The report of this study replaces one that has `runs` runs more; these are kept."""
+
     def waiting(self) -> None:
         """This process has finished its runs; other ranks have not."""
 
 
 def compare(
     settings: Settings,
-    out: Path,
+    store: Store,
     command: str,
     display: Display,
     overwrite: bool = False,
     peers: Peers = Peers(),  # noqa: B008  # it is immutable
 ) -> Json | None:
-    """Train the runs that are missing, and gather the results, which are also written to `out`.
+    """Train the runs that are missing, and gather the results, which are also written to the store.
 
     Several ranks share the training. The first one gathers the results; the others return `None`.
 
@@ -99,8 +103,7 @@ def compare(
     quiet()
     settings.check()
     losses = parse_losses(list(settings.losses))
-    recipe = settings.recipe()
-    store = Store(out)
+    recipe, out = settings.recipe(), store.out
     if overwrite and settings.model and out.resolve() in Path(settings.model).resolve().parents:
         raise StudyError(f"--model {settings.model} is in --out, which --overwrite would drop")
     if peers.rank == 0:  # another rank might see the directory while the first one is creating it
@@ -111,7 +114,9 @@ def compare(
 
     def claim() -> list[int]:
         store.claim(conditions(recipe, corpus), overwrite)
-        return [index for index, pair in enumerate(pairs) if store.load(*pair) is None]
+        missing = [index for index, pair in enumerate(pairs) if store.load(*pair) is None]
+        _check_space(len(missing), recipe, corpus, out)
+        return missing
 
     missing = [pairs[index] for index in peers.of_first(claim)]
     if peers.rank > 0:
@@ -121,8 +126,21 @@ def compare(
     if peers.rank > 0:
         return None
     results = _results(settings, command, losses, corpus, store)
-    write_json(out / "results.json", results)
+    if left_out := store.reported() - {(loss.name, seed) for loss, seed in pairs}:
+        display.replacing(len(left_out))
+    store.save_results(results)
     return results
+
+
+def _check_space(runs: int, recipe: Recipe, corpus: Corpus, out: Path) -> None:
+    """Raise a `StudyError` if the models of so many runs do not fit on the disk."""
+    needed = runs * model_bytes(recipe.model, corpus)
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise StudyError(
+            f"--out {out}: the models of the {runs} runs to train take {needed / 1e6:,.2f} MB, "
+            f"and the disk has {free / 1e6:,.2f} MB left; {kept_runs(out)} finished runs are kept"
+        )
 
 
 def _train_missing(

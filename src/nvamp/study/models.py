@@ -39,6 +39,20 @@ def load_model(name: str) -> Any:
     return _load(AutoModelForCausalLM, name, dtype=torch.float32)
 
 
+def model_bytes(name: str | None, corpus: Corpus) -> int:
+    """The size of a model in float32; 0 if its configuration does not determine it."""
+    try:
+        with torch.device("meta"):
+            if name is None:
+                model = build_model(None, corpus)
+            else:
+                config = _load(transformers.AutoConfig, name)
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception:  # an adapter, or a model that cannot be built without its weights
+        return 0
+    return 4 * int(model.num_parameters())
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a pretrained model."""
     return _load(AutoTokenizer, name)

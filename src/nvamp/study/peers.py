@@ -8,12 +8,14 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
+
+from nvamp.study import StudyError
 
 POLL = 0.1  # seconds; a blocking call of the store would delay signals
 
@@ -63,8 +65,15 @@ def join() -> Peers:
     if not all(name in os.environ for name in _MEETING) or os.environ["WORLD_SIZE"] == "1":
         hide(os.environ)
         return Peers()
-    # mypy: both are public, but not explicitly re-exported.
-    store, rank, world = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    world = _number(os.environ, "WORLD_SIZE", 1)
+    rank = _number(os.environ, "RANK", 0, world - 1)
+    port = _number(os.environ, "MASTER_PORT", 1, 65535)
+    try:
+        # mypy: both are public, but not explicitly re-exported.
+        store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise StudyError(f"the ranks do not meet at {os.environ['MASTER_ADDR']}:{port}: {reason}") from error
     # If torchrun restarts the ranks, the store still holds what the previous ones wrote.
     prefix = f"nvamp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
@@ -79,12 +88,21 @@ def hide(environ: MutableMapping[str, str]) -> None:
 
     A process without a rank sees the first GPU: if it saw several, the `Trainer` would enlarge the batches.
     """
-    local = int(environ.get("LOCAL_RANK", "0"))
+    local = _number(environ, "LOCAL_RANK", 0) if "LOCAL_RANK" in environ else 0
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     devices = str(local) if visible is None else ",".join(visible.split(",")[local : local + 1])
     environ["CUDA_VISIBLE_DEVICES"] = devices
     for name in _VARIABLES:
         environ.pop(name, None)
+
+
+def _number(environ: Mapping[str, str], name: str, least: int, most: int | None = None) -> int:
+    """The integer in an environment variable; a `StudyError` if it is none from `least` to `most`."""
+    value = environ[name]
+    if not value.isdecimal() or int(value) < least or (most is not None and int(value) > most):
+        to = "" if most is None else f" to {most}"
+        raise StudyError(f"{name}={value} in the environment: expected an integer from {least}{to}")
+    return int(value)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

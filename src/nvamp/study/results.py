@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
 from nvamp.study.losses import Loss
 from nvamp.study.metrics import METRICS, VERDICT_KEYS, difference, estimate, held_out_metrics, verdict
@@ -63,9 +62,10 @@ def _unigram_cross_entropy(corpus: Corpus) -> float:
 
 def gather(losses: Sequence[Loss], seeds: int, store: Store) -> Json:
     """The results of the finished runs: each loss over its seeds, and against the first loss."""
-    records = {loss.name: [_stored(store, loss, seed) for seed in range(seeds)] for loss in losses}
+    runs = {loss.name: [store.kept(loss, seed) for seed in range(seeds)] for loss in losses}
+    records = {name: [record for record, _ in of_loss] for name, of_loss in runs.items()}
     baseline = records[losses[0].name]
-    tokens = {loss.name: _token_losses(store, loss, records[loss.name]) for loss in losses}
+    tokens = {name: _token_losses(of_loss) for name, of_loss in runs.items()}
     largest = max((x.max().item() for x in tokens.values() if x is not None), default=1.0)
     grid = Grid(np.linspace(0, largest, BINS + 1), np.linspace(0, largest, TAIL_POINTS))
     return {
@@ -84,18 +84,11 @@ def gather(losses: Sequence[Loss], seeds: int, store: Store) -> Json:
     }
 
 
-def _stored(store: Store, loss: Loss, seed: int) -> Json:
-    record = store.load(loss, seed)
-    if record is None:
-        raise StudyError(f"{store.out}: the run of {loss.name} from seed {seed} has gone missing")
-    return record
-
-
-def _token_losses(store: Store, loss: Loss, records: Sequence[Json]) -> NDArray[np.float32] | None:
+def _token_losses(runs: Sequence[tuple[Json, NDArray[np.float32]]]) -> NDArray[np.float32] | None:
     """The held-out token losses (nats) of all seeds, [seeds · tokens]; `None` if a run diverged."""
-    if any(record["diverged"] for record in records):
+    if any(record["diverged"] for record, _ in runs):
         return None
-    return np.concatenate([store.nll(loss, record["seed"]) for record in records])
+    return np.concatenate([nll for _, nll in runs])
 
 
 def _summary(

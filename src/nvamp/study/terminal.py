@@ -74,6 +74,10 @@ class Terminal:
         outcome = "diverged" if mean is None else f"held-out cross-entropy {mean:.3f} nats"
         self._print(f"{record['loss']}, seed {record['seed']}: {outcome} ({record['seconds']:.0f} s)")
 
+    def replacing(self, runs: int) -> None:
+        """See `nvamp.study.compare.Display`."""
+        self._print(f"results and report replace earlier ones of {runs} runs more; these runs are kept")
+
     def waiting(self) -> None:
         """See `nvamp.study.compare.Display`."""
         self._progress.update(self._task, description="waiting for the other ranks", loss="")

@@ -11,11 +11,11 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from nvamp.functional import token_weights
 from nvamp.objectives import NVAMP, Batch, EntropyWeighted
-from nvamp.study.inspect.score import ALTERNATIVES, inspect_text, spell, tokenize, windows
+from nvamp.study.inspect.score import ALTERNATIVES, _start, inspect_text, spell, tokenize, windows
 from nvamp.study.inspect.weights import weigh
 from nvamp.study.losses import KNOWN, parse_losses
 from nvamp.study.models import load_model, load_tokenizer
-from tests.study.conftest import words
+from tests.study.conftest import dropping, words
 
 ODD = "a😀b é\r\n\tשלום\x00\x07\u202ex 日本</script>"
 
@@ -124,6 +124,26 @@ def test_the_terms_add_up_to_the_loss(text: str) -> None:
         loss.spec.objective, nll, entropy=given if loss.spec.objective.needs_entropy else None
     )
     np.testing.assert_allclose(mixed, expected, rtol=1e-12, atol=1e-18)
+
+
+def test_dropout_does_not_touch_scores(tokenizer: Any) -> None:
+    model = dropping(len(tokenizer))
+    first, again = (
+        inspect_text(which(), tokenizer, words(5, 60), parse_losses(["ce"])).scores.nll
+        for which in (lambda: model, model.eval)
+    )
+    np.testing.assert_array_equal(first, again)
+
+
+def test_only_a_bos_token_starts_every_window() -> None:
+    """BERT's tokenizers put [CLS] before a text, which a causal language model has not seen there."""
+    backend = Tokenizer(models.WordLevel({"[CLS]": 0, "[SEP]": 1, "a": 2, "?": 3}, unk_token="?"))
+    backend.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+    )
+    for bos, start in ((None, []), ("[SEP]", []), ("[CLS]", [0])):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", bos_token=bos)
+        assert _start(tokenizer) == start
 
 
 def test_tokens_cover_the_text_to_the_character(tokenizer: Any) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nvamp.objectives import Objective
 from nvamp.study import StudyError
-from nvamp.study.files import replacing
+from nvamp.study.files import replacing, visible
 from nvamp.study.inspect.score import Inspection, Progress, inspect_text
 from nvamp.study.inspect.weights import Term
 from nvamp.study.losses import parse_losses
@@ -108,11 +108,6 @@ def write_page(found: Inspection, model: str, name: str, path: Path) -> None:
     )
     with replacing(path) as temporary:
         temporary.write_bytes(page.encode("utf-8"))
-
-
-def visible(name: str) -> str:
-    """A name on one line: characters that are invisible, or change how others look, become their numbers."""
-    return "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in name)
 
 
 def formula(objective: Objective) -> str:

@@ -1,0 +1,29 @@
+"""What a study prints."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from nvamp.study.terminal import Terminal
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=80)
+
+
+def shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_names_are_not_markup(console: Console) -> None:
+    record = {"loss": "x[/b] [red]y", "seed": 0, "seconds": 1.0, "metrics": {"cross_entropy": 2.0}}
+    Terminal(console, 1).finished(record)
+    assert shown(console) == "x[/b] [red]y, seed 0: held-out cross-entropy 2.000 nats (1 s)\n"
+
+
+def test_a_report_that_is_replaced(console: Console) -> None:
+    Terminal(console, 1).replacing(3)
+    assert shown(console) == "results and report replace earlier ones of 3 runs more; these runs are kept\n"
