@@ -5,7 +5,7 @@ STUDY := .venv/study
 INSTALLED := .venv/installed
 TOOLS := .venv/tools
 
-.PHONY: setup compare browser test lint docs release-check api lowest fuzz bench clean
+.PHONY: setup compare browser test lint docs release-check api lowest fuzz mutants bench clean
 
 setup: $(INSTALLED)
 
@@ -68,6 +68,10 @@ FUZZ_SECONDS ?= 3600
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tools.fuzz --seconds $(FUZZ_SECONDS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak --seconds $(FUZZ_SECONDS)
+
+# Changes the code in small ways and reports which changes no test sees.
+mutants: $(INSTALLED)
+	$(BIN)/python -m tools.mutants
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cpu --out runs/bench
