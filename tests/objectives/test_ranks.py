@@ -12,11 +12,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nvamp import LinearLoss, Loss
-from nvamp.objectives import NVAMP, Batch, ClippedPolicy, Objective, Tail, Tilted, TokenWeighted, Truncated
+from nvamp.objectives import (
+    GRADIENTS,
+    NVAMP,
+    Batch,
+    ClippedPolicy,
+    Gradient,
+    Objective,
+    Tail,
+    Tilted,
+    TokenWeighted,
+    Truncated,
+)
 from nvamp.objectives.hardest import hardest, most_tokens_of, tokens_of
 from nvamp.ranks import Ranks
 from tests.engine.test_parts import on_ranks as on_threads
 from tests.objectives.problems import KINDS, fixed, is_exact, objectives, tokens
+from tests.objectives.test_nvamp import HUGE_LOSSES
 from tests.ranks import on_ranks
 from tests.strategies import examples
 
@@ -132,6 +144,27 @@ def test_several_ranks_are_one(name: str, data: st.DataObject) -> None:
         torch.testing.assert_close(part[0], loss, rtol=1e-10, atol=1e-11)
     for i, whole in ((1, weights), (2, of_entropy)):
         torch.testing.assert_close(torch.cat([part[i] for part in together]), whole, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", HUGE_LOSSES)
+def test_huge_losses_on_several_ranks(name: str, gradient: Gradient) -> None:
+    """Some ranks have only ordinary ones, one has none at all."""
+    nll, o = torch.tensor([3.0, 4.0, *HUGE_LOSSES[name]]), NVAMP(gradient=gradient)
+    shares = [slice(2), slice(2, 5), slice(5, None), slice(0)]
+
+    def judge(ranks: Ranks) -> tuple[Tensor, Tensor]:
+        mine = nll[shares[ranks.rank]]
+        result = o.evaluate(Batch(mine, torch.ones_like(mine, dtype=torch.bool), ranks=ranks))
+        return result.loss, result.weights().expand_as(mine)
+
+    alone = o.evaluate(Batch(nll.double(), torch.ones_like(nll, dtype=torch.bool)))
+    together = on_threads(4, judge)
+    for loss, _ in together:
+        torch.testing.assert_close(loss, alone.loss, rtol=4e-7, atol=0, check_dtype=False)
+    weights = torch.cat([weights for _, weights in together])
+    expected = alone.weights().expand_as(nll)
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-9, check_dtype=False)
 
 
 # Real processes ----------------------------------------------------------------------------------------
