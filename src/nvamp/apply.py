@@ -15,7 +15,14 @@ from torch.nn.functional import pad
 
 from nvamp import fused
 from nvamp.engine import TokenMetrics, can_one_pass, linear_nll_sum, linear_token_nll, token_nll
-from nvamp.engine.checks import check_floating, check_labels, check_linear, check_logits, has_transforms
+from nvamp.engine.checks import (
+    check_floating,
+    check_labels,
+    check_linear,
+    check_logits,
+    check_tensor,
+    has_transforms,
+)
 from nvamp.engine.devices import can_look
 from nvamp.engine.options import accumulate_dtype
 from nvamp.engine.parts import has_dtensors
@@ -23,6 +30,7 @@ from nvamp.objectives.base import Batch, Objective, Result, Statistics
 from nvamp.objectives.statistics import statistics
 from nvamp.options import (
     DECLARED,
+    HUGE,
     LinearNLLOptions,
     LinearOptions,
     LinearSumOptions,
@@ -364,6 +372,7 @@ def _together(objective: Objective, ranks: Ranks, x: object, stats: bool, losses
 
 def _items(num_items_in_batch: Items) -> Items:
     if isinstance(num_items_in_batch, Tensor):
+        check_tensor("num_items_in_batch", num_items_in_batch)
         if num_items_in_batch.is_complex():
             raise TypeError(f"num_items_in_batch must be real, got {num_items_in_batch.dtype}")
         if num_items_in_batch.numel() != 1:
@@ -374,10 +383,12 @@ def _items(num_items_in_batch: Items) -> Items:
     if num_items_in_batch is None:
         return None
     given: object = num_items_in_batch
-    if not isinstance(given, Real | torch.SymInt | torch.SymFloat):
+    if isinstance(given, bool) or not isinstance(given, Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"num_items_in_batch must be a number or a tensor of one, got {given!r}")
     if not num_items_in_batch >= 0:
         raise ValueError(f"num_items_in_batch must be at least 0, got {num_items_in_batch}")
+    if num_items_in_batch > HUGE:
+        raise ValueError(f"num_items_in_batch must be a number that float32 can hold, got {given}")
     return num_items_in_batch
 
 
@@ -430,18 +441,15 @@ def _inputs(
             raise TypeError(
                 f"{name} is missing: {name_of} needs it, shaped like the labels {list(grid.shape)}"
             )
-    for name, x in inputs.items():
+    kept = {}
+    for name, x in cast(dict[str, Tensor], inputs).items():
         _check_input(name, x, grid)
-    return {
-        name: torch.where(valid, _shifted(x.detach().to(dtype), shift), 0).flatten()
-        for name, x in inputs.items()
-        if isinstance(x, Tensor)
-    }
+        kept[name] = torch.where(valid, _shifted(x.detach().to(dtype), shift), 0).flatten()
+    return kept
 
 
-def _check_input(name: str, x: object, grid: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+def _check_input(name: str, x: Tensor, grid: Tensor) -> None:
+    check_tensor(name, x)
     if x.is_complex():
         raise TypeError(f"{name} must be real, got {x.dtype}")
     if x.shape != grid.shape:
@@ -458,8 +466,8 @@ def _given(
 ) -> _Losses:
     """The caller's losses [...] in the dtype of statistics, with their inputs and entropies."""
     check_floating("nll", nll)
-    if valid is not None and not isinstance(valid, Tensor):
-        raise TypeError(f"valid must be a tensor or None, got {type(valid).__name__}")
+    if valid is not None:
+        check_tensor("valid", valid)
     if valid is not None and (valid.dtype != torch.bool or valid.shape != nll.shape):
         raise ValueError(
             f"valid must be bool, shaped like nll {list(nll.shape)}, got {valid.dtype} {list(valid.shape)}"
