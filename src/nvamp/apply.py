@@ -37,7 +37,7 @@ from nvamp.options import (
     LogitsOptions,
     NLLOptions,
 )
-from nvamp.ranks import ALONE, Ranks
+from nvamp.ranks import ALONE, UNKNOWN, Ranks, Term
 
 if TYPE_CHECKING:
     from nvamp.distributed import Group
@@ -195,14 +195,14 @@ def weights_of_tokens(
     call: Call,
 ) -> Tensor:
     """The weights ∂L/∂ℓ for losses nll [...], shaped like them."""
-    ranks = _ranks_of(process_group)
 
-    def given() -> tuple[_Losses, Items]:
-        return _given(objective, nll, valid, entropy, call.inputs), _items(call.num_items_in_batch)
+    def computed(ranks: _Opened) -> Tensor:
+        losses = _given(objective, nll, valid, entropy, call.inputs)
+        items = _items(call.num_items_in_batch)
+        weights = _judge(objective, losses, items, ranks(items), None).weights()
+        return torch.where(losses.valid, weights, 0).view(nll.shape)
 
-    losses, items = _together(objective, ranks, nll, False, given)
-    weights = _judge(objective, losses, items, ranks, None).weights()
-    return torch.where(losses.valid, weights, 0).view(nll.shape)
+    return _together(objective, process_group, nll, False, computed)
 
 
 # From losses to the loss -------------------------------------------------------------------------------
@@ -251,15 +251,18 @@ def _loss(
     call: Call,
 ) -> Loss:
     """The result of a call of a loss: its value with its gradient and, if asked for, its statistics."""
-    ranks, stats_wanted = _ranks_of(process_group), call.return_stats or call.on_stats is not None
-    losses, items = _together(
-        objective, ranks, x, stats_wanted, lambda: (losses_of_x(), _items(call.num_items_in_batch))
-    )
-    result = _judge(objective, losses, items, ranks, backend)
-    loss = _value_with_gradient(result.loss, _terms(losses, result, ranks))
-    if not stats_wanted:
+    stats_wanted = call.return_stats or call.on_stats is not None
+
+    def computed(ranks: _Opened) -> tuple[Tensor, NVAMPStats | None]:
+        losses, items = losses_of_x(), _items(call.num_items_in_batch)
+        among = ranks(items)
+        result = _judge(objective, losses, items, among, backend)
+        loss = _value_with_gradient(result.loss, _terms(losses, result, among))
+        return loss, _stats(losses.batch(items, among), result) if stats_wanted else None
+
+    loss, stats = _together(objective, process_group, x, stats_wanted, computed)
+    if stats is None:
         return loss
-    stats = _stats(losses.batch(items, ranks), result)
     if call.on_stats is not None:
         call.on_stats(stats)
     return (loss, stats) if call.return_stats else loss
@@ -344,26 +347,44 @@ def _few_in_one_pass(objective: Objective, labels: Tensor, process_group: "Group
 # Arguments ---------------------------------------------------------------------------------------------
 
 
-def _ranks_of(process_group: "Group | None") -> Ranks:
-    if process_group is None:
-        return ALONE
-    from nvamp.distributed import ranks_of
-
-    return ranks_of(process_group)
+_Opened = Callable[[Items], Ranks]  # the ranks of a call, once its number of items is known
 
 
-def _together(objective: Objective, ranks: Ranks, x: object, stats: bool, losses: Callable[[], T]) -> T:
-    """losses(), computed from the tensor x. If it raises, this rank first takes part in later collectives.
+def _together(
+    objective: Objective,
+    process_group: "Group | None",
+    x: object,
+    stats: bool,
+    computed: Callable[[_Opened], T],
+) -> T:
+    """What is computed from the tensor x among ranks that call it together.
 
-    The other ranks then get a loss of NaN. Otherwise they would wait for this rank forever.
+    If it raises, this rank first makes the exchanges that are left, with NaN. The other ranks then get a loss
+    of NaN; otherwise they would wait for this rank forever.
     """
+    if process_group is None:
+        return computed(lambda _: ALONE)
+    from nvamp.distributed import exchange_of
+
+    nll = torch.full((1,), torch.nan)
+    if isinstance(x, Tensor):
+        nll = nll.to(x.device, accumulate_dtype(x.dtype))
+    terms: dict[str, Term] = {"num_items_in_batch": UNKNOWN}
+    if not torch.compiler.is_compiling():
+        terms |= {"the objective": repr(objective), "the dtype": str(nll.dtype), "return_stats": str(stats)}
+    exchange = exchange_of(process_group, terms, (type(objective), nll.dtype, stats))
+
+    def opened(items: Items) -> Ranks:
+        number = torch.full_like(nll[0], -0.5) if items is None else torch.zeros_like(nll[0]) + items
+        exchange.terms["num_items_in_batch"] = number
+        return exchange.ranks
+
     try:
-        return losses()
+        return computed(opened)
     except Exception:
-        if ranks is not ALONE and isinstance(x, Tensor):
-            nll = torch.full((1,), torch.nan, dtype=accumulate_dtype(x.dtype), device=x.device)
+        if exchange.in_step:
             inputs = dict.fromkeys((*objective.inputs, *objective.optional_inputs), nll)
-            batch = Batch(nll, torch.ones_like(nll, dtype=torch.bool), None, ranks, inputs, nll)
+            batch = Batch(nll, torch.ones_like(nll, dtype=torch.bool), None, exchange.rest(), inputs, nll)
             result = objective.evaluate(batch)
             if stats:
                 _statistics_of(batch, result)

@@ -4,6 +4,7 @@ Two primitives, `token_nll` from logits and `linear_token_nll` from hidden state
 latter for objectives that give all tokens the same weight, and a few of them an extra one.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import torch
@@ -20,7 +21,7 @@ from nvamp.engine.checks import (
     check_logits,
     check_transforms,
 )
-from nvamp.engine.options import Head, Needs, Options
+from nvamp.engine.options import Head, Needs, Options, accumulate_dtype
 from nvamp.options import (
     DECLARED,
     LinearNLLOptions,
@@ -31,7 +32,7 @@ from nvamp.options import (
     check_options,
     spelled_out,
 )
-from nvamp.ranks import Ranks
+from nvamp.ranks import UNKNOWN, Ranks, Term
 
 if TYPE_CHECKING:
     from nvamp.distributed import Group
@@ -121,8 +122,16 @@ def token_nll(
     name = backend_for(logits, o["backend"])
     check_transforms(name, logits)
     if vocab_group is not None:
-        ranks = _ranks_of(vocab_group)
-        results = parts.token_nll(logits, labels, return_metrics, o["inplace_backward"], name, opt, ranks)
+        results = _together(
+            vocab_group,
+            labels,
+            logits.dtype,
+            return_metrics,
+            opt,
+            lambda ranks: parts.token_nll(
+                logits, labels, return_metrics, o["inplace_backward"], name, opt, ranks
+            ),
+        )
     elif name == "reference":
         results = reference.token_nll(logits, labels, return_metrics, opt)
     elif not (return_metrics or o["inplace_backward"]) and ops.are_few(logits, labels):
@@ -201,12 +210,18 @@ def linear_token_nll(
     name = backend_for(hidden, o["backend"])
     check_transforms(name, *head[:3])
     if vocab_group is not None:
-        ranks = _ranks_of(vocab_group)
         if o["reduce_grad_hidden"]:
-            from nvamp.distributed import map_gradient
+            from nvamp.distributed import map_gradient, ranks_of
 
-            head = head._replace(hidden=map_gradient(head.hidden, ranks.total))
-        results = parts.linear_token_nll(head, return_metrics, accum_dtype, name, opt, ranks)
+            head = head._replace(hidden=map_gradient(head.hidden, ranks_of(vocab_group).total))
+        results = _together(
+            vocab_group,
+            head.labels,
+            head.hidden.dtype,
+            return_metrics,
+            opt,
+            lambda ranks: parts.linear_token_nll(head, return_metrics, accum_dtype, name, opt, ranks),
+        )
     elif name == "reference":
         logits = reference.logits_of(head, ignore_index)
         results = reference.token_nll(logits, head.labels, return_metrics, opt)
@@ -216,10 +231,28 @@ def linear_token_nll(
     return _result(labels, ignore_index, *results)
 
 
-def _ranks_of(vocab_group: "Group") -> Ranks:
-    from nvamp.distributed import ranks_of
+def _together(
+    vocab_group: "Group",
+    labels: Tensor,
+    dtype: torch.dtype,
+    metrics: bool,
+    opt: Options,
+    losses: Callable[[Ranks], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """losses(ranks of the vocabulary). If it raises, this rank first makes its other exchanges, with NaN."""
+    from nvamp.distributed import exchange_of
 
-    return ranks_of(vocab_group)
+    terms: dict[str, Term] = {"the number of tokens": UNKNOWN}
+    if not torch.compiler.is_compiling():
+        options = f"{opt}, return_metrics={metrics}"
+        terms = {"the number of tokens": labels.numel(), "the dtype": str(dtype), "options": options}
+    exchange = exchange_of(vocab_group, terms, tuple(terms.values()))
+    try:
+        return losses(exchange.ranks)
+    except Exception:
+        if exchange.in_step:
+            parts.take_part(labels, accumulate_dtype(dtype), metrics, opt, exchange.rest())
+        raise
 
 
 def can_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> bool:

@@ -119,6 +119,17 @@ def _results(
     return nll, norm.detach().sum(-1), entropy, prediction
 
 
+def take_part(labels: Tensor, dtype: torch.dtype, metrics: bool, opt: Options, ranks: Ranks) -> None:
+    """Makes the exchanges of a rank that has nothing to give, with NaN in place of its statistics."""
+    none = torch.zeros(1, dtype=torch.int64, device=labels.device)
+    ranks.gather(none)
+    nll = torch.full(labels.shape, torch.nan, dtype=dtype, device=labels.device)
+    nobody = torch.zeros_like(nll, dtype=torch.bool)
+    targets = _Targets(labels, nobody, nobody, 0, none[0], none[0])
+    statistics = _Statistics(torch.stack((nll, nll), -1), nll, nll, nll, torch.zeros_like(labels))
+    _put_together(statistics, targets, metrics, opt, ranks)
+
+
 class _Statistics(NamedTuple):
     """The results of `Backend.part_statistics`; the last two mean nothing without metrics."""
 
