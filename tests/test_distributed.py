@@ -233,6 +233,10 @@ def ranks_that_differ_are_told_so(rank: int, world: int) -> None:
         x.double() if last else x,
     )
     refused("return_stats is", Loss(CrossEntropy(), process_group=group), return_stats=last)
+    refused(
+        f"'softcap': {30.0 if last else 50.0}.* and another on ranks",
+        Loss(Tail(), softcap=30.0 if last else 50.0, process_group=group),
+    )
     for o in (CrossEntropy(), NVAMP(), Tail(), Tilted()):
         refused(
             r"num_items_in_batch is \[57.0, .*58.0\] on ranks 0 to",

@@ -6,6 +6,7 @@ values into the loss and a weight for each token. This module combines the two i
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 
@@ -36,6 +37,8 @@ from nvamp.options import (
     LinearSumOptions,
     LogitsOptions,
     NLLOptions,
+    TokenLossOptions,
+    TokenOptions,
 )
 from nvamp.ranks import ALONE, UNKNOWN, Ranks, Term
 
@@ -120,7 +123,7 @@ def of_logits(
         )
         return _Losses.of(found, targets, ignore_index, inputs)
 
-    return _loss(objective, logits, losses, o["process_group"], o["backend"], call)
+    return _loss(objective, logits, losses, o, call)
 
 
 def of_hidden(
@@ -169,7 +172,7 @@ def of_hidden(
         )
         return _Losses.of(found, targets, ignore_index, inputs)
 
-    return _loss(objective, hidden, losses, o["process_group"], o["backend"], call)
+    return _loss(objective, hidden, losses, o, call)
 
 
 def of_tokens(
@@ -181,9 +184,8 @@ def of_tokens(
     call: Call,
 ) -> Loss:
     """The loss from per-token losses [...] computed elsewhere."""
-    return _loss(
-        objective, nll, lambda: _given(objective, nll, valid, entropy, call.inputs), process_group, None, call
-    )
+    options: TokenLossOptions = {"process_group": process_group}
+    return _loss(objective, nll, lambda: _given(objective, nll, valid, entropy, call.inputs), options, call)
 
 
 def weights_of_tokens(
@@ -202,7 +204,7 @@ def weights_of_tokens(
         weights = _judge(objective, losses, items, ranks(items), None).weights()
         return torch.where(losses.valid, weights, 0).view(nll.shape)
 
-    return _together(objective, process_group, nll, False, computed)
+    return _together(objective, {"process_group": process_group}, nll, False, computed)
 
 
 # From losses to the loss -------------------------------------------------------------------------------
@@ -246,8 +248,7 @@ def _loss(
     objective: Objective,
     x: Tensor,
     losses_of_x: Callable[[], _Losses],
-    process_group: "Group | None",
-    backend: str | None,
+    o: LogitsOptions | LinearOptions | TokenLossOptions,
     call: Call,
 ) -> Loss:
     """The result of a call of a loss: its value with its gradient and, if asked for, its statistics."""
@@ -256,11 +257,11 @@ def _loss(
     def computed(ranks: _Opened) -> tuple[Tensor, NVAMPStats | None]:
         losses, items = losses_of_x(), _items(call.num_items_in_batch)
         among = ranks(items)
-        result = _judge(objective, losses, items, among, backend)
+        result = _judge(objective, losses, items, among, cast("str | None", o.get("backend")))
         loss = _value_with_gradient(result.loss, _terms(losses, result, among))
         return loss, _stats(losses.batch(items, among), result) if stats_wanted else None
 
-    loss, stats = _together(objective, process_group, x, stats_wanted, computed)
+    loss, stats = _together(objective, o, x, stats_wanted, computed)
     if stats is None:
         return loss
     if call.on_stats is not None:
@@ -352,7 +353,7 @@ _Opened = Callable[[Items], Ranks]  # the ranks of a call, once its number of it
 
 def _together(
     objective: Objective,
-    process_group: "Group | None",
+    o: LogitsOptions | LinearOptions | TokenLossOptions,
     x: object,
     stats: bool,
     computed: Callable[[_Opened], T],
@@ -362,16 +363,22 @@ def _together(
     If it raises, this rank first makes the exchanges that are left, with NaN. The other ranks then get a loss
     of NaN; otherwise they would wait for this rank forever.
     """
+    process_group = o["process_group"]
     if process_group is None:
         return computed(lambda _: ALONE)
     from nvamp.distributed import exchange_of
 
-    nll = torch.full((1,), torch.nan)
-    if isinstance(x, Tensor):
-        nll = nll.to(x.device, accumulate_dtype(x.dtype))
+    like = x if isinstance(x, Tensor) else torch.empty(0)
+    nll = torch.full((1,), torch.nan, dtype=accumulate_dtype(like.dtype), device=like.device)
     terms: dict[str, Term] = {"num_items_in_batch": UNKNOWN}
     if not torch.compiler.is_compiling():
-        terms |= {"the objective": repr(objective), "the dtype": str(nll.dtype), "return_stats": str(stats)}
+        terms |= {
+            "the objective": type(objective).__name__
+            + _numbers({field.name: getattr(objective, field.name) for field in fields(objective)}),
+            "the loss of a token": _numbers({name: o.get(name) for name in DECLARED[TokenOptions]}),
+            "the dtype": str(nll.dtype),
+            "return_stats": str(stats),
+        }
     exchange = exchange_of(process_group, terms, (type(objective), nll.dtype, stats))
 
     def opened(items: Items) -> Ranks:
@@ -389,6 +396,11 @@ def _together(
             if stats:
                 _statistics_of(batch, result)
         raise
+
+
+def _numbers(options: Mapping[str, object]) -> str:
+    """Those options that are the same text in every process."""
+    return str({name: x for name, x in options.items() if isinstance(x, bool | int | float | str)})
 
 
 def _items(num_items_in_batch: Items) -> Items:

@@ -18,7 +18,7 @@ def ranks_of(group: Group) -> Ranks:
     """The ranks of a process group, or of a device mesh of one dimension.
 
     Each function of the result is one all-reduce, which does not wait for the device. `objectives.statistics`
-    takes two in the forward, of 5·size and of 3 numbers, and none in the backward.
+    takes two in the forward and none in the backward.
     """
     process_group = group.get_group() if isinstance(group, DeviceMesh) else group
     rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
