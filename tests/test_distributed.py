@@ -275,6 +275,9 @@ def compiled_is_eager(rank: int, world: int) -> None:
         value = torch.compile(model, fullgraph=True, backend="aot_eager")(x, labels)
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(torch.autograd.grad(value, list(model.parameters())), grads)
+    # A graph cannot raise an error.
+    items = torch.tensor(7 + (rank == world - 1))
+    assert torch.compile(model, backend="aot_eager")(x, labels, num_items_in_batch=items).isnan()
 
 
 CHECKS = [

@@ -446,6 +446,9 @@ def test_export(path: str, gradient: Gradient, backend: str, hidden: Tensor, lab
         ({"eps": 0}, "eps must be finite and at least 1.2e-38, got 0"),
         ({"eps": 1e-46}, "eps must be finite and at least 1.2e-38, got 1e-46"),
         ({"ignore_index": 2**40}, "ignore_index must be in the range of int32, got 1099511627776"),
+        ({"ignore_index": 2**31}, "ignore_index must be in the range of int32, got 2147483648"),
+        ({"z_loss": math.inf}, "z_loss must be finite and at least 0, got inf"),
+        ({"label_smoothing": 1 + 1e-9}, r"label_smoothing must be in \[0, 1\], got 1.000000001"),
         ({"softcap": -1}, "softcap must be .* got -1"),
         ({"backend": "cuda"}, "backend must be one of .* got 'cuda'"),
         ({"alpha": float("nan")}, "alpha must be finite and at least 0, got nan"),
@@ -487,6 +490,7 @@ def test_options_of_another_type_are_refused(options: dict[str, Any], message: s
     ("items", "message"),
     [
         (-1, "num_items_in_batch must be at least 0, got -1"),
+        (math.nan, "num_items_in_batch must be at least 0, got nan"),
         (float("inf"), "num_items_in_batch must be a number that float32 can hold, got inf"),
         (10**400, "num_items_in_batch must be a number that float32 can hold, got 1000"),
         (torch.ones(2), r"single number, got shape \[2\]"),

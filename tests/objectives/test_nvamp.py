@@ -205,6 +205,10 @@ def test_weights_of_half_precision_losses_are_summed_in_float32(dtype: torch.dty
     torch.testing.assert_close(got.double(), token_weights(NVAMP(), ell.double()), rtol=1e-5, atol=0)
 
 
+def test_weights_have_no_graph() -> None:
+    assert not token_weights(NVAMP(gradient="full"), torch.rand(5, requires_grad=True)).requires_grad
+
+
 def test_an_empty_step_divides_by_nothing() -> None:
     ell = torch.zeros(2)
     for items in (0, 0.0, torch.tensor(0)):

@@ -3,8 +3,9 @@
 A softmax over all parts needs the largest z and Σ exp(z − largest) of each row from every part; the loss
 needs the z of the label, which one part has. So the ranks exchange a few numbers a row and no logits:
 
-    forward    three all-reduces: the sizes of the parts, W numbers; the largest z, N; sums, 2N (3N with
-               label smoothing, and N more with metrics); with metrics a fourth: where the largest z is, N
+    forward    three all-reduces: the sizes of the parts, in a first exchange of 38·W numbers; the largest z,
+               N; sums, 2N (3N with label smoothing, and N more with metrics); with metrics a fourth: where
+               the largest z is, N
     backward   none for the logits; one for the gradient of hidden, unless the caller does that
 
 The rest is the engine itself, part by part. Labels and hidden states must be the same on all ranks; then the
