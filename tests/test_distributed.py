@@ -238,16 +238,8 @@ def ranks_that_differ_are_told_so(rank: int, world: int) -> None:
         Loss(Tail(), softcap=30.0 if last else 50.0, process_group=group),
     )
     for o in (CrossEntropy(), NVAMP(), Tail(), Tilted()):
-        refused(
-            r"num_items_in_batch is \[57.0, .*58.0\] on ranks 0 to",
-            Loss(o, process_group=group),
-            num_items_in_batch=57 + last,
-        )
-        refused(
-            r"num_items_in_batch is \[-0.5, .*7.0\]",
-            Loss(o, process_group=group),
-            num_items_in_batch=torch.tensor(7) if last else None,
-        )
+        items = {"num_items_in_batch": torch.tensor(7)} if last else {}
+        refused("num_items_in_batch is (not )?given here and another", Loss(o, process_group=group), **items)
 
 
 def ranks_of_different_steps_do_not_mix(rank: int, world: int) -> None:
@@ -275,9 +267,6 @@ def compiled_is_eager(rank: int, world: int) -> None:
         value = torch.compile(model, fullgraph=True, backend="aot_eager")(x, labels)
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(torch.autograd.grad(value, list(model.parameters())), grads)
-    # A graph cannot raise an error.
-    items = torch.tensor(7 + (rank == world - 1))
-    assert torch.compile(model, backend="aot_eager")(x, labels, num_items_in_batch=items).isnan()
 
 
 CHECKS = [

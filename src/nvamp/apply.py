@@ -198,13 +198,13 @@ def weights_of_tokens(
 ) -> Tensor:
     """The weights ∂L/∂ℓ for losses nll [...], shaped like them."""
 
-    def computed(ranks: _Opened) -> Tensor:
+    def computed(ranks: Ranks) -> Tensor:
         losses = _given(objective, nll, valid, entropy, call.inputs)
         items = _items(call.num_items_in_batch)
-        weights = _judge(objective, losses, items, ranks(items), None).weights()
+        weights = _judge(objective, losses, items, ranks, None).weights()
         return torch.where(losses.valid, weights, 0).view(nll.shape)
 
-    return _together(objective, {"process_group": process_group}, nll, False, computed)
+    return _together(objective, {"process_group": process_group}, nll, call, False, computed)
 
 
 # From losses to the loss -------------------------------------------------------------------------------
@@ -254,14 +254,13 @@ def _loss(
     """The result of a call of a loss: its value with its gradient and, if asked for, its statistics."""
     stats_wanted = call.return_stats or call.on_stats is not None
 
-    def computed(ranks: _Opened) -> tuple[Tensor, NVAMPStats | None]:
+    def computed(ranks: Ranks) -> tuple[Tensor, NVAMPStats | None]:
         losses, items = losses_of_x(), _items(call.num_items_in_batch)
-        among = ranks(items)
-        result = _judge(objective, losses, items, among, cast("str | None", o.get("backend")))
-        loss = _value_with_gradient(result.loss, _terms(losses, result, among))
-        return loss, _stats(losses.batch(items, among), result) if stats_wanted else None
+        result = _judge(objective, losses, items, ranks, cast("str | None", o.get("backend")))
+        loss = _value_with_gradient(result.loss, _terms(losses, result, ranks))
+        return loss, _stats(losses.batch(items, ranks), result) if stats_wanted else None
 
-    loss, stats = _together(objective, o, x, stats_wanted, computed)
+    loss, stats = _together(objective, o, x, call, stats_wanted, computed)
     if stats is None:
         return loss
     if call.on_stats is not None:
@@ -348,15 +347,13 @@ def _few_in_one_pass(objective: Objective, labels: Tensor, process_group: "Group
 # Arguments ---------------------------------------------------------------------------------------------
 
 
-_Opened = Callable[[Items], Ranks]  # the ranks of a call, once its number of items is known
-
-
 def _together(
     objective: Objective,
     o: LogitsOptions | LinearOptions | TokenLossOptions,
     x: object,
+    call: Call,
     stats: bool,
-    computed: Callable[[_Opened], T],
+    computed: Callable[[Ranks], T],
 ) -> T:
     """What is computed from the tensor x among ranks that call it together.
 
@@ -365,29 +362,25 @@ def _together(
     """
     process_group = o["process_group"]
     if process_group is None:
-        return computed(lambda _: ALONE)
+        return computed(ALONE)
     from nvamp.distributed import exchange_of
 
     like = x if isinstance(x, Tensor) else torch.empty(0)
     nll = torch.full((1,), torch.nan, dtype=accumulate_dtype(like.dtype), device=like.device)
-    terms: dict[str, Term] = {"num_items_in_batch": UNKNOWN}
+    terms: dict[str, Term] = {"the objective": UNKNOWN}
     if not torch.compiler.is_compiling():
-        terms |= {
-            "the objective": type(objective).__name__
-            + _numbers({field.name: getattr(objective, field.name) for field in fields(objective)}),
+        options = {field.name: getattr(objective, field.name) for field in fields(objective)}
+        terms = {
+            "the objective": type(objective).__name__ + _numbers(options),
             "the loss of a token": _numbers({name: o.get(name) for name in DECLARED[TokenOptions]}),
             "the dtype": str(nll.dtype),
+            "num_items_in_batch": "not given" if call.num_items_in_batch is None else "given",
             "return_stats": str(stats),
         }
     exchange = exchange_of(process_group, terms, (type(objective), nll.dtype, stats))
 
-    def opened(items: Items) -> Ranks:
-        number = torch.full_like(nll[0], -0.5) if items is None else torch.zeros_like(nll[0]) + items
-        exchange.terms["num_items_in_batch"] = number
-        return exchange.ranks
-
     try:
-        return computed(opened)
+        return computed(exchange.ranks)
     except Exception:
         if exchange.in_step:
             inputs = dict.fromkeys((*objective.inputs, *objective.optional_inputs), nll)

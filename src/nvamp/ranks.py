@@ -27,7 +27,7 @@ ALONE = Ranks()
 TERMS, ROOM = 6, 32  # numbers of 4 bytes at the head of the first exchange, and behind it
 UNKNOWN = -1  # the term of a rank that cannot say
 
-Term = str | int | Tensor  # a text, a number, or a number that is on a device; numbers are above -1
+Term = str | int  # a text, or a number from 0 on
 
 
 class Exchange:
@@ -112,7 +112,7 @@ class Exchange:
                 others = [rank for rank, word in enumerate(words) if word != words[self._others.rank]]
                 found.append(f"{name} is {term} here and another on ranks {others}")
             else:
-                numbers = [_number(word, term) for word in words]
+                numbers = [word - 1 for word in words]
                 found.append(f"{name} is {numbers} on ranks 0 to {len(numbers) - 1}")
         return (
             "the ranks of a group must call the same loss at the same time with the same arguments, but "
@@ -121,13 +121,5 @@ class Exchange:
 
 
 def _word(term: Term, device: torch.device) -> Tensor:
-    if isinstance(term, Tensor):
-        return (1 + term).to(device, torch.float32).view(torch.int32)
     word = zlib.crc32(term.encode()) | 1 if isinstance(term, str) else term + 1
     return torch.full((), word & 0x7FFFFFFF, dtype=torch.int32, device=device)
-
-
-def _number(word: int, term: Term) -> float:
-    if isinstance(term, Tensor):
-        return torch.tensor(word, dtype=torch.int32).view(torch.float32).item() - 1
-    return word - 1
