@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import nvamp
-from nvamp import LinearLoss, LinearNVAMPLoss, NVAMPLoss
+from nvamp import LinearLoss, LinearNVAMPLoss, Loss, NVAMPLoss
 from nvamp.functional import token_nll, token_weights
-from nvamp.objectives import GRADIENTS, NVAMP, Tail
+from nvamp.objectives import GRADIENTS, NVAMP, CrossEntropy, Tail, Tilted
 from tests.engine.problems import IGNORED
 from tests.ranks import on_ranks
 
@@ -185,6 +185,84 @@ def a_bad_argument_leaves_nobody_waiting(rank: int, world: int) -> None:
         assert model(x, labels).isfinite()
 
 
+def an_error_anywhere_leaves_nobody_waiting(rank: int, world: int) -> None:
+    """Even between two exchanges, and even one of the machine; the caller goes on with the next batch."""
+    x, labels = torch.randn(2, 7, V, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 7).long()
+    for objective, exchanges in ((CrossEntropy(), 1), (NVAMP(gamma=0.1, tail=0.3), 5), (Tilted(), 2)):
+        criterion = Loss(objective, process_group=dist.group.WORLD)
+        expected = criterion(x, labels)
+        for before in range(exchanges + 2):  # two more are for the statistics, or there is no error
+            with pytest.MonkeyPatch.context() as patch:
+                if rank == world - 1:
+                    patch.setattr(dist, "all_reduce", fails_once(dist.all_reduce, before))
+                try:
+                    loss, stats = criterion(x, labels, return_stats=True)
+                except torch.OutOfMemoryError:
+                    assert rank == world - 1
+                else:
+                    numbers = (loss, stats.cross_entropy, stats.dispersion)
+                    assert any(n.isnan() for n in numbers) or (isinstance(objective, NVAMP) and before >= 5)
+            assert criterion(x, labels) == expected
+
+
+def fails_once(function: Any, before: int) -> Any:
+    """The function, which fails before it has been called so many times."""
+    calls = count()
+
+    def called(*args: Any, **kwargs: Any) -> None:
+        if next(calls) == before:
+            raise torch.OutOfMemoryError
+        function(*args, **kwargs)
+
+    return called
+
+
+def ranks_that_differ_are_told_so(rank: int, world: int) -> None:
+    group = dist.group.WORLD
+    last = rank == world - 1
+    x, labels = torch.randn(2, 7, V), torch.zeros(2, 7).long()
+
+    def refused(match: str, criterion: Any, x: Tensor = x, **options: Any) -> None:
+        with pytest.raises(RuntimeError, match=match):
+            criterion(x, labels, **options)
+        assert Loss(CrossEntropy(), process_group=group)(x.float(), labels).isfinite()  # still in step
+
+    refused(
+        "the objective is Tail.* and another on ranks" if last else "the objective is NVAMP",
+        Loss(Tail() if last else NVAMP(), process_group=group),
+    )
+    refused("the objective is", Loss(NVAMP(gamma=0.5 if last else 0.1), process_group=group))
+    refused(
+        "the dtype is torch.float64" if last else "the dtype is torch.float32",
+        Loss(NVAMP(), process_group=group),
+        x.double() if last else x,
+    )
+    refused("return_stats is", Loss(CrossEntropy(), process_group=group), return_stats=last)
+    refused(
+        f"'softcap': {30.0 if last else 50.0}.* and another on ranks",
+        Loss(Tail(), softcap=30.0 if last else 50.0, process_group=group),
+    )
+    for o in (CrossEntropy(), NVAMP(), Tail(), Tilted()):
+        items = {"num_items_in_batch": torch.tensor(7)} if last else {}
+        refused("num_items_in_batch is (not )?given here and another", Loss(o, process_group=group), **items)
+
+
+def ranks_of_different_steps_do_not_mix(rank: int, world: int) -> None:
+    x, labels = torch.randn(2, 7, V), torch.zeros(2, 7).long()
+    criterion = Loss(CrossEntropy(), process_group=dist.group.WORLD)
+    if rank == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "detach", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                criterion(x, labels)
+    with pytest.raises(RuntimeError, match=r"the number of the call is \[2, 1.*\] on ranks 0 to"):
+        criterion(x, labels)
+
+
+def interrupt(x: Tensor) -> Tensor:
+    raise KeyboardInterrupt
+
+
 def compiled_is_eager(rank: int, world: int) -> None:
     for loss in LOSSES:
         x, labels = batch(2, 7, torch.float32, seed=rank)
@@ -202,6 +280,9 @@ CHECKS = [
     one_of_equal_maxima_gets_the_penalty,
     one_rank_may_have_all_of_the_hardest,
     a_bad_argument_leaves_nobody_waiting,
+    an_error_anywhere_leaves_nobody_waiting,
+    ranks_that_differ_are_told_so,
+    ranks_of_different_steps_do_not_mix,
     compiled_is_eager,
 ]
 

@@ -18,7 +18,7 @@ from nvamp.objectives import GRADIENTS, NVAMP, Batch, Gradient, Result
 from nvamp.objectives.statistics import statistics
 from tests import oracle
 from tests.engine.test_triton import run
-from tests.objectives.test_nvamp import coefficients, weights_of
+from tests.objectives.test_nvamp import HUGE_LOSSES, coefficients, weights_of
 from tests.strategies import examples
 
 PUBLISHED = NVAMP()
@@ -154,6 +154,15 @@ def test_kernel_sees_no_dispersion_in_equal_losses(dtype: torch.dtype, count: in
         assert got.statistics is not None
         assert got.statistics().dispersion == 0
         assert torch.isfinite(got.weights()).all()
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", HUGE_LOSSES)
+def test_kernel_takes_huge_losses(name: str, gradient: Gradient) -> None:
+    ell = torch.tensor([*HUGE_LOSSES[name], math.inf])
+    arguments: Any = (ell.isfinite(), 9, NVAMP(gradient=gradient))
+    for x in (ell, ell.double()):
+        assert_same(by_kernel(x, *arguments), by_definition(x, *arguments), arguments[0], rtol=1e-6)
 
 
 LOSSES: dict[str, Callable[[int], Tensor]] = {

@@ -237,7 +237,7 @@ def test_losses_computed_elsewhere(
     everyone = nll.detach()[targets != IGNORED]
     torch.testing.assert_close(criterion(everyone, num_items_in_batch=items), expected.detach())
     assert criterion(everyone.bfloat16()).dtype == torch.float32
-    with pytest.raises(TypeError, match="valid must be a tensor or None, got list"):
+    with pytest.raises(TypeError, match="valid must be a tensor, got list"):
         criterion(nll, [True])
     with pytest.raises(ValueError, match="valid must be on the device of nll, cpu, got meta"):
         criterion(nll, torch.ones_like(nll, dtype=torch.bool, device="meta"))
@@ -446,6 +446,9 @@ def test_export(path: str, gradient: Gradient, backend: str, hidden: Tensor, lab
         ({"eps": 0}, "eps must be finite and at least 1.2e-38, got 0"),
         ({"eps": 1e-46}, "eps must be finite and at least 1.2e-38, got 1e-46"),
         ({"ignore_index": 2**40}, "ignore_index must be in the range of int32, got 1099511627776"),
+        ({"ignore_index": 2**31}, "ignore_index must be in the range of int32, got 2147483648"),
+        ({"z_loss": math.inf}, "z_loss must be finite and at least 0, got inf"),
+        ({"label_smoothing": 1 + 1e-9}, r"label_smoothing must be in \[0, 1\], got 1.000000001"),
         ({"softcap": -1}, "softcap must be .* got -1"),
         ({"backend": "cuda"}, "backend must be one of .* got 'cuda'"),
         ({"alpha": float("nan")}, "alpha must be finite and at least 0, got nan"),
@@ -453,6 +456,9 @@ def test_export(path: str, gradient: Gradient, backend: str, hidden: Tensor, lab
         ({"tail": 1.5}, r"tail must be in \[0, 1\], got 1.5"),
         ({"softcap": 1e300}, "softcap must be a number that float32 can hold, got 1e\\+300"),
         ({"logit_scale": 0}, "logit_scale must not be 0"),
+        ({"logit_scale": 1e-46}, "logit_scale must be a number that float32 can hold, got 1e-46"),
+        ({"z_loss": 10**400}, "z_loss must be a number that float32 can hold, got 1000"),
+        ({"gradient": np.array(["token", "full"])}, "gradient must be one of scalar, token, detached, full"),
     ],
 )
 def test_bad_options_are_refused_when_they_are_given(options: dict[str, Any], message: str) -> None:
@@ -464,6 +470,7 @@ def test_bad_options_are_refused_when_they_are_given(options: dict[str, Any], me
     ("options", "message"),
     [
         ({"ignore_index": -100.0}, "ignore_index must be an int, got -100.0"),
+        ({"ignore_index": True}, "ignore_index must be an int, got True"),
         ({"gamma": "0.1"}, "gamma must be a number, got '0.1'"),
         ({"tail": True}, "tail must be a number, got True"),
         ({"shift": 1}, "shift must be True or False, got 1"),
@@ -483,6 +490,9 @@ def test_options_of_another_type_are_refused(options: dict[str, Any], message: s
     ("items", "message"),
     [
         (-1, "num_items_in_batch must be at least 0, got -1"),
+        (math.nan, "num_items_in_batch must be at least 0, got nan"),
+        (float("inf"), "num_items_in_batch must be a number that float32 can hold, got inf"),
+        (10**400, "num_items_in_batch must be a number that float32 can hold, got 1000"),
         (torch.ones(2), r"single number, got shape \[2\]"),
     ],
 )
@@ -536,6 +546,39 @@ def test_an_option_of_the_objective_is_not_set_beside_it() -> None:
         criterion.on_stats = "x"  # type: ignore[assignment]
 
 
+SPARSE = torch.zeros(2, 3, 4).to_sparse()
+
+
+@pytest.mark.parametrize(
+    "name", ["logits", "hidden", "weight", "labels", "nll", "valid", "token_weight", "num_items_in_batch"]
+)
+@pytest.mark.parametrize(
+    "x",
+    [SPARSE, torch.nested.nested_tensor([torch.zeros(3, 4)], layout=torch.jagged)],
+    ids=["sparse", "nested"],
+)
+def test_a_tensor_that_is_not_dense_is_named(name: str, x: Tensor) -> None:
+    good: dict[str, Any] = {
+        "logits": torch.zeros(2, 3, 4),
+        "hidden": torch.zeros(2, 3, 4),
+        "weight": torch.zeros(4, 4),
+        "labels": torch.zeros(2, 3).long(),
+        "nll": torch.zeros(2, 3),
+        "valid": torch.ones(2, 3, dtype=torch.bool),
+        "token_weight": torch.ones(2, 3),
+    }
+    given = good | {name: x}
+    criterion: Any = Loss(TokenWeighted())
+    names = ["logits", "labels"]
+    if name in ("hidden", "weight"):
+        criterion, names = LinearLoss(TokenWeighted()), ["hidden", "weight", "labels"]
+    elif name in ("nll", "valid"):
+        criterion, names = TokenLoss(TokenWeighted()), ["nll", "valid"]
+    items = given.get("num_items_in_batch")
+    with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got "):
+        criterion(*(given[n] for n in names), num_items_in_batch=items, token_weight=given["token_weight"])
+
+
 @dataclass(frozen=True)
 class Inconsistent(Objective):
     """Says that few tokens have their own weight, and gives each its own."""
@@ -557,7 +600,7 @@ def test_a_result_that_is_not_what_the_objective_says(few: int, hidden: Tensor, 
     assert LinearLoss(Inconsistent(None))(hidden, weight, labels).isfinite()
 
 
-@pytest.mark.parametrize("items", ["3", [3], 3j, torch.tensor(3j)])
+@pytest.mark.parametrize("items", ["3", [3], 3j, True, torch.tensor(3j)])
 def test_items_of_another_type(items: Any) -> None:
     with pytest.raises(TypeError, match="num_items_in_batch must be"):
         TokenLoss(Focal())(torch.ones(3), num_items_in_batch=items)

@@ -99,6 +99,15 @@ def test_a_copy_is_the_same_model(
     assert trained(twin)[0] != trained(model)[0]
 
 
+@pytest.mark.parametrize("option", ["z_loss", "backend", "on_stats"])
+def test_a_criterion_saved_before_an_option_existed(option: str, model: HeadAndLoss, tmp_path: Path) -> None:
+    del model.criterion.__dict__[option]
+    loaded = through_a_file(model, tmp_path / "model.pt").criterion
+    assert getattr(loaded, option) == getattr(NVAMPLoss(), option)
+    assert "gradient='token'" in repr(loaded)
+    assert loaded.softcap == 5.0
+
+
 def test_another_process_computes_the_same(model: HeadAndLoss) -> None:
     torch.testing.assert_close(in_another_process(model), trained(model), rtol=0, atol=1e-7)
 

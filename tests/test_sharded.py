@@ -21,7 +21,7 @@ from nvamp.functional import linear_token_nll, token_nll
 from nvamp.objectives import GRADIENTS
 from tests.engine.problems import IGNORED, OPTIONS
 from tests.ranks import on_ranks
-from tests.test_distributed import RELATIVE, WEIGHTS, D, V, assert_same, batch
+from tests.test_distributed import RELATIVE, WEIGHTS, D, V, assert_same, batch, fails_once
 
 # Every backend with all options is in tests/engine/test_parts.py.
 BACKENDS = [("chunked", gradient) for gradient in GRADIENTS] + [("reference", "token"), ("triton", "token")]
@@ -307,6 +307,46 @@ def collectives_are_those_documented(rank: int, world: int) -> None:
         assert back.get_total_counts() == backward
 
 
+def ranks_that_differ_are_told_so(rank: int, world: int) -> None:
+    """Gloo would abort the process."""
+    hidden, weight, _, labels = head(torch.float32)
+    logits, last = hidden @ weight.T, rank == world - 1
+
+    def refused(match: str, x: Tensor = logits, y: Tensor = labels, **options: Any) -> None:
+        for compute in (
+            lambda: token_nll(x, y, vocab_group=dist.group.WORLD, **options),
+            lambda: linear_token_nll(x, torch.eye(V).to(x), y, vocab_group=dist.group.WORLD, **options),
+        ):
+            with pytest.raises(RuntimeError, match=match):
+                compute()
+        assert token_nll(logits, labels, vocab_group=dist.group.WORLD).isfinite().all()  # still in step
+
+    few = slice(None, 6) if last else slice(None)
+    refused(r"the number of tokens is \[14, .*12\] on ranks 0 to", logits[:, few], labels[:, few])
+    refused("the dtype is torch.float", logits.double() if last else logits)
+    refused("options is .*label_smoothing=0.[12]", label_smoothing=0.1 if last else 0.2)
+    refused("options is .*return_metrics=", return_metrics=last)
+
+
+def an_error_anywhere_leaves_nobody_waiting(rank: int, world: int) -> None:
+    hidden, weight, _, labels = head(torch.float32)
+    logits = hidden @ weight.T
+    for metrics, before in product((False, True), range(4)):
+        options: Any = {"return_metrics": metrics, "vocab_group": dist.group.WORLD, "label_smoothing": 0.1}
+        fails = before < 3 + metrics
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == world - 1:
+                patch.setattr(dist, "all_reduce", fails_once(dist.all_reduce, before))
+            try:
+                found = token_nll(logits, labels, **options)
+            except torch.OutOfMemoryError:
+                assert rank == world - 1
+            else:
+                nll = found[0] if metrics else found
+                assert nll[labels != IGNORED].isnan().all() == (fails and before < 3)
+        assert token_nll(logits, labels, vocab_group=dist.group.WORLD).isfinite().all()
+
+
 def compiled_is_eager(rank: int, world: int) -> None:
     hidden, weight, bias, labels = head(torch.float32)
     sizes = uneven(world)
@@ -439,6 +479,11 @@ def vocabulary(rank: int, world: int) -> None:
         data_and_vocabulary(rank, world)
 
 
+def out_of_step(rank: int, world: int) -> None:
+    ranks_that_differ_are_told_so(rank, world)
+    an_error_anywhere_leaves_nobody_waiting(rank, world)
+
+
 def dtensors(rank: int, world: int) -> None:
     dtensors_are_one_process(rank, world)
     if world == 4:
@@ -450,7 +495,7 @@ def dtensors(rank: int, world: int) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
-    "check", [vocabulary, dtensors, fsdp_is_one_process], ids=lambda check: check.__name__
+    "check", [vocabulary, out_of_step, dtensors, fsdp_is_one_process], ids=lambda check: check.__name__
 )
 def test_ranks(check: Callable[[int, int], None], world: int, tmp_path: Path) -> None:
     on_ranks(check, world, tmp_path)

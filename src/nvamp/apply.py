@@ -6,6 +6,7 @@ values into the loss and a weight for each token. This module combines the two i
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 
@@ -15,7 +16,14 @@ from torch.nn.functional import pad
 
 from nvamp import fused
 from nvamp.engine import TokenMetrics, can_one_pass, linear_nll_sum, linear_token_nll, token_nll
-from nvamp.engine.checks import check_floating, check_labels, check_linear, check_logits, has_transforms
+from nvamp.engine.checks import (
+    check_floating,
+    check_labels,
+    check_linear,
+    check_logits,
+    check_tensor,
+    has_transforms,
+)
 from nvamp.engine.devices import can_look
 from nvamp.engine.options import accumulate_dtype
 from nvamp.engine.parts import has_dtensors
@@ -23,13 +31,16 @@ from nvamp.objectives.base import Batch, Objective, Result, Statistics
 from nvamp.objectives.statistics import statistics
 from nvamp.options import (
     DECLARED,
+    HUGE,
     LinearNLLOptions,
     LinearOptions,
     LinearSumOptions,
     LogitsOptions,
     NLLOptions,
+    TokenLossOptions,
+    TokenOptions,
 )
-from nvamp.ranks import ALONE, Ranks
+from nvamp.ranks import ALONE, UNKNOWN, Ranks, Term
 
 if TYPE_CHECKING:
     from nvamp.distributed import Group
@@ -84,8 +95,12 @@ class Call(NamedTuple):
     metrics: bool = False  # whether the statistics include accuracy and entropy
 
     @property
+    def wants_stats(self) -> bool:
+        return self.return_stats or self.on_stats is not None
+
+    @property
     def wants_metrics(self) -> bool:
-        return self.metrics and (self.return_stats or self.on_stats is not None)
+        return self.metrics and self.wants_stats
 
 
 Loss = Tensor | tuple[Tensor, NVAMPStats]
@@ -120,7 +135,7 @@ def of_logits(
         )
         return _Losses.of(found, targets, ignore_index, inputs)
 
-    return _loss(objective, logits, losses, shared, o["backend"], call)
+    return _loss(objective, logits, losses, shared, o, call)
 
 
 def of_hidden(
@@ -174,7 +189,7 @@ def of_hidden(
         )
         return _Losses.of(found, targets, ignore_index, inputs)
 
-    return _loss(objective, hidden, losses, shared, o["backend"], call)
+    return _loss(objective, hidden, losses, shared, o, call)
 
 
 def of_tokens(
@@ -186,9 +201,14 @@ def of_tokens(
     call: Call,
 ) -> Loss:
     """The loss from per-token losses [...] computed elsewhere."""
-    shared = _Shared(process_group)
+    options: TokenLossOptions = {"process_group": process_group}
     return _loss(
-        objective, nll, lambda: _given(objective, nll, valid, entropy, call.inputs), shared, None, call
+        objective,
+        nll,
+        lambda: _given(objective, nll, valid, entropy, call.inputs),
+        _Shared(process_group),
+        options,
+        call,
     )
 
 
@@ -201,14 +221,15 @@ def weights_of_tokens(
     call: Call,
 ) -> Tensor:
     """The weights ∂L/∂ℓ for losses nll [...], shaped like them."""
-    ranks = _ranks_of(process_group)
 
-    def given() -> tuple[_Losses, Items]:
-        return _given(objective, nll, valid, entropy, call.inputs), _items(call.num_items_in_batch)
+    def computed(ranks: Ranks) -> Tensor:
+        losses = _given(objective, nll, valid, entropy, call.inputs)
+        items = _items(call.num_items_in_batch)
+        weights = _judge(objective, losses, items, ranks, None).weights()
+        return torch.where(losses.valid, weights, 0).view(nll.shape)
 
-    losses, items = _together(objective, ranks, nll, call, given)
-    weights = _judge(objective, losses, items, ranks, None).weights()
-    return torch.where(losses.valid, weights, 0).view(nll.shape)
+    options: TokenLossOptions = {"process_group": process_group}
+    return _together(objective, process_group, options, nll, call, computed)
 
 
 # From losses to the loss -------------------------------------------------------------------------------
@@ -280,22 +301,27 @@ def _loss(
     x: Tensor,
     losses_of_x: Callable[[], _Losses],
     shared: _Shared,
-    backend: str | None,
+    o: LogitsOptions | LinearOptions | TokenLossOptions,
     call: Call,
 ) -> Loss:
     """The result of a call of a loss: its value with its gradient and, if asked for, its statistics."""
-    ranks, stats_wanted = _ranks_of(shared.group), call.return_stats or call.on_stats is not None
-    losses, items = _together(
-        objective, ranks, x, call, lambda: (losses_of_x(), _items(call.num_items_in_batch))
-    )
-    result = _judge(objective, losses, items, ranks, backend)
-    loss = _value_with_gradient(result.loss, _terms(losses, result, ranks.size if shared.of_mean else 1))
-    if not stats_wanted:
+
+    def computed(ranks: Ranks) -> tuple[Tensor, NVAMPStats | None]:
+        losses, items = losses_of_x(), _items(call.num_items_in_batch)
+        result = _judge(objective, losses, items, ranks, cast("str | None", o.get("backend")))
+        times = ranks.size if shared.of_mean else 1
+        loss = _value_with_gradient(result.loss, _terms(losses, result, times))
+        if not call.wants_stats:
+            return loss, None
+        stats = _stats(losses.batch(items, ranks), result)
+        if call.metrics and losses.correct is not None and losses.entropy is not None:
+            means = _means(losses.batch(items, ranks), losses.correct, losses.entropy.detach())
+            stats = stats._replace(accuracy=means[0], entropy=means[1])
+        return loss, stats
+
+    loss, stats = _together(objective, shared.group, o, x, call, computed)
+    if stats is None:
         return loss
-    stats = _stats(losses.batch(items, ranks), result)
-    if call.metrics and losses.correct is not None and losses.entropy is not None:
-        means = _means(losses.batch(items, ranks), losses.correct, losses.entropy.detach())
-        stats = stats._replace(accuracy=means[0], entropy=means[1])
     if call.on_stats is not None:
         call.on_stats(stats)
     return (loss, stats) if call.return_stats else loss
@@ -379,36 +405,60 @@ def _few_in_one_pass(objective: Objective, labels: Tensor, process_group: "Group
 # Arguments ---------------------------------------------------------------------------------------------
 
 
-def _ranks_of(process_group: "Group | None") -> Ranks:
-    if process_group is None:
-        return ALONE
-    from nvamp.distributed import ranks_of
+def _together(
+    objective: Objective,
+    process_group: "Group | None",
+    o: LogitsOptions | LinearOptions | TokenLossOptions,
+    x: object,
+    call: Call,
+    computed: Callable[[Ranks], T],
+) -> T:
+    """What is computed from the tensor x among ranks that call it together.
 
-    return ranks_of(process_group)
-
-
-def _together(objective: Objective, ranks: Ranks, x: object, call: Call, losses: Callable[[], T]) -> T:
-    """losses(), computed from the tensor x. If it raises, this rank first takes part in later collectives.
-
-    The other ranks then get a loss of NaN. Otherwise they would wait for this rank forever.
+    If it raises, this rank first makes the exchanges that are left, with NaN. The other ranks then get a loss
+    of NaN; otherwise they would wait for this rank forever.
     """
+    if process_group is None:
+        return computed(ALONE)
+    from nvamp.distributed import exchange_of
+
+    like = x if isinstance(x, Tensor) else torch.empty(0)
+    nll = torch.full((1,), torch.nan, dtype=accumulate_dtype(like.dtype), device=like.device)
+    terms: dict[str, Term] = {"the objective": UNKNOWN}
+    if not torch.compiler.is_compiling():
+        options = {field.name: getattr(objective, field.name) for field in fields(objective)}
+        terms = {
+            "the objective": type(objective).__name__ + _numbers(options),
+            "the loss of a token": _numbers({name: o.get(name) for name in DECLARED[TokenOptions]}),
+            "the dtype": str(nll.dtype),
+            "num_items_in_batch": "not given" if call.num_items_in_batch is None else "given",
+            "return_stats": f"{call.wants_stats}, token_metrics {call.wants_metrics}",
+        }
+    kind = (type(objective), nll.dtype, call.wants_stats, call.wants_metrics)
+    exchange = exchange_of(process_group, terms, kind)
+
     try:
-        return losses()
+        return computed(exchange.ranks)
     except Exception:
-        if ranks is not ALONE and isinstance(x, Tensor):
-            nll = torch.full((1,), torch.nan, dtype=accumulate_dtype(x.dtype), device=x.device)
+        if exchange.in_step:
             inputs = dict.fromkeys((*objective.inputs, *objective.optional_inputs), nll)
-            batch = Batch(nll, torch.ones_like(nll, dtype=torch.bool), None, ranks, inputs, nll)
+            batch = Batch(nll, torch.ones_like(nll, dtype=torch.bool), None, exchange.rest(), inputs, nll)
             result = objective.evaluate(batch)
-            if call.return_stats or call.on_stats is not None:
+            if call.wants_stats:
                 _statistics_of(batch, result)
             if call.wants_metrics:
                 _means(batch, nll, nll)
         raise
 
 
+def _numbers(options: Mapping[str, object]) -> str:
+    """Those options that are the same text in every process."""
+    return str({name: x for name, x in options.items() if isinstance(x, bool | int | float | str)})
+
+
 def _items(num_items_in_batch: Items) -> Items:
     if isinstance(num_items_in_batch, Tensor):
+        check_tensor("num_items_in_batch", num_items_in_batch)
         if num_items_in_batch.is_complex():
             raise TypeError(f"num_items_in_batch must be real, got {num_items_in_batch.dtype}")
         if num_items_in_batch.numel() != 1:
@@ -419,10 +469,12 @@ def _items(num_items_in_batch: Items) -> Items:
     if num_items_in_batch is None:
         return None
     given: object = num_items_in_batch
-    if not isinstance(given, Real | torch.SymInt | torch.SymFloat):
+    if isinstance(given, bool) or not isinstance(given, Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"num_items_in_batch must be a number or a tensor of one, got {given!r}")
     if not num_items_in_batch >= 0:
         raise ValueError(f"num_items_in_batch must be at least 0, got {num_items_in_batch}")
+    if num_items_in_batch > HUGE:
+        raise ValueError(f"num_items_in_batch must be a number that float32 can hold, got {given}")
     return num_items_in_batch
 
 
@@ -475,18 +527,15 @@ def _inputs(
             raise TypeError(
                 f"{name} is missing: {name_of} needs it, shaped like the labels {list(grid.shape)}"
             )
-    for name, x in inputs.items():
+    kept = {}
+    for name, x in cast(dict[str, Tensor], inputs).items():
         _check_input(name, x, grid)
-    return {
-        name: torch.where(valid, _shifted(x.detach().to(dtype), shift), 0).flatten()
-        for name, x in inputs.items()
-        if isinstance(x, Tensor)
-    }
+        kept[name] = torch.where(valid, _shifted(x.detach().to(dtype), shift), 0).flatten()
+    return kept
 
 
-def _check_input(name: str, x: object, grid: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+def _check_input(name: str, x: Tensor, grid: Tensor) -> None:
+    check_tensor(name, x)
     if x.is_complex():
         raise TypeError(f"{name} must be real, got {x.dtype}")
     if x.shape != grid.shape:
@@ -503,8 +552,8 @@ def _given(
 ) -> _Losses:
     """The caller's losses [...] in the dtype of statistics, with their inputs and entropies."""
     check_floating("nll", nll)
-    if valid is not None and not isinstance(valid, Tensor):
-        raise TypeError(f"valid must be a tensor or None, got {type(valid).__name__}")
+    if valid is not None:
+        check_tensor("valid", valid)
     if valid is not None and (valid.dtype != torch.bool or valid.shape != nll.shape):
         raise ValueError(
             f"valid must be bool, shaped like nll {list(nll.shape)}, got {valid.dtype} {list(valid.shape)}"

@@ -1,14 +1,15 @@
 """The exchange between ranks that share a batch or a vocabulary, with PyTorch's own collectives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from nvamp.ranks import Ranks
+from nvamp.ranks import Exchange, Ranks, Term
 
 Group = dist.ProcessGroup | DeviceMesh
 
@@ -17,7 +18,7 @@ def ranks_of(group: Group) -> Ranks:
     """The ranks of a process group, or of a device mesh of one dimension.
 
     Each function of the result is one all-reduce, which does not wait for the device. `objectives.statistics`
-    takes two in the forward, of 4·size and of 3 numbers, and none in the backward.
+    takes two in the forward and none in the backward.
     """
     process_group = group.get_group() if isinstance(group, DeviceMesh) else group
     rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
@@ -37,13 +38,30 @@ def ranks_of(group: Group) -> Ranks:
     return Ranks(rank, size, gather, total, lambda x: all_reduce(x, dist.ReduceOp.MAX))
 
 
-def abandon(ranks: Ranks, dtype: torch.dtype, device: torch.device) -> None:
-    """Takes part in the collectives of `objectives.statistics` with NaN, so that all ranks get a loss of NaN.
+class _Calls:
+    """What a process has called with a group."""
 
-    A rank calls it before it raises an error, because the others would wait for it for ever.
+    def __init__(self) -> None:
+        self.number = 0
+        self.kinds: set[object] = set()
+
+
+_CALLS: WeakKeyDictionary[dist.ProcessGroup, _Calls] = WeakKeyDictionary()
+
+
+def exchange_of(group: Group, terms: Mapping[str, Term], kind: object) -> Exchange:
+    """The exchange of one call of a loss among a group. It counts the call, except under `torch.compile`.
+
+    The first of its `kind` looks at the terms of other ranks even if that waits for the device.
     """
-    ranks.gather(torch.full((4,), torch.nan, dtype=dtype, device=device))
-    ranks.total(torch.full((3,), torch.nan, dtype=dtype, device=device))
+    ranks = ranks_of(group)
+    if torch.compiler.is_compiling():
+        return Exchange(ranks, terms)
+    calls = _CALLS.setdefault(group.get_group() if isinstance(group, DeviceMesh) else group, _Calls())
+    calls.number += 1
+    first = kind not in calls.kinds
+    calls.kinds.add(kind)
+    return Exchange(ranks, {**terms, "the number of the call": calls.number}, first)
 
 
 def check_group(name: str, group: object) -> None:

@@ -17,7 +17,7 @@ from nvamp.ranks import ALONE, Ranks
 
 THREADS = 1024  # in the one program
 BLOCK_BYTES = 16 * THREADS  # losses that it takes at a time
-SCALARS = 11  # numbers that the kernel returns: `Statistics` first, then the two weights
+SCALARS = 12  # numbers that the kernel returns: `Statistics` first, then the two weights
 
 
 class Coefficients(NamedTuple):
@@ -65,11 +65,13 @@ def evaluate(
     loss, weights, scalars, index = judge(nll, labels, items, number, ignore_index, c, objective.mode, apart)
 
     def statistics() -> Statistics:
-        return Statistics._make((*scalars.unbind()[:9], index))
+        return Statistics._make((*scalars[:9].unbind(), index, scalars[9]))
 
     if not apart:
         return Result(loss, None, weights, statistics=statistics)
-    return Result(loss, scalars[9], None if objective.few_weights(1) == 0 else weights, statistics=statistics)
+    return Result(
+        loss, scalars[10], None if objective.few_weights(1) == 0 else weights, statistics=statistics
+    )
 
 
 @operator(

@@ -75,6 +75,11 @@ class _Criterion(nn.Module):
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
         return new
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Restores a criterion that may have been saved before some option existed."""
+        defaults = {name: option.default for name, option in DECLARED[self._declared].items()}
+        super().__setstate__({"on_stats": None, **defaults, **state})  # type: ignore[no-untyped-call]
+
     def extra_repr(self) -> str:
         declared = DECLARED[self._declared]
         values = {name: (getattr(self, name), option.default) for name, option in declared.items()}

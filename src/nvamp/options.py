@@ -67,7 +67,7 @@ def not_zero(name: str, value: object) -> float:
 
 def one_of(*choices: str) -> Check:
     def check(name: str, value: object) -> object:
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         return value
 
@@ -86,7 +86,7 @@ def optional(check: Check) -> Check:
 
 
 def check_ignore_index(name: str, value: object) -> int:
-    if not isinstance(value, Integral):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     index = int(value)
     if not -(2**31) <= index < 2**31:

@@ -155,6 +155,40 @@ def test_nan_and_infinity_are_not_hidden(bad: float, gradient: Gradient) -> None
     assert result.weights().isnan().all()
 
 
+# Squares of all of these are beyond float32; so is the sum of some, and the difference of others.
+HUGE_LOSSES = {
+    "a masked label": [1.0, 2.0, 3.4028e38, 0.5],
+    "several": [1.0, 3.4e38, 3e38, 9e36, 3.3e38, 7.0],
+    "just beyond": [2.5, 2e19, 1.0, 7.0],
+    "equal": [3e30] * 5,
+    "of both signs": [-3.4e38, 3.4e38, 1e38, 7.0],
+}
+
+
+@pytest.mark.parametrize("m", [None, 9])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", HUGE_LOSSES)
+def test_huge_losses(name: str, gradient: Gradient, m: int | None) -> None:
+    """As label classes masked with the smallest logit have."""
+    ell, objective = torch.tensor(HUGE_LOSSES[name]), NVAMP(gradient=gradient)
+    got, expected = (objective.evaluate(batch_of(x, items=m)) for x in (ell, ell.double()))
+    within = {"rtol": 4e-7, "atol": 0.0, "check_dtype": False}
+    torch.testing.assert_close(got.loss, expected.loss, **within)
+    torch.testing.assert_close(
+        got.weights() + 0 * ell, expected.weights() + 0 * ell, rtol=1e-6, atol=1e-9, check_dtype=False
+    )
+    x = ell.double().requires_grad_()
+    (by_autograd,) = torch.autograd.grad(oracle.surrogate(x, gradient, **WEIGHTS, items=m), x)
+    if name != "equal":  # where |ℓ − μ| has a kink
+        torch.testing.assert_close(
+            token_weights(objective, ell, num_items_in_batch=m),
+            by_autograd,
+            rtol=1e-6,
+            atol=1e-9,
+            check_dtype=False,
+        )
+
+
 @pytest.mark.parametrize("m", [5, 5.0, torch.tensor(5), torch.tensor([5], dtype=torch.int32).reshape(())])
 def test_number_of_items_may_be_a_number_or_a_tensor(m: Tensor | float) -> None:
     ell = torch.tensor([1.0, 2.0, 4.0])
@@ -169,6 +203,10 @@ def test_weights_of_half_precision_losses_are_summed_in_float32(dtype: torch.dty
     got = token_weights(NVAMP(), ell)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), token_weights(NVAMP(), ell.double()), rtol=1e-5, atol=0)
+
+
+def test_weights_have_no_graph() -> None:
+    assert not token_weights(NVAMP(gradient="full"), torch.rand(5, requires_grad=True)).requires_grad
 
 
 def test_an_empty_step_divides_by_nothing() -> None:

@@ -12,11 +12,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nvamp import LinearLoss, Loss
-from nvamp.objectives import NVAMP, Batch, ClippedPolicy, Objective, Tail, Tilted, TokenWeighted, Truncated
+from nvamp.objectives import (
+    GRADIENTS,
+    NVAMP,
+    Batch,
+    ClippedPolicy,
+    Gradient,
+    Objective,
+    Tail,
+    Tilted,
+    TokenWeighted,
+    Truncated,
+)
 from nvamp.objectives.hardest import hardest, most_tokens_of, tokens_of
-from nvamp.ranks import Ranks
+from nvamp.ranks import Exchange, Ranks
 from tests.engine.test_parts import on_ranks as on_threads
 from tests.objectives.problems import KINDS, fixed, is_exact, objectives, tokens
+from tests.objectives.test_nvamp import HUGE_LOSSES
 from tests.ranks import on_ranks
 from tests.strategies import examples
 
@@ -101,6 +113,21 @@ def test_the_number_of_a_share_is_exact(share: float, n: int, k: int) -> None:
     assert most_tokens_of(share, n) == max(k, 1)
 
 
+@pytest.mark.parametrize("numbers", [1, 32, 33, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64], ids=str)
+def test_the_first_exchange_is_like_any_other(numbers: int, dtype: torch.dtype) -> None:
+    x = torch.arange(2 * numbers).view(2, numbers).to(dtype)
+
+    def found(ranks: Ranks) -> list[Tensor]:
+        mine = x[ranks.rank]
+        ours = [Exchange(ranks, {"a term": "text", "a number": 3}).ranks for _ in range(3)]
+        return [ours[0].gather(mine), ours[1].total(mine), ours[2].maximum(mine)]
+
+    for part in on_threads(2, found):
+        assert [y.dtype for y in part] == [dtype] * 3
+        torch.testing.assert_close(part, [x, x.sum(0), x[1]], rtol=0, atol=0)
+
+
 # Objectives --------------------------------------------------------------------------------------------
 
 
@@ -132,6 +159,27 @@ def test_several_ranks_are_one(name: str, data: st.DataObject) -> None:
         torch.testing.assert_close(part[0], loss, rtol=1e-10, atol=1e-11)
     for i, whole in ((1, weights), (2, of_entropy)):
         torch.testing.assert_close(torch.cat([part[i] for part in together]), whole, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", HUGE_LOSSES)
+def test_huge_losses_on_several_ranks(name: str, gradient: Gradient) -> None:
+    """Some ranks have only ordinary ones, one has none at all."""
+    nll, o = torch.tensor([3.0, 4.0, *HUGE_LOSSES[name]]), NVAMP(gradient=gradient)
+    shares = [slice(2), slice(2, 5), slice(5, None), slice(0)]
+
+    def judge(ranks: Ranks) -> tuple[Tensor, Tensor]:
+        mine = nll[shares[ranks.rank]]
+        result = o.evaluate(Batch(mine, torch.ones_like(mine, dtype=torch.bool), ranks=ranks))
+        return result.loss, result.weights().expand_as(mine)
+
+    alone = o.evaluate(Batch(nll.double(), torch.ones_like(nll, dtype=torch.bool)))
+    together = on_threads(4, judge)
+    for loss, _ in together:
+        torch.testing.assert_close(loss, alone.loss, rtol=4e-7, atol=0, check_dtype=False)
+    weights = torch.cat([weights for _, weights in together])
+    expected = alone.weights().expand_as(nll)
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-9, check_dtype=False)
 
 
 # Real processes ----------------------------------------------------------------------------------------
@@ -190,7 +238,7 @@ def one_rank_that_raises_an_error_leaves_nobody_waiting(rank: int) -> None:
                 criterion(torch.zeros(6, 7), labels + 2, **inputs)
         else:
             loss = criterion(torch.zeros(6, 7), labels, **inputs)
-            assert loss.isnan() or isinstance(o, Truncated), o  # which drops what is NaN
+            assert loss.isnan(), o
         assert criterion(torch.zeros(6, 7), labels, **inputs).isfinite(), o  # they are still in step
 
 

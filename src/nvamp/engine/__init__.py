@@ -4,6 +4,7 @@ Two primitives, `token_nll` from logits and `linear_token_nll` from hidden state
 latter for objectives that give all tokens the same weight, and a few of them an extra one.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import torch
@@ -33,7 +34,7 @@ from nvamp.options import (
     check_options,
     spelled_out,
 )
-from nvamp.ranks import Ranks
+from nvamp.ranks import UNKNOWN, Ranks, Term
 
 if TYPE_CHECKING:
     from nvamp.distributed import Group
@@ -131,8 +132,14 @@ def token_nll(
     name = _backend(logits, o)
     check_transforms(name, logits)
     if vocab_group is not None:
-        ranks = _ranks_of(vocab_group)
-        results = parts.token_nll(logits, labels, metrics, o["inplace_backward"], name, opt, ranks)
+        results = _together(
+            vocab_group,
+            labels,
+            logits.dtype,
+            metrics,
+            opt,
+            lambda ranks: parts.token_nll(logits, labels, metrics, o["inplace_backward"], name, opt, ranks),
+        )
     elif name == "reference":
         results = reference.token_nll(logits, labels, metrics, opt)
     elif not (metrics or o["inplace_backward"]) and ops.are_few(logits, labels):
@@ -215,12 +222,18 @@ def linear_token_nll(
     name = _backend(hidden, o)
     check_transforms(name, *head[:3])
     if vocab_group is not None:
-        ranks = _ranks_of(vocab_group)
         if o["reduce_grad_hidden"]:
-            from nvamp.distributed import map_gradient
+            from nvamp.distributed import map_gradient, ranks_of
 
-            head = head._replace(hidden=map_gradient(head.hidden, ranks.total))
-        results = parts.linear_token_nll(head, metrics, accum_dtype, name, opt, ranks)
+            head = head._replace(hidden=map_gradient(head.hidden, ranks_of(vocab_group).total))
+        results = _together(
+            vocab_group,
+            head.labels,
+            head.hidden.dtype,
+            metrics,
+            opt,
+            lambda ranks: parts.linear_token_nll(head, metrics, accum_dtype, name, opt, ranks),
+        )
     elif name == "reference":
         logits = reference.logits_of(head, ignore_index)
         results = reference.token_nll(logits, head.labels, metrics, opt)
@@ -230,10 +243,29 @@ def linear_token_nll(
     return _result(labels, ignore_index, *results)
 
 
-def _ranks_of(vocab_group: "Group") -> Ranks:
-    from nvamp.distributed import ranks_of
+def _together(
+    vocab_group: "Group",
+    labels: Tensor,
+    dtype: torch.dtype,
+    metrics: int,
+    opt: Options,
+    losses: Callable[[Ranks], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """losses(ranks of the vocabulary). If it raises, this rank first makes its other exchanges, with NaN."""
+    from nvamp.distributed import exchange_of
 
-    return ranks_of(vocab_group)
+    terms: dict[str, Term] = {"the number of tokens": UNKNOWN}
+    if not torch.compiler.is_compiling():
+        weighted = opt.class_weight is not None  # its numbers may be on a device
+        options = f"{opt._replace(class_weight=None)}, class_weight {weighted}, metrics {metrics}"
+        terms = {"the number of tokens": labels.numel(), "the dtype": str(dtype), "options": options}
+    exchange = exchange_of(vocab_group, terms, tuple(terms.values()))
+    try:
+        return losses(exchange.ranks)
+    except Exception:
+        if exchange.in_step:
+            parts.take_part(labels, accumulate_dtype(dtype), metrics, opt, exchange.rest())
+        raise
 
 
 def can_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> bool:

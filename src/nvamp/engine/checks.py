@@ -11,10 +11,18 @@ from nvamp.engine.options import accumulate_dtype
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_floating(name: str, x: Tensor) -> None:
-    """Raises unless x, called `name`, is a tensor of a dtype in `FLOATING`."""
+def check_tensor(name: str, x: object) -> None:
+    """Raises unless x, called `name`, is a tensor with a place for every element."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested one" if x.is_nested else f"one with layout {x.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    """Raises unless x, called `name`, is a dense tensor of a dtype in `FLOATING`."""
+    check_tensor(name, x)
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
@@ -34,8 +42,7 @@ def check_labels(labels: Tensor, x: Tensor, name: str) -> Tensor:
 
     Returns the labels, uint8 as int64: uint8, which PyTorch takes too, cannot hold an `ignore_index` of −100.
     """
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    check_tensor("labels", labels)
     if labels.dtype not in (torch.int64, torch.int32, torch.uint8):
         raise TypeError(f"labels must be int64, int32 or uint8 class indices, got {labels.dtype}")
     if labels.shape != x.shape[:-1]:

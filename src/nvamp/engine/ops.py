@@ -221,6 +221,8 @@ def are_few(logits: Tensor, labels: Tensor) -> bool:
 
     There, computing the softmax again in the backward costs more time than memory is worth.
     """
+    if torch.compiler.is_compiling():
+        return False
     few = 0 < labels.numel() <= FEW_ROWS and devices.can_look(logits)
     return few and torch.is_grad_enabled() and logits.requires_grad and is_plain((logits, labels))
 

@@ -3,9 +3,9 @@
 A softmax over all parts needs the largest z and Σ exp(z − largest) of each row from every part; the loss
 needs the z of the label, which one part has. So the ranks exchange a few numbers a row and no logits:
 
-    forward    three all-reduces: the sizes of the parts, W numbers; the largest z, N; sums, 2N (3N with
-               label smoothing, and N or 2N more with metrics); with metrics a fourth: where the largest z
-               is, N
+    forward    three all-reduces: the sizes of the parts, in a first exchange of 38·W numbers; the largest z,
+               N; sums, 2N (3N with label smoothing, and N or 2N more with metrics); with metrics a fourth:
+               where the largest z is, N
     backward   none for the logits; one for the gradient of hidden, unless the caller does that
 
 The rest is the engine itself, part by part. Labels and hidden states must be the same on all ranks; then the
@@ -126,6 +126,17 @@ def _results(
     nll: Tensor, norm: Tensor, entropy: Tensor | None, others: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     return (nll, norm.detach().sum(-1), entropy, *others) if others and entropy is not None else (nll,)
+
+
+def take_part(labels: Tensor, dtype: torch.dtype, metrics: int, opt: Options, ranks: Ranks) -> None:
+    """Makes the exchanges of a rank that has nothing to give, with NaN in place of its statistics."""
+    none = torch.zeros(1, dtype=torch.int64, device=labels.device)
+    ranks.gather(none)
+    nll = torch.full(labels.shape, torch.nan, dtype=dtype, device=labels.device)
+    nobody = torch.zeros_like(nll, dtype=torch.bool)
+    targets = _Targets(labels, nobody, nobody, 0, none[0], none[0], weights_of(labels, opt), None)
+    statistics = _Statistics(torch.stack((nll, nll), -1), nll, nll, nll, torch.zeros_like(labels), nll)
+    _put_together(statistics, targets, metrics, opt, ranks)
 
 
 class _Statistics(NamedTuple):

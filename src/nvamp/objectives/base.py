@@ -62,6 +62,7 @@ class Statistics(NamedTuple):
     mean_sign: Tensor  # mean sign(ℓ − μ)
     max: Tensor  # the largest loss; 0 if no token is valid
     max_index: Tensor  # int64, first of equals; −1 if no token is valid, or another rank has the largest
+    scale: Tensor | float  # a power of two, 1 unless losses are so large that their squares would overflow
 
 
 class Result(NamedTuple):

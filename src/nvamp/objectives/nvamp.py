@@ -114,11 +114,16 @@ class NVAMP(Objective):
         return tail.mean, torch.where(tail.among, weight, torch.zeros_like(batch.nll))
 
     def _token(self, batch: Batch, s: Statistics) -> Tensor:
-        z = (batch.nll - s.mean) / s.std
-        return (self.alpha * z.abs() + self.beta) / s.num_items
+        deviation, std = _scaled(batch, s)
+        return (self.alpha * (deviation / std).abs() + self.beta) / s.num_items
 
     def _full(self, batch: Batch, s: Statistics) -> Tensor:
-        n, deviation = s.num_tokens.clamp(min=1), batch.nll - s.mean
-        d_dispersion = ((deviation.sign() - s.mean_sign) - s.dispersion * (deviation / s.std)) / (n * s.std)
+        n, (deviation, std) = s.num_tokens.clamp(min=1), _scaled(batch, s)
+        slope = ((deviation.sign() - s.mean_sign) - s.dispersion * (deviation / std)) / (n * std)
         shared = (self.alpha * s.dispersion + self.beta) / s.num_items
-        return shared + self.alpha * s.cross_entropy * d_dispersion
+        return shared + self.alpha * (s.scale * s.cross_entropy) * slope
+
+
+def _scaled(batch: Batch, s: Statistics) -> tuple[Tensor, Tensor]:
+    """The deviations ℓ − μ [tokens] and σ, in units in which products of them do not overflow."""
+    return s.scale * batch.nll - s.scale * s.mean, s.scale * s.std

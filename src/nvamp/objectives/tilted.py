@@ -49,5 +49,5 @@ class Tilted(Objective):
         # The logarithm of mean exp(x): log1p is exact near 1, log far from it.
         below_1 = exps_minus_1 / n
         log_mean = torch.where(below_1 > -0.5, below_1.log1p(), (exps / n).log())
-        loss = torch.where(n > 0, share * (extreme + log_mean / self.t), 0)
+        loss = torch.where(n == 0, 0, share * (extreme + log_mean / self.t))  # NaN if n is
         return Result(loss, per_token=share * x.exp() / exps.clamp(min=1))
