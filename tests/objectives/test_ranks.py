@@ -179,7 +179,7 @@ def test_huge_losses_on_several_ranks(name: str, gradient: Gradient) -> None:
         torch.testing.assert_close(loss, alone.loss, rtol=4e-7, atol=0, check_dtype=False)
     weights = torch.cat([weights for _, weights in together])
     expected = alone.weights().expand_as(nll)
-    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-9, check_dtype=False)
+    torch.testing.assert_close(weights, expected, rtol=2e-6, atol=1e-9, check_dtype=False)
 
 
 # Real processes ----------------------------------------------------------------------------------------

@@ -234,13 +234,13 @@ class _FewTokenNLL(torch.autograd.Function):
         check_label_range(labels, vocab, opt.ignore_index)
         unit = torch.empty(logits.shape, dtype=accumulate_dtype(logits.dtype)).copy_(logits)
         nll = load(backend).unit_gradient_(unit.view(-1, vocab), labels.flatten(), opt)
-        ctx.save_for_backward(unit)
+        ctx.save_for_backward(unit, labels == opt.ignore_index)
         return nll.view(labels.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        (unit,) = ctx.saved_tensors
-        return scale_rows(unit, grad_nll), None, None, None
+        unit, ignored = ctx.saved_tensors
+        return scale_rows(unit, grad_nll.masked_fill(ignored, 0)), None, None, None  # which may be NaN
 
 
 def few_token_nll(logits: Tensor, labels: Tensor, backend: str, opt: Options) -> Tensors:
