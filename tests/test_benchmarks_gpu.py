@@ -23,6 +23,7 @@ from benchmarks.gpu.meter import Meter, OutOfTimeError, Sample, time_limit
 from benchmarks.gpu.plan import GROUPS, SHAPES, TOY, Part, sheet
 from benchmarks.gpu.rows import Rows, latest, read
 from nvamp import LinearNVAMPLoss
+from nvamp.functional import token_nll
 from tests.processes import python
 from tests.study.conftest import one_thread
 
@@ -224,7 +225,7 @@ def test_parts_by_name_and_group(capsys: pytest.CaptureFixture[str]) -> None:
         assert gpu.main([*arguments, "--list"]) == 0
         return [line.split()[0] for line in capsys.readouterr().out.splitlines()]
 
-    assert len(listed()) == len(sheet(list(SHAPES))) == len(GROUPS) - 2 + 2 * len(SHAPES)
+    assert len(listed()) == len(sheet(list(SHAPES))) == len(GROUPS) - 3 + 3 * len(SHAPES)
     one = "32768x576x49152"
     assert listed("--only", "linear", "small", "--shapes", one) == ["machine", f"linear:{one}", "small"]
     assert listed("--only", f"logits:{one}") == ["machine", f"logits:{one}"]
@@ -243,7 +244,7 @@ def test_the_parent_needs_no_torch() -> None:
 
 
 def test_a_contender_that_does_not_run_says_why(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, contest.LIGER, None)
     h, w, y = contest.inputs(bench, SHAPE)
     peers = {c.name: c for c in contest.linear_peers(h, w, y, lambda: h.sum())}
 
@@ -502,8 +503,9 @@ def test_a_wrong_kernel_is_seen(
 
 
 def test_a_wrong_result_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-        return 1.01 * F.cross_entropy(x, y, reduction="none")
+    def wrong(x: Tensor, y: Tensor, return_metrics: bool = False, **options: Any) -> Any:
+        nll = 1.01 * F.cross_entropy(x, y, reduction="none")
+        return (nll, token_nll(x, y, return_metrics=True)[1]) if return_metrics else nll
 
     args = ("", CPU, torch.float32, (40, 8, 65), "chunked")
     right = list(correctness.errors(*args))
