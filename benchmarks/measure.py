@@ -40,6 +40,7 @@ def machine() -> dict[str, Any]:
     """The machine on which the numbers were measured."""
     with open("/proc/cpuinfo") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    tunables = os.environ.get("GLIBC_TUNABLES")  # how memory is allocated
     return {
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
@@ -48,6 +49,7 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **({"tunables": tunables} if tunables else {}),
     }
 
 
