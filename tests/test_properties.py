@@ -155,7 +155,7 @@ def test_nvamp_is_the_definition(
     y[:, : y.shape[1] - 1] = c.labels[:, 1:]
     shifted = Case(**{**vars(c), "labels": y if shift else c.labels})
     full = {"alpha": 1.0, "beta": 0.02, "gamma": 0.001, **weights}
-    number = None if items is None else max(float(items), 1.0)
+    number = None if items is None else float(items)
 
     def value(*head: Tensor, of: Any) -> Tensor:
         ell = shifted.exact(linear(*head))[shifted.valid]

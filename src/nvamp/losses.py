@@ -77,7 +77,9 @@ class _Criterion(nn.Module):
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Restores a criterion that may have been saved before some option existed."""
-        defaults = {name: option.default for name, option in DECLARED[self._declared].items()}
+        buffers = cast(dict[str, object], state.get("_buffers", {}))  # which an attribute would hide
+        declared = DECLARED[self._declared].items()
+        defaults = {name: option.default for name, option in declared if name not in buffers}
         super().__setstate__({"on_stats": None, **defaults, **state})  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:

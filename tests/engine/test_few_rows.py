@@ -66,8 +66,19 @@ def test_the_forward_makes_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_gradient_is_not_to_be_differentiated_again() -> None:
-    x = torch.randn(2, 5, requires_grad=True)
-    nll = token_nll(x, torch.tensor([1, 2]))
-    (grad,) = torch.autograd.grad(nll.square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        torch.autograd.grad(grad.sum(), x)
+    for of in (torch.sum, lambda nll: nll.square().sum()):
+        x = torch.randn(2, 5, requires_grad=True)
+        (grad,) = torch.autograd.grad(of(token_nll(x, torch.tensor([1, 2]))), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivatives"):
+            torch.autograd.grad(grad.sum(), x)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_inputs_that_change_before_the_backward_are_an_error(which: int) -> None:
+    inputs = torch.randn(2, 5, requires_grad=True), torch.tensor([1, 2])
+    x, y = inputs[0] * 1, inputs[1]
+    nll = token_nll(x, y)
+    with torch.no_grad():
+        (x, y)[which].mul_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        nll.sum().backward()  # type: ignore[no-untyped-call]

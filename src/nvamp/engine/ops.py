@@ -234,13 +234,15 @@ class _FewTokenNLL(torch.autograd.Function):
         check_label_range(labels, vocab, opt.ignore_index)
         unit = torch.empty(logits.shape, dtype=accumulate_dtype(logits.dtype)).copy_(logits)
         nll = load(backend).unit_gradient_(unit.view(-1, vocab), labels.flatten(), opt)
-        ctx.save_for_backward(unit, labels == opt.ignore_index)
+        ctx.save_for_backward(unit, logits, labels)
+        ctx.ignore_index = opt.ignore_index
         return nll.view(labels.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        unit, ignored = ctx.saved_tensors
-        return scale_rows(unit, grad_nll.masked_fill(ignored, 0)), None, None, None  # which may be NaN
+        unit, logits, labels = ctx.saved_tensors
+        grad_nll = grad_nll.masked_fill(labels == ctx.ignore_index, 0)  # it may be NaN there
+        return scale_rows(unit, grad_nll, logits), None, None, None
 
 
 def few_token_nll(logits: Tensor, labels: Tensor, backend: str, opt: Options) -> Tensors:
@@ -249,14 +251,15 @@ def few_token_nll(logits: Tensor, labels: Tensor, backend: str, opt: Options) ->
     return (nll,)
 
 
-@operator("nvamp::scale_rows", "(Tensor x, Tensor scale) -> Tensor")
-def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
-    return x * scale[..., None]
+@operator("nvamp::scale_rows", "(Tensor unit, Tensor scale, Tensor logits) -> Tensor")
+def scale_rows(unit: Tensor, scale: Tensor, logits: Tensor) -> Tensor:
+    """The gradient with respect to logits, on which it depends, although the logits are not used."""
+    return (unit * scale[..., None]).to(logits.dtype)
 
 
 @scale_rows.register_fake
-def _(x: Tensor, scale: Tensor) -> Tensor:
-    return torch.empty_like(x)
+def _(unit: Tensor, scale: Tensor, logits: Tensor) -> Tensor:
+    return torch.empty_like(unit, dtype=logits.dtype)
 
 
 scale_rows.register_autograd(_refuse)
