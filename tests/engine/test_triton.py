@@ -106,11 +106,14 @@ def test_nothing_looks_at_the_data(launched: list[tuple[Any, ...]], monkeypatch:
         assert [g.shape for g in grads] == [(100, 32), (501, 32), (501,)]
     _, norm = linear.token_nll(triton, head, False, None, opt)  # type: ignore[arg-type]
     targets = parts._Targets.of(head.labels, 501, opt, ALONE)
-    statistics = linear.part_statistics(triton, head._replace(labels=targets.labels), 2, None, opt)  # type: ignore[arg-type]
-    whole, prediction = parts._put_together(parts._Statistics(*statistics), targets, True, opt, ALONE)
-    assert [x.shape for x in (*whole, prediction)] == [(100, 2), (100,), (), (100,), (100,)]  # type: ignore[union-attr]
+    statistics = linear.part_statistics(triton, head._replace(labels=targets.labels), 3, None, opt)  # type: ignore[arg-type]
+    whole, others = parts._put_together(parts._Statistics(*statistics), targets, 3, opt, ALONE)
+    found = [x.shape for x in (*whole, *others) if x is not None]
+    assert found == [(100, 2), (100,), (), (100,), (100,), (100,)]
     for classes, of_entropy in product((None, targets.classes), (None, OfEntropy(nll, nll))):
-        grads = linear.token_nll_backward(triton, nll, norm, classes, of_entropy, head, needs, None, opt)  # type: ignore[arg-type]
+        grads = linear.token_nll_backward(
+            triton, nll, norm, classes, None, of_entropy, head, needs, None, opt
+        )  # type: ignore[arg-type]
         assert [g.shape for g in grads] == [(100, 32), (501, 32), (501,)]
         assert {g.dtype for g in grads} == {torch.bfloat16}
     assert {call[0].fn.__name__ for call in launched} == KERNELS
@@ -194,7 +197,7 @@ def test_memory_on_an_accelerator(
             _, units = linear.unit_gradients(engine, head, needs, few, False, None, opt)
             linear.weighted_gradients(engine, nll[0], nll, units, head, needs, few, None, opt, in_place=True)
         else:
-            linear.token_nll_backward(engine, nll, norm, None, None, head, needs, None, opt)
+            linear.token_nll_backward(engine, nll, norm, None, None, None, head, needs, None, opt)
     at_the_end = 6 * v * d + 2 * n * d
     chunk = 2 * min(linear.chunk_rows(*head[:2], None, one_pass), n) * (v + 15)
     a_few_numbers = 64 * (n + v) + 2 * chunk // v * d  # of tokens and classes; hidden states of a chunk

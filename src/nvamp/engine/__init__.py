@@ -256,8 +256,9 @@ def _together(
 
     terms: dict[str, Term] = {"the number of tokens": UNKNOWN}
     if not torch.compiler.is_compiling():
-        weighted = opt.class_weight is not None  # its numbers may be on a device
-        options = f"{opt._replace(class_weight=None)}, class_weight {weighted}, metrics {metrics}"
+        given = opt._asdict() | {"class_weight": opt.class_weight is not None}  # it may be on a device
+        wanted = {"return_metrics": metrics > 0, "mean_logit": metrics > 2}
+        options = ", ".join(f"{name}={value}" for name, value in (given | wanted).items())
         terms = {"the number of tokens": labels.numel(), "the dtype": str(dtype), "options": options}
     exchange = exchange_of(vocab_group, terms, tuple(terms.values()))
     try:
