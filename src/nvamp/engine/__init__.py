@@ -142,8 +142,8 @@ def token_nll(
         )
     elif name == "reference":
         results = reference.token_nll(logits, labels, metrics, opt)
-    elif not (metrics or o["inplace_backward"]) and ops.are_few(logits, labels):
-        results = ops.few_token_nll(logits, labels, name, opt)
+    elif name == "chunked" and not (metrics or o["inplace_backward"]) and ops.are_few(logits, labels):
+        results = ops.few_token_nll(logits, labels, opt)
     else:
         results = ops.token_nll(logits, labels, metrics, o["inplace_backward"], name, opt)
         results = _with_lse(metrics, *results)

@@ -1,6 +1,6 @@
 """Backend `chunked`: plain PyTorch on any device, one block of rows at a time.
 
-A block is small enough to stay in the cache of a CPU while several operations pass over it, and large enough
+A block is small enough to stay in the caches of a CPU while several operations pass over it, and large enough
 to fill a GPU. The backward recomputes the softmax; nothing else of the size of the logits is kept.
 """
 
@@ -18,9 +18,9 @@ MiB = 2**20
 
 
 def block_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of a block. Its softmax then fills a core's share of cache on a CPU, and 256 MiB elsewhere."""
-    threads = torch.get_num_threads() if device.type == "cpu" else 256
-    return max(threads * 4 * MiB // (vocab * accumulate_dtype(dtype).itemsize), threads)
+    """Rows of a block. Its softmax then takes 2 MiB a thread on a CPU, and 256 MiB elsewhere."""
+    threads, room = (torch.get_num_threads(), 2 * MiB) if device.type == "cpu" else (256, MiB)
+    return max(threads * room // (vocab * accumulate_dtype(dtype).itemsize), threads)
 
 
 # Labels ------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def _to_gradient(
     norm: Tensor,
     slope: Tensor | None,
     targets: Targets,
-    grad_nll: Tensor,
+    grad_nll: Tensor | None,
     weights: Tensor | None,
     opt: Options,
     classes: Tensor | None = None,
@@ -128,13 +128,16 @@ def _to_gradient(
 ) -> None:
     """Turns the softmax p [rows, V] of a block, in place, into the gradient of Σ grad_nll·nll.
 
-    The gradient is with respect to the logits of the block. With `classes` the block is a part of a
+    The gradient is with respect to the logits of the block. A `grad_nll` of None counts as ones. With `classes` the block is a part of a
     vocabulary of that size. `of_entropy` adds the gradient of Σ grad·entropy and overwrites `below`,
     z − largest z [rows, V].
     """
     # dnll/dz = p·(1 + 2·z_loss·lse) − (1 − label_smoothing)·[v = y] − label_smoothing/V
     # With class weights the first and the second term have those of the target, the third that of v.
-    w = (grad_nll * opt.logit_scale)[:, None]
+    # Without the label's part p is the gradient already, if it has no weight of any kind.
+    weighted = grad_nll is not None or opt.logit_scale != 1 or weights is not None or opt.z_loss
+    w = p.new_full((len(p),), opt.logit_scale) if grad_nll is None else grad_nll * opt.logit_scale
+    w = w[:, None]
     factor = w if weights is None else w * weights[:, 1:]
     if opt.z_loss:
         factor = factor * (1 + 2 * opt.z_loss * norm.sum(-1, keepdim=True))
@@ -143,7 +146,8 @@ def _to_gradient(
         h = (of_entropy.grad * -opt.logit_scale)[:, None]
         factor = factor + h * (of_entropy.entropy - norm[:, 1])[:, None]
         factor = torch.addcmul(factor, h, _without_inf(below), out=below)
-    p.mul_(factor)
+    if weighted:
+        p.mul_(factor)
     at_label = -w * (1 - opt.label_smoothing if weights is None else weights[:, :1])
     if classes is not None and targets.invalid is not None:
         at_label = at_label.masked_fill(targets.invalid[:, None], 0)
@@ -293,18 +297,26 @@ def token_nll_backward(
 
 
 def unit_gradient_(logits: Tensor, labels: Tensor, opt: Options) -> Tensor:
+    return unit_gradient(logits, labels, opt, out=logits)
+
+
+def unit_gradient(logits: Tensor, labels: Tensor, opt: Options, out: Tensor) -> Tensor:
+    """`Backend.unit_gradient_` that writes the gradient to `out`, of any dtype; losses [N]."""
     targets = targets_of(labels, logits.shape[-1], opt)
     weights = weights_of(targets.label, opt)
-    buffer = _block_buffer(logits)
-    nll, one = buffer.new_empty(len(logits)), buffer.new_ones(len(logits))
+    n = labels.numel()
+    direct = out.dtype == accumulate_dtype(logits.dtype)
+    buffer = out if direct else _block_buffer(logits)
+    nll = torch.empty(n, dtype=buffer.dtype, device=buffer.device)
     for x, at in _blocks(logits):
-        p = x if x.dtype == nll.dtype else buffer[: len(x)]
+        grad = x if out is logits else out.view(-1, x.shape[-1])[at]
+        p = grad if direct else buffer[: len(x)]
         z, slope = _activate(x, opt, p, want_slope=True)
         rows, weigh = targets.rows(at), None if weights is None else weights[at]
         nll[at], norm = _losses(z, rows, weigh, opt, p)
-        _to_gradient(p, norm, slope, rows, one[at], weigh, opt)
-        if p is not x:
-            x.copy_(p)
+        _to_gradient(p, norm, slope, rows, None, weigh, opt)
+        if not direct:
+            grad.copy_(p)
     return nll
 
 

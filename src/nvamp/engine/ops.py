@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from nvamp.engine import devices, linear
+from nvamp.engine import chunked, devices, linear
 from nvamp.engine.backend import OfEntropy
 from nvamp.engine.backends import load
 from nvamp.engine.checks import check_label_range
@@ -229,11 +229,10 @@ def are_few(logits: Tensor, labels: Tensor) -> bool:
 
 class _FewTokenNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, backend: str, opt: Options) -> Tensor:
-        vocab = logits.shape[-1]
-        check_label_range(labels, vocab, opt.ignore_index)
-        unit = torch.empty(logits.shape, dtype=accumulate_dtype(logits.dtype)).copy_(logits)
-        nll = load(backend).unit_gradient_(unit.view(-1, vocab), labels.flatten(), opt)
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, opt: Options) -> Tensor:
+        check_label_range(labels, logits.shape[-1], opt.ignore_index)
+        unit = torch.empty(logits.shape, dtype=accumulate_dtype(logits.dtype))
+        nll = chunked.unit_gradient(logits, labels, opt, out=unit)
         ctx.save_for_backward(unit, logits, labels)
         ctx.ignore_index = opt.ignore_index
         return nll.view(labels.shape)
@@ -242,12 +241,14 @@ class _FewTokenNLL(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         unit, logits, labels = ctx.saved_tensors
         grad_nll = grad_nll.masked_fill(labels == ctx.ignore_index, 0)  # it may be NaN there
-        return scale_rows(unit, grad_nll, logits), None, None, None
+        if may_use_up(unit, grad_nll) and unit.dtype == logits.dtype:
+            return unit.mul_(grad_nll[..., None]), None, None
+        return scale_rows(unit, grad_nll, logits), None, None
 
 
-def few_token_nll(logits: Tensor, labels: Tensor, backend: str, opt: Options) -> Tensors:
-    """`token_nll` that makes the gradient together with the losses, in a copy of the logits."""
-    nll: Tensor = _FewTokenNLL.apply(logits, labels, backend, opt)  # type: ignore[no-untyped-call]
+def few_token_nll(logits: Tensor, labels: Tensor, opt: Options) -> Tensors:
+    """`token_nll` that makes the gradient together with the losses, on `"chunked"`."""
+    nll: Tensor = _FewTokenNLL.apply(logits, labels, opt)  # type: ignore[no-untyped-call]
     return (nll,)
 
 
