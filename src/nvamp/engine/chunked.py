@@ -128,9 +128,9 @@ def _to_gradient(
 ) -> None:
     """Turns the softmax p [rows, V] of a block, in place, into the gradient of Σ grad_nll·nll.
 
-    The gradient is with respect to the logits of the block. A `grad_nll` of None counts as ones. With `classes` the block is a part of a
-    vocabulary of that size. `of_entropy` adds the gradient of Σ grad·entropy and overwrites `below`,
-    z − largest z [rows, V].
+    The gradient is with respect to the logits of the block. A `grad_nll` of None counts as ones. With
+    `classes` the block is a part of a vocabulary of that size. `of_entropy` adds the gradient of
+    Σ grad·entropy and overwrites `below`, z − largest z [rows, V].
     """
     # dnll/dz = p·(1 + 2·z_loss·lse) − (1 − label_smoothing)·[v = y] − label_smoothing/V
     # With class weights the first and the second term have those of the target, the third that of v.
