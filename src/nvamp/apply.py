@@ -37,7 +37,6 @@ from nvamp.options import (
     LinearSumOptions,
     LogitsOptions,
     NLLOptions,
-    TokenLossOptions,
     TokenOptions,
 )
 from nvamp.ranks import ALONE, UNKNOWN, Ranks, Term
@@ -201,14 +200,9 @@ def of_tokens(
     call: Call,
 ) -> Loss:
     """The loss from per-token losses [...] computed elsewhere."""
-    options: TokenLossOptions = {"process_group": process_group}
+    shared = _Shared(process_group)
     return _loss(
-        objective,
-        nll,
-        lambda: _given(objective, nll, valid, entropy, call.inputs),
-        _Shared(process_group),
-        options,
-        call,
+        objective, nll, lambda: _given(objective, nll, valid, entropy, call.inputs), shared, {}, call
     )
 
 
@@ -228,8 +222,7 @@ def weights_of_tokens(
         weights = _judge(objective, losses, items, ranks, None).weights()
         return torch.where(losses.valid, weights, 0).view(nll.shape)
 
-    options: TokenLossOptions = {"process_group": process_group}
-    return _together(objective, process_group, options, nll, call, computed)
+    return _together(objective, process_group, {}, nll, call, computed)
 
 
 # From losses to the loss -------------------------------------------------------------------------------
@@ -301,7 +294,7 @@ def _loss(
     x: Tensor,
     losses_of_x: Callable[[], _Losses],
     shared: _Shared,
-    o: LogitsOptions | LinearOptions | TokenLossOptions,
+    o: Mapping[str, object],
     call: Call,
 ) -> Loss:
     """The result of a call of a loss: its value with its gradient and, if asked for, its statistics."""
@@ -408,7 +401,7 @@ def _few_in_one_pass(objective: Objective, labels: Tensor, process_group: "Group
 def _together(
     objective: Objective,
     process_group: "Group | None",
-    o: LogitsOptions | LinearOptions | TokenLossOptions,
+    o: Mapping[str, object],
     x: object,
     call: Call,
     computed: Callable[[Ranks], T],

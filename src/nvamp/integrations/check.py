@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nvamp.integrations.columns import needs_of
+from nvamp.integrations.modes import in_mode
 from nvamp.integrations.sequences import check_whole_sequences
 from nvamp.integrations.transformers.patching import installed_loss
 from nvamp.losses import LinearLoss, Loss, TokenLoss
@@ -46,7 +47,7 @@ def assert_trains_with(
     if is_trainer:
         check_arguments(trained, criterion)
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(gpus), _training(model), _counted(criterion) as calls, torch.enable_grad():
+    with torch.random.fork_rng(gpus), in_mode(model, True), _counted(criterion) as calls, torch.enable_grad():
         loss = _of_trainer(trained, batch) if is_trainer else _of_model(model, criterion, batch)
     name = f"{type(trained).__name__} does not train with this {type(criterion).__name__}"
     if not calls:
@@ -104,17 +105,6 @@ def _of_model(model: Any, criterion: object, batch: Mapping[str, Any] | None) ->
         batch |= {name: torch.ones(tokens.shape, device=device) for name in needs_of(criterion)}
     outputs = model(**batch)
     return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
-
-
-@contextmanager
-def _training(model: Any) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from nvamp.integrations.modes import in_mode
+
 _TOKENS = (1, 6)
 
 
@@ -53,7 +55,7 @@ def own_loss(model: Any) -> OwnLoss:
         outputs = model(**_batch(model), labels=labels.to(model.device))  # some change their inputs
         return outputs["loss"], outputs["logits"]
 
-    with _default_loss(model) as own, _evaluation(model), _random_logits(model):
+    with _default_loss(model) as own, in_mode(model, False), torch.no_grad(), _random_logits(model):
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             calls.append(name)
@@ -129,18 +131,6 @@ def _default_loss(model: Any) -> Iterator[Any]:
         vars(model).pop("_loss_function", None)
         if given is not None:
             model.loss_function = given
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager
