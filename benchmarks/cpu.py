@@ -9,6 +9,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks import policies
 from benchmarks.measure import (
     Bar,
     Run,
@@ -34,7 +36,7 @@ from benchmarks.measure import (
 from benchmarks.original import original_nvamp
 from nvamp import LinearLoss, Loss
 from nvamp.engine.hugepages import in_huge_pages
-from nvamp.functional import linear_token_nll, token_nll
+from nvamp.functional import token_nll
 from nvamp.objectives import NVAMP, CrossEntropy, Objective
 
 MiB = 2**20
@@ -227,7 +229,6 @@ def linear_peers(h: Tensor, w: Tensor, y: Tensor) -> dict[str, Callable[[], Tens
 # Log-probabilities and entropies -----------------------------------------------------------------------
 
 EAGER_BOTH, OURS_BOTH = "eager nll and entropy", "nvamp: nll and entropy"
-Outputs = Callable[[], tuple[Tensor, Tensor]]  # the loss and the entropy of each token
 
 
 def policy(
@@ -245,26 +246,19 @@ def policy(
     y = torch.randint(vocab, (n,))
     advantage, bonus = torch.randn(2, n).unbind()
 
-    def eager() -> tuple[Tensor, Tensor]:
-        logprob = (h @ w.T).float().log_softmax(-1)
-        return -logprob.gather(-1, y[:, None])[:, 0], -(logprob.exp() * logprob).sum(-1)
-
-    def ours() -> tuple[Tensor, Tensor]:
-        nll, metrics = linear_token_nll(h, w, y, return_metrics=True)
-        return nll, metrics.entropy
-
-    def run_of(outputs: Outputs) -> Run:
+    def run_of(outputs: policies.Outputs) -> Run:
         def loss() -> Tensor:
             nll, entropy = outputs()
             return advantage @ nll - bonus @ entropy.float()
 
         return torch.no_grad()(outputs) if forward else train(loss, h, w)
 
-    contenders: dict[str, Outputs] = {EAGER_BOTH: eager, OURS_BOTH: ours}
-    if peers:
-        contenders |= policy_peers(h, w, y)
-        if has_compiler():
-            contenders["compiled nll and entropy"] = torch.compile(eager)
+    contenders = {EAGER_BOTH: policies.eager(h, w, y), OURS_BOTH: policies.ours(h, w, y)}
+    for name, make in policies.PEERS.items() if peers else ():
+        with suppress(ImportError):
+            contenders[name] = make(h, w, y)
+    if peers and has_compiler():
+        contenders["compiled nll and entropy"] = policies.compiled(h, w, y)
     runs = {name: run_of(outputs) for name, outputs in contenders.items()}
     section = Section(
         f"nll and entropy, {'forward' if forward else 'trained'}, {n} × {d} × {vocab}, {dtype}",
@@ -278,29 +272,6 @@ def policy(
             Bar(f"memory over {name}", section.extra_bytes[OURS_BOTH] / section.extra_bytes[name], 1.0),
         ]
     return section
-
-
-def policy_peers(h: Tensor, w: Tensor, y: Tensor) -> dict[str, Outputs]:
-    """The log-probabilities and entropies of TRL and Liger, as far as they are installed."""
-    peers: dict[str, Outputs] = {}
-    try:
-        from trl.kernels import ChunkedLogProbFunction
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as COLUMNS
-    except ImportError:
-        pass
-    else:
-        peers["TRL, chunked"] = lambda: ChunkedLogProbFunction.apply(
-            h, w, None, y, 1.0, COLUMNS, None, 1.0, ("entropy",)
-        )[:2]
-    try:
-        from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
-            LigerFusedLinearScaledCrossEntropyFunction as LigerFunction,
-        )
-    except ImportError:
-        return peers
-    # Without a GPU it takes formulas of verl.
-    peers["Liger's fallback, from verl"] = lambda: LigerFunction.apply(h, w, y, return_entropy=True)
-    return peers
 
 
 # Few rows ----------------------------------------------------------------------------------------------

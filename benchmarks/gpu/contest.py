@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nvamp
+from benchmarks import policies
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.engine import counted
 from benchmarks.gpu.meter import Run, Sample, time_limit
 from benchmarks.gpu.plan import Shape
 from benchmarks.gpu.rows import reason
 from benchmarks.original import original_nvamp
+from benchmarks.policies import Outputs
 from nvamp.functional import linear_token_nll, token_nll
 from nvamp.objectives import NVAMP, ClippedPolicy, CrossEntropy, Objective
 
@@ -335,13 +337,12 @@ def linear_peers(h: Tensor, w: Tensor, y: Tensor, eager: LossOf) -> list[Contend
 
 READ, READ_BOTH = "nvamp: nll, forward", "nvamp: nll and entropy, forward"
 TRAINED, TRAINED_BOTH = "nvamp: nll", "nvamp: nll and entropy"
-Outputs = Callable[[], tuple[Tensor, ...]]  # losses, and entropies if asked for
 
 
 def policy(bench: Bench) -> None:
     """What reinforcement learning takes from hidden states: a loss and an entropy of each token."""
     (shape,) = bench.shapes
-    contest, contenders = Contest(bench), policies(bench, shape)
+    contest, contenders = Contest(bench), of_policy(bench, shape)
     contest.run(contenders)
     contest.bar(READ_BOTH, READ, 1.1)
     contest.bar(TRAINED_BOTH, TRAINED, 1.1)
@@ -352,24 +353,16 @@ def policy(bench: Bench) -> None:
         contest.bar(READ_BOTH, peer, 1.0)
 
 
-def policies(bench: Bench, shape: Shape) -> list[Contender]:
+def of_policy(bench: Bench, shape: Shape) -> list[Contender]:
     h, w, y = inputs(bench, shape)
     weights = torch.randn(2, len(h), device=h.device)  # an advantage and a bonus for each token
 
-    def ours(both: bool) -> tuple[Tensor, ...]:
-        if not both:
-            return (linear_token_nll(h, w, y),)
-        nll, metrics = linear_token_nll(h, w, y, return_metrics=True)
-        return nll, metrics.entropy
+    def nll() -> tuple[Tensor, ...]:
+        return (linear_token_nll(h, w, y),)
 
     def clipped() -> Run:
         criterion = nvamp.LinearLoss(ClippedPolicy(entropy=0.01), shift=False)
         return trained(lambda: criterion(h, w, y, advantage=weights[0]), h, w)
-
-    def eager() -> tuple[Tensor, ...]:
-        logprob = (h @ w.T).float().log_softmax(-1)
-        nll = -logprob.gather(-1, y[:, None])[:, 0]
-        return nll, -(logprob.exp() * logprob).sum(-1)
 
     def train(outputs: Outputs) -> Run:
         return trained(
@@ -382,38 +375,22 @@ def policies(bench: Bench, shape: Shape) -> list[Contender]:
         return torch.no_grad()(outputs)
 
     contenders = [
-        Contender(READ, lambda: read(partial(ours, False))),
-        Contender(READ_BOTH, lambda: read(partial(ours, True))),
-        Contender(TRAINED, lambda: train(partial(ours, False))),
-        Contender(TRAINED_BOTH, lambda: train(partial(ours, True))),
+        Contender(READ, lambda: read(nll)),
+        Contender(READ_BOTH, lambda: read(policies.ours(h, w, y))),
+        Contender(TRAINED, lambda: train(nll)),
+        Contender(TRAINED_BOTH, lambda: train(policies.ours(h, w, y))),
         Contender("nvamp: ClippedPolicy(entropy=0.01)", clipped),
         Contender(FOUR, partial(products, h, w, 2)),
-        Contender("eager nll and entropy", lambda: train(eager), peer=True),
+        Contender("eager nll and entropy", lambda: train(policies.eager(h, w, y)), peer=True),
     ]
     if bench.peers:
-        peers: dict[str, Callable[[], Outputs]] = {
-            "compiled nll and entropy": lambda: torch.compile(eager),
-            "TRL, chunked": partial(trl, h, w, y),
-            "Liger's fallback, from verl": partial(verl, h, w, y),
-        }
-        for name, make in peers.items():
+        for name, of_inputs in {"compiled nll and entropy": policies.compiled, **policies.PEERS}.items():
+            make = partial(of_inputs, h, w, y)
             contenders += [
                 Contender(f"{name}, forward", lambda make=make: read(make())),  # type: ignore[misc]
                 Contender(name, lambda make=make: train(make()), peer=True),  # type: ignore[misc]
             ]
     return contenders
-
-
-def trl(h: Tensor, w: Tensor, y: Tensor) -> Outputs:
-    apply = of("trl.kernels", "ChunkedLogProbFunction").apply
-    columns = of("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
-    return lambda: apply(h, w, None, y, 1.0, columns, None, 1.0, ("entropy",))[:2]
-
-
-def verl(h: Tensor, w: Tensor, y: Tensor) -> Outputs:
-    """The formulas of verl, which Liger takes where it has no kernel of its own."""
-    module = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
-    return partial(of(module, "_FusedLinearPPOFallbackFunction").apply, h, w, y, 1.0, -100, True)
 
 
 def linear_bars(
