@@ -1,6 +1,6 @@
 """Hooks of `mkdocs build`: the site out of Markdown that is also read where it lies in the repository.
 
-README.md is the landing page, CHANGELOG.md a page. Links to other files of the repository lead to copies of
+README.md is the landing page, and a few other files of the repository are pages. Links to other files of the repository lead to copies of
 them in the site, of Python as a page, and links to folders to a list of theirs: no address of a code host is
 needed.
 """
@@ -15,7 +15,12 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 LOG = logging.getLogger("mkdocs.plugins.nvamp")
 ROOT = Path(__file__).parents[1]
-FROM_ROOT = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+FROM_ROOT = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "benchmarks/README.md": "benchmarks.md",
+}
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")  # of [text](target#anchor), the target
 
 

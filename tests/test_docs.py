@@ -38,16 +38,23 @@ __all__ = ["documents", "one_thread", "tokenizer"]
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
-    str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("benchmarks/**/README.md"),
+    )
 }
 FENCE = re.compile(r"^```(.*)\n((?s:.*?))^```$", re.MULTILINE)
 
 # What the code of a page takes for granted; of any other page it runs as it stands.
 GIVEN = {
-    "README.md": "logits labels M hidden lm_head model Trainer args data dist",
+    "README.md": "logits labels hidden lm_head model Trainer args data",
     "docs/coming-from.md": "logits labels hidden lm_head",
     "docs/custom-losses.md": "logits hidden lm_head labels",
     "docs/distributed.md": "logits labels mesh logits_of_this_rank hidden weight_of_this_rank",
+    "docs/recipes.md": "logits labels hidden lm_head",
     "docs/reinforcement-learning.md": "model tokens labels reward",
     "docs/trainers.md": "model Trainer args config data tokenizer",
     "docs/transformers.md": "model Trainer TrainingArguments args data tokens labels token_weight torch",
