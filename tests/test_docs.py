@@ -53,6 +53,7 @@ GIVEN = {
     "README.md": "logits labels hidden lm_head model Trainer args data",
     "docs/coming-from.md": "logits labels hidden lm_head",
     "docs/custom-losses.md": "logits hidden lm_head labels",
+    "docs/distributed-reference.md": "logits labels",
     "docs/distributed.md": "logits labels mesh logits_of_this_rank hidden weight_of_this_rank",
     "docs/recipes.md": "logits labels hidden lm_head",
     "docs/reinforcement-learning.md": "model tokens labels reward",
