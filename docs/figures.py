@@ -149,7 +149,7 @@ def _label(axes: Any, x: float, y: float, text: str, size: float) -> None:
 
 
 def _bars(axes: Any, both: list[dict[str, float]], form: str, ticks: tuple[float, ...]) -> None:
-    """A pair of bars for each contender with its number; one that goes beyond the last tick has a gap there."""
+    """A pair of bars for each contender with its number; beyond the last tick a bar has a gap."""
     limit, gap = ticks[-1], 0.02 * ticks[-1]
     for index, (values, colour) in enumerate(zip(both, (BLUE, ORANGE), strict=True)):
         for place, value in enumerate(values.values()):

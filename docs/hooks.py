@@ -1,8 +1,8 @@
 """Hooks of `mkdocs build`: the site out of Markdown that is also read where it lies in the repository.
 
-README.md is the landing page, and a few other files of the repository are pages. Links to other files of the repository lead to copies of
-them in the site, of Python as a page, and links to folders to a list of theirs: no address of a code host is
-needed.
+README.md is the landing page, and a few other files outside docs/ are pages. Links to any other file of the
+repository lead to copies in the site, of Python as a page, and links to folders to a list of their files: no
+address of a code host is needed.
 """
 
 import logging

@@ -226,6 +226,10 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
                     parse_loss(spec)
         case "python" if arguments[0] == "-c":
             compile(arguments[1], "-c", "exec")
+        case "python" if arguments[:2] == ["-m", "pytest"]:
+            paths = [ROOT / word for word in arguments[2:] if not word.startswith("-")]
+            assert paths
+            assert all(path.exists() for path in paths)
         case "python" if arguments[0] == "-m":
             check_script(arguments[1], arguments[2:], monkeypatch)
         case "python":
@@ -285,8 +289,9 @@ def test_examples_say_what_they_need(path: Path, monkeypatch: pytest.MonkeyPatch
 def test_wrong_commands_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "`nvamp compare --sneeds 3` and\n\n    torchrun examples/ddp.py --step-count 3\n\n`make documents`"
     text += "\n`nvamp compare\n--loss nvamp:delta=1`, `python -m benchmarks.cpu --report`, `pip install 'nvamp-loss[x]'`, `pip install tlr`\n"
+    text += "\n`python -m pytest tests/documents`\n"
     wrong = list(commands(text))
-    assert len(wrong) == 7
+    assert len(wrong) == 8
     for words in wrong:
         with pytest.raises((Exception, SystemExit)):
             check(words, monkeypatch)

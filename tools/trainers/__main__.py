@@ -117,7 +117,7 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="print the names and what they install")
-    parser.add_argument("--table", action="store_true", help="print the record as docs/trainers-reference.md has it")
+    parser.add_argument("--table", action="store_true", help="print the record as the documentation has it")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in RECIPES]:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(RECIPES)}")
