@@ -106,7 +106,7 @@ def speed() -> Figure:
             name = names[row["what"]]
             axes.barh(place, row["ms"], 0.7, color=BLUE if name.startswith("nvamp") else GREY, alpha=0.8)
             memory = f" · {row['extra_MiB'] / 1024:.1f} GiB" if "extra_MiB" in row else ""
-            _label(axes, row["ms"], place, f"{row['ms']:.3g}{memory}", 8)
+            _label(axes, row["ms"], place, f"{row['ms']:#.3g}".rstrip(".") + memory, 8)
         axes.set_yticks(range(len(found)), [names[row["what"]] for row in found], fontsize=9)
         axes.set_xlim(0, 1.25 * found[-1]["ms"])
         axes.tick_params(axis="x", labelsize=8)

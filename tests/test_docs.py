@@ -161,6 +161,14 @@ def test_no_code_is_left_out(page: str) -> None:
                 ast.parse(dedent(block))
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_code_is_no_wider_than_a_page(page: str) -> None:
+    text = PAGES[page]
+    fenced = [line for _, _, content in blocks(text) for line in content.splitlines()]
+    for line in fenced + re.findall(r"^    (.*)", FENCE.sub("", text), re.MULTILINE):
+        assert len(line) <= 102, line
+
+
 # Commands -----------------------------------------------------------------------------------------------
 
 PROGRAMS = ("nvamp", "python", "torchrun", "accelerate", "make", "pip")
