@@ -48,6 +48,12 @@ def files_of(folder: str) -> list[str]:
     return sorted(f"{folder}/{path.name}" for path in (ROOT / folder).iterdir() if path.is_file())
 
 
+def on_config(config: Any) -> Any:
+    """Nothing shows the theme's page for what is not found: the site is opened from a disk."""
+    config.theme.static_templates.discard("404.html")
+    return config
+
+
 def on_files(files: Files, *, config: Any) -> Files:
     for path, page in FROM_ROOT.items():
         files.append(File.generated(config, page, content=(ROOT / path).read_text(encoding="utf-8")))
@@ -90,7 +96,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, *, page: Any, **_: Any) -> str:
-    """In the reference, what docstrings name becomes a link: pages, and other names of the page."""
+    """A cell without a heading is no heading. In the reference, pages and names become links."""
+    html = html.replace("<th></th>", "<td></td>")
     if page.file.src_uri != "api.md":
         return html
     html = re.sub(r"\bdocs/([\w-]+)\.md\b", r'<a href="\1.html">docs/\1.md</a>', html)
@@ -106,7 +113,7 @@ def on_page_content(html: str, *, page: Any, **_: Any) -> str:
 
 
 def on_post_page(output: str, *, page: Any, **_: Any) -> str:
-    """A page loads nothing from another host."""
+    """A page loads nothing from another host. What the theme hides cannot be reached by the keyboard."""
     for tag in re.findall(r'<(?:script|link|img|iframe)\b[^>]*="(?:https?:)?//[^>]*>', output):
         LOG.warning("%s loads from elsewhere: %s", page.file.src_uri, tag)
-    return output
+    return output.replace('<input class="md-option"', '<input tabindex="-1" class="md-option"')
