@@ -362,3 +362,20 @@ def test_figures_are_of_this_code(name: str) -> None:
     assert figures.svg(name) == (ROOT / "docs" / "figures" / f"{name}.svg").read_text(), (
         "run python -m docs.figures"
     )
+
+
+# Makefile -----------------------------------------------------------------------------------------------
+
+
+def test_a_commit_is_checked_as_by_make_lint() -> None:
+    (recipe,) = re.findall(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    commands = [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe.splitlines()]
+    assert [hook["entry"] for hook in hooks] == commands
+
+
+def test_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)", makefile, re.MULTILINE)
+    helped = re.findall(r"^([a-z-]+):.* ## \w", makefile, re.MULTILINE)
+    assert helped == [target for target in phony.split() if target != "browser"]
