@@ -85,7 +85,9 @@ def check_installed(wheel: Path) -> None:
 
 
 if __name__ == "__main__":
+    print("building wheel and sdist", flush=True)
     wheel, sdist = build()
     check_contents(wheel, sdist)
+    print("installing the wheel and PyTorch in an environment of their own: some minutes", flush=True)
     check_installed(wheel)
     print(f"{wheel.name} and {sdist.name} are fit for release")
