@@ -67,5 +67,5 @@ def test_every_room_is_on_a_floor() -> None:
 def test_contributing_draws_this_house() -> None:
     text = Path(__file__, "../../CONTRIBUTING.md").resolve().read_text(encoding="utf-8")
     drawn = re.findall(r"^    (\w+(?: · \w+)*) {2,}\w", text, re.MULTILINE)
-    floors = [set(rooms) - {"__main__"} for rooms in FLOORS]
+    floors = [set(rooms) - {"__main__"} for rooms in FLOORS if rooms != ["__main__"]]
     assert [set(line.split(" · ")) for line in drawn if not line.startswith("make")] == floors
