@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvamp.study import StudyError
-from nvamp.study.corpus import EXCERPT, build_corpus, frequency_classes, pack, split, spread, tokenize
+from nvamp.study.corpus import EXCERPT, build_corpus, frequency_classes, split, tokenize
+from nvamp.study.packing import pack, spread
 from tests.study.conftest import words
 
 

@@ -2,25 +2,29 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus, build_corpus, frequency_classes
+from nvamp.study.examples import build_examples
 from nvamp.study.losses import Loss, parse_losses
-from nvamp.study.models import load_tokenizer, max_positions, model_bytes, quiet
+from nvamp.study.models import keeps_apart, load_model, load_tokenizer, max_positions, model_bytes, quiet
 from nvamp.study.peers import POLL, Peers
 from nvamp.study.results import describe, describe_corpus, gather
-from nvamp.study.sources import read_documents
+from nvamp.study.rows import read_rows
+from nvamp.study.sources import bounded, read_documents, shuffled
 from nvamp.study.store import Json, Store, conditions, finite, kept_runs, versions
 from nvamp.study.training import Progress, Recipe, train
 
 SEQUENCE = 64  # tokens in a block, for the built-in model
 SEQUENCE_PRETRAINED = 256
+LOSS_ON = ("all", "completions")
 LR = 2e-3
 LR_PRETRAINED = 5e-5
 
@@ -35,6 +39,8 @@ class Settings:
         losses: specs; the first one is the baseline.
         seeds: the number of seeds, which are 0, 1, ...
         lr: `None` for the model's default.
+        loss_on: which tokens of examples are learned, of `LOSS_ON`; `None` for the default.
+        special_tokens: whether special tokens that the text spells out are such, or else text.
     """
 
     losses: tuple[str, ...]
@@ -46,6 +52,8 @@ class Settings:
     model: str | None = None
     text: tuple[str, ...] = ()
     dataset: tuple[str, ...] = ()
+    loss_on: str | None = None
+    special_tokens: bool = False
 
     def check(self) -> None:
         """Raise a `StudyError` if an option is out of range."""
@@ -58,6 +66,8 @@ class Settings:
             raise StudyError(f"--noise must be between 0 and 1, got {self.noise:g}")
         if not self.losses:
             raise StudyError("--loss: expected at least one")
+        if self.loss_on not in (None, *LOSS_ON):
+            raise StudyError(f"--loss-on: expected {' or '.join(LOSS_ON)}, got {self.loss_on}")
         if self.text and self.dataset:
             raise StudyError("--text and --dataset exclude each other")
 
@@ -147,7 +157,7 @@ def _train_missing(
     missing: Sequence[Pair], recipe: Recipe, corpus: Corpus, store: Store, display: Display, peers: Peers
 ) -> None:
     """Train this rank's share of the missing runs. The first rank then waits for the others."""
-    classes = frequency_classes(corpus.train, len(corpus.tokenizer))
+    classes = frequency_classes(corpus.training.labels, len(corpus.tokenizer))
     awaited = missing
     for loss, seed in missing[peers.rank :: peers.world]:
         run = train(loss, seed, recipe, corpus, display.run(loss.name, seed))
@@ -192,9 +202,9 @@ def prepare(settings: Settings, out: Path | None = None) -> Corpus:
     if settings.model is not None:
         tokenizer = load_tokenizer(settings.model)
         sequence = min(SEQUENCE_PRETRAINED, max_positions(settings.model) or SEQUENCE_PRETRAINED)
-    documents, source = read_documents(settings.text, settings.dataset, out)
+    build = _reader(settings, out)
     try:
-        corpus = build_corpus(documents, source, sequence, tokenizer)
+        corpus = build(sequence, tokenizer)
         if len(corpus.train) < settings.batch_size:
             raise StudyError(
                 f"the text is too short: {len(corpus.train)} training blocks of {sequence} tokens "
@@ -203,3 +213,27 @@ def prepare(settings: Settings, out: Path | None = None) -> Corpus:
     except StudyError as error:
         raise StudyError(f"{'--dataset' if settings.dataset else '--text'}: {error}") from error
     return corpus
+
+
+def _reader(settings: Settings, out: Path | None) -> Callable[[int, Any], Corpus]:
+    """Read the text; the function makes blocks of so many tokens by a tokenizer, or by one of its own."""
+    special = settings.special_tokens
+    if not settings.dataset:
+        documents, source = read_documents(settings.text, out)
+        return partial(build_corpus, documents, source, special=special)
+    rows, source = read_rows(settings.dataset), ", ".join(settings.dataset)
+    if rows.examples:
+        together = settings.model is None or keeps_apart(load_model(settings.model))
+        return partial(
+            build_examples,
+            rows,
+            source,
+            completions=settings.loss_on != "all",
+            special=special,
+            together=together,
+        )
+    if settings.loss_on == "completions":
+        raise StudyError("--loss-on completions: expected messages, or prompt and completion, got text")
+    if empty := rows.dropped.total():
+        source += f" ({empty:,} empty rows dropped)"
+    return partial(build_corpus, bounded(shuffled(rows.texts)), source, special=special)

@@ -18,9 +18,10 @@ from transformers import TrainerCallback
 
 from nvamp.functional import token_nll
 from nvamp.integrations.transformers import LossFunction, compute_loss_func, logits_of
-from nvamp.study.corpus import Corpus, spread
+from nvamp.study.corpus import Corpus
 from nvamp.study.losses import Loss
 from nvamp.study.models import build_model, quiet
+from nvamp.study.packing import IGNORED, Blocks
 
 CURVE_POINTS = 10  # evaluations during a run, in addition to one before it
 CURVE_TOKENS = 4096  # held-out tokens in each of these evaluations
@@ -84,21 +85,32 @@ class LabelledBlocks(Dataset[dict[str, Tensor]]):
     """Blocks [blocks, sequence] as inputs and as labels; random tokens replace some of the labels.
 
     `noise` is the probability that a label is replaced: one number, or a tensor [blocks, sequence]. The new
-    token is uniform over the vocabulary.
+    token is uniform over the vocabulary. Labels of -100 stay, and positions are those to give to the model.
     """
 
-    def __init__(self, blocks: Tensor, vocabulary: int, noise: float | Tensor, seed: int) -> None:
+    def __init__(
+        self,
+        blocks: Tensor,
+        vocabulary: int,
+        noise: float | Tensor,
+        seed: int,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        labels = blocks if labels is None else labels
         generator = torch.Generator().manual_seed(seed)
         replaced = torch.rand(blocks.shape, generator=generator) < noise
         tokens = torch.randint(vocabulary, blocks.shape, generator=generator)
         self.inputs = blocks
-        self.labels = torch.where(replaced, tokens, blocks)
+        self.labels = torch.where(replaced & (labels != IGNORED), tokens, labels)
+        self.positions = positions
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.inputs[index], "labels": self.labels[index]}
+        item = {"input_ids": self.inputs[index], "labels": self.labels[index]}
+        return item if self.positions is None else {**item, "position_ids": self.positions[index]}
 
 
 class Clock:
@@ -161,7 +173,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped 
     """Follows a run: times its steps, draws its curve, shows its progress, and stops it if it diverges."""
 
     def __init__(
-        self, loss: TimedLoss, clock: Clock, steps: int, held_out: Tensor, progress: Progress
+        self, loss: TimedLoss, clock: Clock, steps: int, held_out: Blocks, progress: Progress
     ) -> None:
         self._loss = loss
         self._clock = clock
@@ -190,7 +202,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped 
 
     def _evaluate(self, step: int, model: Any) -> None:
         if step in self._evaluate_at:
-            nll, _ = held_out_nll(model, self._held_out)
+            nll, _ = held_out_nll(model, self._held_out.inputs, self._held_out)
             self.curve.append((step, nll.mean(dtype=np.float64).item()))
 
     def times(self) -> tuple[float, float]:
@@ -223,11 +235,18 @@ def train(
     transformers.set_seed(seed)
     model = build_model(recipe.model, corpus, recipe.scale)
     vocabulary = min(len(corpus.tokenizer), model.config.get_text_config().vocab_size)
-    data = LabelledBlocks(corpus.train, vocabulary, recipe.noise if noise is None else noise, seed)
+    data = LabelledBlocks(
+        corpus.train,
+        vocabulary,
+        recipe.noise if noise is None else noise,
+        seed,
+        corpus.training.labels,
+        corpus.training.positions,
+    )
     clock = Clock(device)
     timed = TimedLoss(compute_loss_func(loss.criterion), clock)
     sequence = corpus.train.shape[1]
-    watch = _Watch(timed, clock, recipe.steps, spread(corpus.held_out, CURVE_TOKENS // sequence), progress)
+    watch = _Watch(timed, clock, recipe.steps, corpus.evaluation.spread(CURVE_TOKENS // sequence), progress)
     start = perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = transformers.Trainer(
@@ -241,12 +260,12 @@ def train(
         trainer.train()
     seconds = perf_counter() - start
     step_seconds, share = watch.times()
-    nll, correct = held_out_nll(model, corpus.held_out)
+    nll, correct = held_out_nll(model, corpus.held_out, corpus.evaluation)
     return Run(
         model=model,
         nll=nll,
         correct=correct,
-        labels=corpus.held_out[:, 1:].reshape(-1).numpy(),
+        labels=corpus.evaluation.learned.numpy(),
         curve=watch.curve,
         steps=len(watch.steps),
         tokens_per_second=recipe.batch_size * sequence / step_seconds,
@@ -279,8 +298,13 @@ def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch:
 
 
 @torch.no_grad()
-def held_out_nll(model: Any, blocks: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def held_out_nll(
+    model: Any, blocks: Tensor, marks: Blocks | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """The plain losses of the tokens of `blocks` [blocks, sequence], except the first token of each block.
+
+    Args:
+        marks: which of the tokens count, and their positions; all of them if `None`.
 
     Returns:
         The losses in nats, [tokens] float32; and whether the likeliest token was right, [tokens] bool.
@@ -289,10 +313,11 @@ def held_out_nll(model: Any, blocks: Tensor) -> tuple[NDArray[np.float32], NDArr
     device = next(model.parameters()).device
     losses: list[Tensor] = []
     hits: list[Tensor] = []
-    for batch in torch.split(blocks, 16):
-        batch = batch.to(device)
-        labels = pad(batch[:, 1:], (0, 1), value=-100)  # of the next position each; the last one has none
-        nll, metrics = token_nll(model(input_ids=batch).logits, labels, return_metrics=True)
-        losses.append(nll[:, :-1].reshape(-1).float().cpu())
-        hits.append(metrics.correct[:, :-1].reshape(-1).cpu())
+    marks = marks or Blocks(blocks, blocks)
+    for begin in range(0, len(marks), 16):
+        batch = {name: value.to(device) for name, value in marks[begin : begin + 16].items()}
+        labels = pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)  # of the next position
+        nll, metrics = token_nll(model(**batch, use_cache=False).logits, labels, return_metrics=True)
+        losses.append(nll[labels != IGNORED].float().cpu())
+        hits.append(metrics.correct[labels != IGNORED].cpu())
     return torch.cat(losses).numpy(), torch.cat(hits).numpy()
