@@ -2,13 +2,12 @@
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus, build_corpus, frequency_classes
@@ -17,13 +16,13 @@ from nvamp.study.losses import Loss, parse_losses
 from nvamp.study.models import keeps_apart, load_model, load_tokenizer, max_positions, model_bytes, quiet
 from nvamp.study.peers import POLL, Peers
 from nvamp.study.results import describe, describe_corpus, gather
-from nvamp.study.rows import read_rows
+from nvamp.study.rows import Rows, read_rows
 from nvamp.study.sources import bounded, read_documents, shuffled
 from nvamp.study.store import Json, Store, conditions, finite, kept_runs, versions
 from nvamp.study.training import Progress, Recipe, train
 
-SEQUENCE = 64  # tokens in a block, for the built-in model
-SEQUENCE_PRETRAINED = 256
+SEQUENCE = 64  # tokens in a block, for the built-in model on text
+SEQUENCE_LONG = 256  # for pretrained ones, and for examples
 LOSS_ON = ("all", "completions")
 LR = 2e-3
 LR_PRETRAINED = 5e-5
@@ -198,13 +197,20 @@ def _results(settings: Settings, command: str, losses: Sequence[Loss], corpus: C
 
 def prepare(settings: Settings, out: Path | None = None) -> Corpus:
     """Read, split, tokenize and pack the text; files in the directory `out` are ignored."""
-    sequence, tokenizer = SEQUENCE, None
+    tokenizer, together, most = None, True, inf
     if settings.model is not None:
         tokenizer = load_tokenizer(settings.model)
-        sequence = min(SEQUENCE_PRETRAINED, max_positions(settings.model) or SEQUENCE_PRETRAINED)
-    build = _reader(settings, out)
+        most = max_positions(settings.model) or inf
+        together = not settings.dataset or keeps_apart(load_model(settings.model))
+    rows, source = _read(settings, out)
+    short = settings.model is None and not rows.examples
+    sequence = int(min(SEQUENCE if short else SEQUENCE_LONG, most))
     try:
-        corpus = build(sequence, tokenizer)
+        if rows.examples:
+            completions, special = settings.loss_on != "all", settings.special_tokens
+            corpus = build_examples(rows, source, sequence, tokenizer, completions, special, together)
+        else:
+            corpus = build_corpus(rows.texts, source, sequence, tokenizer, settings.special_tokens)
         if len(corpus.train) < settings.batch_size:
             raise StudyError(
                 f"the text is too short: {len(corpus.train)} training blocks of {sequence} tokens "
@@ -215,25 +221,16 @@ def prepare(settings: Settings, out: Path | None = None) -> Corpus:
     return corpus
 
 
-def _reader(settings: Settings, out: Path | None) -> Callable[[int, Any], Corpus]:
-    """Read the text; the function makes blocks of so many tokens by a tokenizer, or by one of its own."""
-    special = settings.special_tokens
+def _read(settings: Settings, out: Path | None) -> tuple[Rows, str]:
+    """The text or the examples, and what they are in words."""
     if not settings.dataset:
         documents, source = read_documents(settings.text, out)
-        return partial(build_corpus, documents, source, special=special)
+        return Rows(documents), source
     rows, source = read_rows(settings.dataset), ", ".join(settings.dataset)
     if rows.examples:
-        together = settings.model is None or keeps_apart(load_model(settings.model))
-        return partial(
-            build_examples,
-            rows,
-            source,
-            completions=settings.loss_on != "all",
-            special=special,
-            together=together,
-        )
+        return rows, source
     if settings.loss_on == "completions":
         raise StudyError("--loss-on completions: expected messages, or prompt and completion, got text")
     if empty := rows.dropped.total():
         source += f" ({empty:,} empty rows dropped)"
-    return partial(build_corpus, bounded(shuffled(rows.texts)), source, special=special)
+    return Rows(bounded(shuffled(rows.texts))), source

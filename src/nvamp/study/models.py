@@ -60,7 +60,7 @@ def model_bytes(name: str | None, corpus: Corpus) -> int:
 @torch.no_grad()
 def keeps_apart(model: Any) -> bool:
     """Whether positions that start again keep the examples of a block apart: the second is as if alone."""
-    length = min(APART, (positions(model.config) or 2 * APART) // 2)
+    length = max(1, min(APART, (positions(model.config) or 2 * APART) // 2))
     tokens = torch.arange(2 * length) % model.config.get_text_config().vocab_size
     places = torch.arange(length).repeat(2)
     try:
