@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -70,7 +71,7 @@ class Corpus:
         for blocks in (self.training, self.evaluation):
             digest.update(str(tuple(blocks.inputs.shape)).encode())
             digest.update(blocks.inputs.numpy().tobytes())
-            if blocks.labels is not blocks.inputs:
+            if not torch.equal(blocks.labels, blocks.inputs):
                 digest.update(blocks.labels.numpy().tobytes())
             if blocks.positions is not None:
                 digest.update(blocks.positions.numpy().tobytes())

@@ -49,8 +49,8 @@ class Terminal:
     def prepared(self, corpus: Corpus, runs: int, kept: int) -> None:
         """See `nvamp.study.compare.Display`."""
         self._progress.update(self._task, total=(runs - kept) * self._steps, completed=0)
-        learned, blocks = len(corpus.training.learned), corpus.training
-        some = "" if blocks.labels is blocks.inputs else f" ({learned:,} of them to learn)"
+        learned = len(corpus.training.learned)
+        some = f" ({learned:,} of them to learn)" if corpus.counts else ""
         self._print(
             f"{corpus.source}: {corpus.train.numel():,} tokens to train on{some}, "
             f"{len(corpus.evaluation.learned):,} held out; {len(corpus.tokenizer):,} token types"
