@@ -22,7 +22,8 @@ from nvamp.study.inspect.score import inspect_text
 from nvamp.study.losses import MODES, parse_losses
 from nvamp.study.models import build_model, load_model
 from nvamp.study.store import Store, _canonical, _checksum, conditions, finite, versions, write_json
-from nvamp.study.training import Progress, train
+from nvamp.study.training import train
+from nvamp.study.watching import Progress
 from tests.study.conftest import Silent, study
 
 
@@ -227,7 +228,7 @@ def test_a_run_interrupted_as_it_is_trained_again_is_not_damaged(
 ) -> None:
     def other(*arguments: Any) -> Any:
         run = train(*arguments)
-        run.nll[0] += 1  # on another number of threads, say
+        run.scores.nll[0] += 1  # on another number of threads, say
         return run
 
     def interrupted(path: Path, value: Any) -> None:

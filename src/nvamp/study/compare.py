@@ -17,7 +17,8 @@ from nvamp.study.peers import POLL, Peers
 from nvamp.study.results import describe, describe_corpus, gather
 from nvamp.study.sources import read_documents
 from nvamp.study.store import Json, Store, conditions, finite, kept_runs, versions
-from nvamp.study.training import Progress, Recipe, train
+from nvamp.study.training import Recipe, train
+from nvamp.study.watching import Progress
 
 SEQUENCE = 64  # tokens in a block, for the built-in model
 SEQUENCE_PRETRAINED = 256

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import nvamp
-from nvamp.integrations.transformers import Criterion
 from nvamp.objectives import GRADIENTS, NVAMP, OBJECTIVES
 from nvamp.objectives.spec import LossSpec
 from nvamp.objectives.spec import parse_loss as parse_spec
@@ -22,11 +21,19 @@ class Loss:
 
     Attributes:
         spec: the objective and the options of the loss of a token.
-        criterion: `(logits [B, S, V], labels [B, S], num_items_in_batch) -> scalar`; it shifts the labels.
     """
 
     spec: LossSpec
-    criterion: Criterion
+
+    @property
+    def criterion(self) -> nvamp.Loss:
+        """The loss of logits; it shifts the labels."""
+        return nvamp.Loss(self.spec.objective, **self.spec.token_options)
+
+    @property
+    def linear(self) -> nvamp.LinearLoss:
+        """The same loss from hidden states, without logits."""
+        return nvamp.LinearLoss(self.spec.objective, **self.spec.token_options)
 
     @property
     def name(self) -> str:
@@ -62,4 +69,4 @@ def parse_loss(text: str) -> Loss:
     if spec.objective.inputs:
         needed = ", ".join(spec.objective.inputs)
         raise StudyError(f"--loss {text}: needs {needed} of every token, which text alone does not have")
-    return Loss(spec, nvamp.Loss(spec.objective, **spec.token_options))
+    return Loss(spec)

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nvamp.study import training
+from nvamp.study import watching
 from nvamp.study.corpus import Corpus
 from nvamp.study.metrics import METRICS
 from nvamp.study.store import Json
@@ -56,7 +56,7 @@ class Terminal:
         if kept:
             self._print(f"{kept} of {runs} runs are already finished")
 
-    def run(self, loss: str, seed: int) -> training.Progress:
+    def run(self, loss: str, seed: int) -> watching.Progress:
         """See `nvamp.study.compare.Display`."""
         self._progress.update(self._task, description=escape(f"{loss}, seed {seed}"), loss="")
 
