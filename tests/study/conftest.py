@@ -122,7 +122,7 @@ class Silent:
         self.trained: list[tuple[str, int]] = []
         self.left_out = 0
 
-    def prepared(self, corpus: Any, runs: int, kept: int) -> None:
+    def prepared(self, corpus: Any, steps: int, runs: int, kept: int) -> None:
         self.kept = kept
 
     def run(self, loss: str, seed: int) -> Progress:

@@ -317,7 +317,7 @@ def test_space_is_checked_before_training(
 def test_other_versions_and_devices_are_another_study(
     one: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    corpus, recipe = prepare(one), one.recipe()
+    corpus, recipe = prepare(one), one.recipe(1)
     with Store(tmp_path) as store:
         store.claim(conditions(recipe, corpus), overwrite=False)
     monkeypatch.setattr(nvamp.study.store, "versions", lambda: {**here, name: "another"})

@@ -8,10 +8,11 @@ import transformers
 from torch import Tensor
 
 import nvamp.study.training
+from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
 from nvamp.study.held_out import as_examples, score
 from nvamp.study.losses import parse_loss
-from nvamp.study.models import build_model
+from nvamp.study.models import Lora, build_model, load_model
 from nvamp.study.training import LabelledBlocks, Recipe, Run, install, train, training_arguments
 from tests.study.conftest import dropping
 
@@ -246,3 +247,82 @@ def test_a_diverged_run_stops_and_says_so(corpus: Corpus, model_dir: Any) -> Non
     assert len(values) == result.steps
     assert not np.isfinite(values[-1])
     assert not run("ce", recipe(model_dir), corpus)[0].diverged
+
+
+def test_accumulated_batches_are_one_step(corpus: Corpus, model_dir: Any) -> None:
+    _, expected = run("ce", recipe(model_dir), corpus)
+    result, values = run("ce", recipe(model_dir, batch_size=4, accumulate=2), corpus)
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+    assert result.steps == 12
+    assert 0 < result.loss_share < 1
+
+
+def test_checkpointed_activations_are_computed_again(
+    corpus: Corpus, model_dir: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        model = build_model(*args)
+        model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda module, *_: calls.append(1) if module.training else None
+        )
+        return model
+
+    monkeypatch.setattr(nvamp.study.training, "build_model", counted)
+    _, expected = run("nvamp", recipe(model_dir, steps=3), corpus)
+    without = len(calls)
+    _, values = run("nvamp", recipe(model_dir, steps=3, gradient_checkpointing=True), corpus)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    assert len(calls) - without == without + 3
+
+
+def test_a_model_that_cannot_checkpoint(
+    corpus: Corpus, model_dir: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(StudyError, match=r"^--gradient-checkpointing: LlamaForCausalLM does not support it$"):
+        run("ce", recipe(model_dir, gradient_checkpointing=True), corpus)
+
+
+def test_adapters_are_trained_alone_and_merged(corpus: Corpus, model_dir: Any, tmp_path: Path) -> None:
+    result, values = run("nvamp", recipe(model_dir, steps=30, lora=Lora(2, 8)), corpus)
+    assert result.logits_because is None
+    assert values[-1] < values[0]
+    before = build_model(str(model_dir), corpus).state_dict()
+    changed = {name for name, x in result.model.state_dict().items() if not torch.equal(x, before[name])}
+    assert {name.split(".")[-2] for name in changed} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+    difference = result.model.model.layers[0].mlp.up_proj.weight - before["model.layers.0.mlp.up_proj.weight"]
+    assert torch.linalg.matrix_rank(difference.detach(), rtol=1e-3) == 2
+    result.model.save_pretrained(tmp_path)
+    saved = score(load_model(str(tmp_path)), as_examples(corpus.held_out)).nll
+    np.testing.assert_allclose(saved, result.scores.nll, rtol=1e-5, atol=1e-6)
+    assert result.curve[-1][1] == pytest.approx(saved.mean(), rel=1e-4)  # adapters, before they were merged
+
+
+def test_adapters_start_from_the_seed(corpus: Corpus, model_dir: Any) -> None:
+    lora = recipe(model_dir, lora=Lora(2, 4))
+    first, again, other = (run("ce", lora, corpus, seed)[1] for seed in (0, 0, 1))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("text", "lora"), [("8", Lora(8, 16)), ("8,4", Lora(8, 4)), ("16, 16", Lora(16, 16))]
+)
+def test_adapters_from_text(text: str, lora: Lora) -> None:
+    assert Lora.parse(text) == lora == Lora.parse(str(lora))
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "8,", "8,0", "a", "8,8,8", "1.5"])
+def test_no_adapters(text: str) -> None:
+    with pytest.raises(StudyError, match=rf"^--lora {text}: expected r or r,alpha, such as 8 or 8,16$"):
+        Lora.parse(text)
+
+
+def test_a_learning_rate_of_the_losses_own(corpus: Corpus, model_dir: Any) -> None:
+    _, expected = run("dft", recipe(model_dir), corpus)
+    _, values = run("dft@0.01", recipe(model_dir, lr=1.0), corpus)
+    assert values == expected

@@ -1,8 +1,9 @@
-"""The losses of a study from their text: `ce`, `nvamp:gradient=token`, `ce:label_smoothing=0.1`."""
+"""The losses of a study from their text: `ce`, `nvamp:gradient=token`, `ce:label_smoothing=0.1@1e-4`."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import nvamp
 from nvamp.objectives import GRADIENTS, NVAMP, OBJECTIVES
@@ -21,9 +22,11 @@ class Loss:
 
     Attributes:
         spec: the objective and the options of the loss of a token.
+        lr: the peak learning rate with it; `None` for the study's.
     """
 
     spec: LossSpec
+    lr: float | None = None
 
     @property
     def criterion(self) -> nvamp.Loss:
@@ -38,7 +41,7 @@ class Loss:
     @property
     def name(self) -> str:
         """The canonical text, the same for all spellings of one loss."""
-        return str(self.spec)
+        return str(self.spec) if self.lr is None else f"{self.spec}@{self.lr}"
 
     @property
     def slug(self) -> str:
@@ -62,11 +65,22 @@ def parse_losses(texts: Sequence[str]) -> list[Loss]:
 
 def parse_loss(text: str) -> Loss:
     """The loss that a text describes; a `StudyError` if there is none, or if it needs more than text."""
+    described, at, rate = text.partition("@")
     try:
-        spec = parse_spec(text)
+        spec = parse_spec(described)
     except ValueError as error:
-        raise StudyError(f"--loss {text}: {str(error).removeprefix(f'{text!r}: ')}") from error
+        raise StudyError(f"--loss {text}: {str(error).removeprefix(f'{described!r}: ')}") from error
     if spec.objective.inputs:
         needed = ", ".join(spec.objective.inputs)
         raise StudyError(f"--loss {text}: needs {needed} of every token, which text alone does not have")
-    return Loss(spec)
+    return Loss(spec, _rate(text, rate) if at else None)
+
+
+def _rate(text: str, rate: str) -> float:
+    try:
+        lr = float(rate)
+    except ValueError:
+        lr = 0.0
+    if not 0 < lr < inf:
+        raise StudyError(f"--loss {text}: expected a positive learning rate after @, got {rate!r}")
+    return lr

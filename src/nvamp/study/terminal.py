@@ -20,8 +20,8 @@ _STYLES = {"better": "green", "worse": "red"}
 class Terminal:
     """Shows a study's progress: the bar counts the optimizer steps of all runs that are left to train."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, console: Console) -> None:
+        self._steps = 0  # of a run
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -46,8 +46,9 @@ class Terminal:
     ) -> None:
         self._progress.stop()
 
-    def prepared(self, corpus: Corpus, runs: int, kept: int) -> None:
+    def prepared(self, corpus: Corpus, steps: int, runs: int, kept: int) -> None:
         """See `nvamp.study.compare.Display`."""
+        self._steps = steps
         self._progress.update(self._task, total=(runs - kept) * self._steps, completed=0)
         self._print(
             f"{corpus.source}: {corpus.train.numel():,} tokens to train on, "

@@ -3,7 +3,7 @@
 import gc
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -18,11 +18,11 @@ from transformers import TrainerCallback
 from nvamp.integrations.modes import in_mode
 from nvamp.integrations.transformers import compute_loss_func, patch, unpatch
 from nvamp.integrations.transformers.alignment import own_loss
-from nvamp.integrations.transformers.patching import base_model
+from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus, spread
 from nvamp.study.held_out import Examples, TokenScores, as_examples, score
 from nvamp.study.losses import Loss
-from nvamp.study.models import build_model, quiet
+from nvamp.study.models import Lora, build_model, quiet
 from nvamp.study.watching import Clock, LossTimes, Progress, Watch
 
 CURVE_TOKENS = 4096  # held-out tokens in each evaluation during a run
@@ -37,6 +37,9 @@ class Recipe:
         model: a directory or hub id; `None` for the built-in model.
         bf16: run forward, backward and evaluation under bfloat16 autocast; weights and losses stay float32.
         scale: factor on the built-in model's width, heads and layers.
+        accumulate: how many batches, each with a forward and a backward of its own, make a step.
+        gradient_checkpointing: compute activations again in the backward instead of keeping them.
+        lora: train adapters instead of all weights, and merge them at the end.
     """
 
     steps: int
@@ -46,6 +49,9 @@ class Recipe:
     model: str | None = None
     bf16: bool = False
     scale: int = 1
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,8 @@ def train(
 ) -> Run:
     """Train a fresh model with `loss`; `seed` and `recipe` alone determine everything else.
 
+    A learning rate of the loss's own takes the place of the recipe's.
+
     Args:
         noise: the probability that each label is replaced, [blocks, sequence]; the recipe's if `None`.
         callbacks: further callbacks for the `Trainer`, to watch the run.
@@ -120,12 +128,16 @@ def train(
     gc.collect()  # what is left of an earlier run would count as memory of this one
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transformers.set_seed(seed)
-    model = build_model(recipe.model, corpus, recipe.scale)
+    model = base = build_model(recipe.model, corpus, recipe.scale)
+    if recipe.gradient_checkpointing:
+        _checkpoint(base)
+    if recipe.lora:
+        model = recipe.lora.adapt(base)
     vocabulary = min(len(corpus.tokenizer), model.config.get_text_config().vocab_size)
     data = LabelledBlocks(corpus.train, vocabulary, recipe.noise if noise is None else noise, seed)
     held_out = as_examples(corpus.held_out)
-    logits_because = install(loss, model)
-    loss_times = LossTimes(model, Clock(device))
+    logits_because = install(loss, base)
+    loss_times = LossTimes(base, Clock(device))
     sequence = corpus.train.shape[1]
     few = as_examples(spread(corpus.held_out, CURVE_TOKENS // sequence))
     evaluate = partial(_cross_entropy, few, recipe.bf16)
@@ -134,7 +146,7 @@ def train(
     with tempfile.TemporaryDirectory() as scratch:
         trainer = transformers.Trainer(
             model,
-            training_arguments(recipe, seed, device, scratch),
+            training_arguments(replace(recipe, lr=loss.lr or recipe.lr), seed, device, scratch),
             train_dataset=data,
             compute_loss_func=logits_because and loss_times.of(compute_loss_func(loss.criterion)),
             callbacks=[watch, *callbacks],
@@ -144,14 +156,17 @@ def train(
     seconds = perf_counter() - start
     loss_times.remove()
     step_seconds, share = watch.times()
-    scores = score(model, held_out, recipe.bf16)
-    unpatch(model)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast is `score`'s from here on
+    if recipe.lora:
+        model.merge_and_unload()
+    scores = score(base, held_out, recipe.bf16)
+    unpatch(base)
     return Run(
-        model=model,
+        model=base,
         scores=scores,
         curve=watch.curve,
         steps=len(watch.steps),
-        tokens_per_second=recipe.batch_size * sequence / step_seconds,
+        tokens_per_second=recipe.accumulate * recipe.batch_size * sequence / step_seconds,
         loss_share=share,
         seconds=seconds,
         peak_memory=watch.peak_memory,
@@ -159,10 +174,20 @@ def train(
     )
 
 
+def _checkpoint(model: Any) -> None:
+    """Let the model compute activations again in the backward."""
+    if not model.supports_gradient_checkpointing:
+        raise StudyError(f"--gradient-checkpointing: {type(model).__name__} does not support it")
+    # Its name now, and in earlier versions of transformers.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(getattr(model, name) for name in names if hasattr(model, name))
+    enable({"use_reentrant": False})
+
+
 def install(loss: Loss, model: Any) -> str | None:
     """Let the model compute `loss` without logits; if it cannot, leave it as it is, and say why."""
     try:
-        if not own_loss(base_model(model)).shifts:
+        if not own_loss(model).shifts:
             raise TypeError(f"the loss of {type(model).__name__} is not that of the next token")
         patch(model, loss.linear)
         tokens = torch.arange(3, 9, device=model.device)[None]
@@ -184,6 +209,7 @@ def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch:
         output_dir=scratch,
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulate,
         learning_rate=recipe.lr,
         lr_scheduler_type="cosine",
         warmup_steps=recipe.steps // 10,
