@@ -73,7 +73,7 @@ def test_a_diverged_loss_has_no_numbers_and_no_verdict(
     def one_diverges(loss: Any, seed: int, *rest: Any) -> Any:
         run = train(loss, seed, *rest)
         if (loss.name, seed) == ("dft", 0):
-            run.scores.nll[3] = np.nan
+            run.nll[3] = np.nan
             run.curve[-1] = (6, float("nan"))
         return run
 

@@ -228,7 +228,7 @@ def test_a_run_interrupted_as_it_is_trained_again_is_not_damaged(
 ) -> None:
     def other(*arguments: Any) -> Any:
         run = train(*arguments)
-        run.scores.nll[0] += 1  # on another number of threads, say
+        run.nll[0] += 1  # on another number of threads, say
         return run
 
     def interrupted(path: Path, value: Any) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_ce_is_what_the_trainer_does_by_itself(corpus: Corpus, model_dir: Any) -
     np.testing.assert_allclose(values, plain, rtol=1e-5)
     assert values[-1] < values[0] - 0.1
     expected = score(model, as_examples(corpus.held_out)).nll
-    np.testing.assert_allclose(ours.scores.nll, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(ours.nll, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(ours.scores.labels, corpus.held_out[:, 1:].reshape(-1))
 
 
@@ -110,7 +111,7 @@ def test_a_model_that_needs_its_logits_trains_with_them(
         logits.logits_because
     )
     np.testing.assert_allclose(values, others, rtol=1e-4)
-    np.testing.assert_allclose(linear.scores.nll, logits.scores.nll, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(linear.nll, logits.nll, rtol=1e-3, atol=1e-3)
     assert 0 < logits.loss_share < 1
 
 
@@ -181,7 +182,7 @@ def test_held_out_losses_are_plain_whatever_the_training(corpus: Corpus, model_d
     ours, values = run("ce:label_smoothing=0.5", recipe(model_dir), corpus)
     plain, _ = run("ce", recipe(model_dir), corpus)
     expected = score(ours.model, as_examples(corpus.held_out)).nll
-    np.testing.assert_allclose(ours.scores.nll, expected, rtol=1e-5)
+    np.testing.assert_allclose(ours.nll, expected, rtol=1e-5)
     assert ours.curve[0] == plain.curve[0]  # before the first step
     assert ours.curve[-1] != plain.curve[-1]
     assert values[0] != pytest.approx(ours.curve[0][1], abs=1e-3)
@@ -193,7 +194,7 @@ def test_the_same_run_twice_is_the_same(corpus: Corpus, model_dir: Any) -> None:
     )
     assert values == values_again
     assert first.curve == again.curve
-    np.testing.assert_array_equal(first.scores.nll, again.scores.nll)
+    np.testing.assert_array_equal(first.nll, again.nll)
     assert [step for step, _ in first.curve] == [0, 1, 2, 4, 5, 6, 7, 8, 10, 11, 12]
 
 
@@ -299,7 +300,7 @@ def test_adapters_are_trained_alone_and_merged(corpus: Corpus, model_dir: Any, t
     assert torch.linalg.matrix_rank(difference.detach(), rtol=1e-3) == 2
     result.model.save_pretrained(tmp_path)
     saved = score(load_model(str(tmp_path)), as_examples(corpus.held_out)).nll
-    np.testing.assert_allclose(saved, result.scores.nll, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(saved, result.nll, rtol=1e-5, atol=1e-6)
     assert result.curve[-1][1] == pytest.approx(saved.mean(), rel=1e-4)  # adapters, before they were merged
 
 
@@ -326,3 +327,13 @@ def test_a_learning_rate_of_the_losses_own(corpus: Corpus, model_dir: Any) -> No
     _, expected = run("dft", recipe(model_dir), corpus)
     _, values = run("dft@0.01", recipe(model_dir, lr=1.0), corpus)
     assert values == expected
+
+
+def test_a_criterion_of_ones_own(corpus: Corpus, model_dir: Any) -> None:
+    loss = parse_loss("dft")
+    _, expected = run("dft", recipe(model_dir), corpus)
+    values: list[float] = []
+    own = replace(loss, own=loss.criterion)
+    result = train(own, 0, recipe(model_dir), corpus, lambda step, value: values.append(value))
+    assert result.logits_because == "the criterion is one of logits"
+    np.testing.assert_allclose(values, expected, rtol=1e-5)

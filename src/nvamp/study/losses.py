@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import inf
 
 import nvamp
+from nvamp.integrations.transformers import Criterion
 from nvamp.objectives import GRADIENTS, NVAMP, OBJECTIVES
 from nvamp.objectives.spec import LossSpec
 from nvamp.objectives.spec import parse_loss as parse_spec
@@ -22,20 +23,22 @@ class Loss:
 
     Attributes:
         spec: the objective and the options of the loss of a token.
+        own: a criterion of logits to train with in place of what `spec` describes.
         lr: the peak learning rate with it; `None` for the study's.
     """
 
     spec: LossSpec
+    own: Criterion | None = None
     lr: float | None = None
 
     @property
-    def criterion(self) -> nvamp.Loss:
+    def criterion(self) -> Criterion:
         """The loss of logits; it shifts the labels."""
-        return nvamp.Loss(self.spec.objective, **self.spec.token_options)
+        return self.own or nvamp.Loss(self.spec.objective, **self.spec.token_options)
 
     @property
     def linear(self) -> nvamp.LinearLoss:
-        """The same loss from hidden states, without logits."""
+        """What `spec` describes, from hidden states and without logits."""
         return nvamp.LinearLoss(self.spec.objective, **self.spec.token_options)
 
     @property
@@ -73,7 +76,7 @@ def parse_loss(text: str) -> Loss:
     if spec.objective.inputs:
         needed = ", ".join(spec.objective.inputs)
         raise StudyError(f"--loss {text}: needs {needed} of every token, which text alone does not have")
-    return Loss(spec, _rate(text, rate) if at else None)
+    return Loss(spec, lr=_rate(text, rate) if at else None)
 
 
 def _rate(text: str, rate: str) -> float:

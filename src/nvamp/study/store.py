@@ -184,12 +184,12 @@ class Store:
             self._record(loss, seed).unlink(missing_ok=True)
             self._save_model(loss, seed, run, corpus)
             buffer = BytesIO()
-            np.save(buffer, run.scores.nll)
+            np.save(buffer, run.nll)
             with replacing(self._nll(loss, seed)) as path:
                 path.write_bytes(buffer.getvalue())
             if seed == 0 and not run.diverged:
                 self._save_page(loss, run, corpus)
-            saved = {"tokens": len(run.scores.nll), "checksum": _checksum(buffer.getvalue())}
+            saved = {"tokens": len(run.nll), "checksum": _checksum(buffer.getvalue())}
             record = finite({**record, "nll": saved})
             write_json(self._record(loss, seed), {**record, "checksum": _checksum(_canonical(record))})
 

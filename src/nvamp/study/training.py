@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
@@ -82,8 +83,13 @@ class Run:
     logits_because: str | None
 
     @property
+    def nll(self) -> NDArray[np.float32]:
+        """Held-out token losses in nats, [tokens]."""
+        return self.scores.nll
+
+    @property
     def diverged(self) -> bool:
-        return not bool(np.isfinite(self.scores.nll).all())
+        return not bool(np.isfinite(self.nll).all())
 
 
 class LabelledBlocks(Dataset[dict[str, Tensor]]):
@@ -186,6 +192,8 @@ def _checkpoint(model: Any) -> None:
 
 def install(loss: Loss, model: Any) -> str | None:
     """Let the model compute `loss` without logits; if it cannot, leave it as it is, and say why."""
+    if loss.own:
+        return "the criterion is one of logits"
     try:
         if not own_loss(model).shifts:
             raise TypeError(f"the loss of {type(model).__name__} is not that of the next token")
