@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nvamp.study.chats import Encoded
+from nvamp.study.held_out import as_examples, score
 from nvamp.study.models import keeps_apart
 from nvamp.study.packing import IGNORED, pack, pack_examples, pack_text, spread
-from nvamp.study.training import LabelledBlocks, held_out_nll
+from nvamp.study.training import LabelledBlocks
 from tests.integrations.architectures import LANGUAGE, build
 
 examples = st.lists(
@@ -111,12 +112,12 @@ def test_losses_of_a_packed_example_are_those_of_the_example_alone(name: str, ap
     ]
     blocks = pack_examples(found, 32, 2, together=apart)
     assert len(blocks) == (2 if apart else 5)
-    nll, _ = held_out_nll(model, blocks.inputs, blocks)
+    nll = score(model, blocks).nll
     assert blocks.examples is not None
     owners = blocks.examples[:, 1:][blocks.labels[:, 1:] != IGNORED]
     for index, example in enumerate(found):
         ids = torch.tensor([example.ids])
-        alone, _ = held_out_nll(model, ids)
+        alone = score(model, as_examples(ids)).nll
         torch.testing.assert_close(
             torch.from_numpy(nll)[owners == index], torch.from_numpy(alone), rtol=1e-4, atol=1e-5
         )

@@ -20,10 +20,10 @@ def shown(console: Console) -> str:
 
 def test_names_are_not_markup(console: Console) -> None:
     record = {"loss": "x[/b] [red]y", "seed": 0, "seconds": 1.0, "metrics": {"cross_entropy": 2.0}}
-    Terminal(console, 1).finished(record)
+    Terminal(console).finished(record)
     assert shown(console) == "x[/b] [red]y, seed 0: held-out cross-entropy 2.000 nats (1 s)\n"
 
 
 def test_a_report_that_is_replaced(console: Console) -> None:
-    Terminal(console, 1).replacing(3)
+    Terminal(console).replacing(3)
     assert shown(console) == "results and report replace earlier ones of 3 runs more; these runs are kept\n"

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,40 @@ def build_model(name: str | None, corpus: Corpus, scale: int = 1) -> Any:
             pad_token_id=None,
         )
     )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of the linear layers, except the output layer.
+
+    Attributes:
+        r: their rank.
+        alpha: what they add is scaled by alpha / r.
+    """
+
+    r: int
+    alpha: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Lora":
+        """From `r` or `r,alpha`; alpha is twice the rank if it is left out."""
+        r, comma, alpha = text.partition(",")
+        numbers = (r, alpha) if comma else (r,)
+        if not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
+            raise StudyError(f"--lora {text}: expected r or r,alpha, such as 8 or 8,16")
+        return cls(int(r), int(alpha) if comma else 2 * int(r))
+
+    def __str__(self) -> str:
+        return f"{self.r},{self.alpha}"
+
+    def adapt(self, model: Any) -> Any:
+        """The model with fresh adapters, a `PeftModel`; the rest of it is frozen."""
+        import peft  # an extra
+
+        config = peft.LoraConfig(
+            r=self.r, lora_alpha=self.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        return peft.get_peft_model(model, config)
 
 
 def load_model(name: str) -> Any:
@@ -125,4 +160,4 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch\.utils\.data)")
+    warnings.filterwarnings("ignore", module=r"(transformers|accelerate|peft|torch\.utils\.data)")

@@ -54,6 +54,11 @@ class Blocks:
         )
 
 
+def plain(inputs: Tensor) -> Blocks:
+    """Blocks of text [blocks, sequence] int64, all of which is learned."""
+    return Blocks(inputs, inputs)
+
+
 def spread(blocks: Tensor, limit: int) -> Tensor:
     """At most `limit` of the blocks, evenly spaced."""
     if len(blocks) <= limit:
@@ -77,8 +82,7 @@ def pack_text(documents: Iterable[list[int]], sequence: int, prefix: list[int]) 
         sequence: the length of a block; longer than the prefix.
     """
     if not prefix:
-        inputs = pack(documents, sequence)
-        return Blocks(inputs, inputs)
+        return plain(pack(documents, sequence))
     ids, places = [], []  # a place: how many tokens of the prefix precede a token in its document
     for document in documents:
         ids += [*prefix, *document]

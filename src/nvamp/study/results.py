@@ -33,11 +33,13 @@ def describe(loss: Loss, seed: int, run: Run, classes: NDArray[np.int64]) -> Jso
         "steps": run.steps,
         "seconds": run.seconds,
         "parameters": run.model.num_parameters(),
+        "logits_because": run.logits_because,
         "curve": run.curve,
         "metrics": {
-            **held_out_metrics(run.nll, run.correct, classes[run.labels]),
+            **held_out_metrics(run.nll, run.scores.correct, classes[run.scores.labels]),
             "tokens_per_second": run.tokens_per_second,
             "loss_share": 100 * run.loss_share,
+            "peak_memory": run.peak_memory and run.peak_memory / 1e6,
         },
     }
 

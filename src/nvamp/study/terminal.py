@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nvamp.study import training
+from nvamp.study import watching
 from nvamp.study.corpus import Corpus
 from nvamp.study.metrics import METRICS
 from nvamp.study.store import Json
@@ -20,8 +20,8 @@ _STYLES = {"better": "green", "worse": "red"}
 class Terminal:
     """Shows a study's progress: the bar counts the optimizer steps of all runs that are left to train."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, console: Console) -> None:
+        self._steps = 0  # of a run
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -46,8 +46,9 @@ class Terminal:
     ) -> None:
         self._progress.stop()
 
-    def prepared(self, corpus: Corpus, runs: int, kept: int) -> None:
+    def prepared(self, corpus: Corpus, steps: int, runs: int, kept: int) -> None:
         """See `nvamp.study.compare.Display`."""
+        self._steps = steps
         self._progress.update(self._task, total=(runs - kept) * self._steps, completed=0)
         learned = len(corpus.training.learned)
         some = f" ({learned:,} of them to learn)" if corpus.counts else ""
@@ -58,7 +59,7 @@ class Terminal:
         if kept:
             self._print(f"{kept} of {runs} runs are already finished")
 
-    def run(self, loss: str, seed: int) -> training.Progress:
+    def run(self, loss: str, seed: int) -> watching.Progress:
         """See `nvamp.study.compare.Display`."""
         self._progress.update(self._task, description=escape(f"{loss}, seed {seed}"), loss="")
 
