@@ -224,17 +224,41 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == f"nvamp {nvamp.__version__}\n"
 
 
-def test_help_does_not_wait_for_heavy_imports() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--version"], 0, f"nvamp {nvamp.__version__}\n"),
+        (["compare", "--help"], 0, "--noise"),
+        (["compare", "--bogus"], 2, "nvamp: No such option: --bogus"),
+        (["compare", "--steps", "many"], 2, "'--steps'"),
+        (["inspect", "--text", "x"], 2, "--model"),
+    ],
+)
+def test_messages_do_not_wait_for_heavy_imports(arguments: list[str], code: int, said: str) -> None:
+    heavy = {"torch", "numpy", "transformers", "datasets", "matplotlib", "jinja2"}
     shown = python(
         "-c",
-        "import sys; sys.argv = ['nvamp', 'compare', '--help']\n"
+        f"import sys; sys.argv = ['nvamp', *{arguments!r}]\n"
         "from nvamp.cli import main\n"
         "try: main()\n"
-        "finally: print('heavy:', {'transformers', 'datasets', 'matplotlib'} & set(sys.modules))",
+        f"finally: print('heavy:', {heavy!r} & set(sys.modules))",
     )
+    assert shown.returncode == code
+    assert said in shown.stdout + shown.stderr
+    assert shown.stdout.endswith("heavy: set()\n")
+
+
+def test_the_module_is_the_program() -> None:
+    shown = python("-m", "nvamp", "inspect", "-h")
     assert shown.returncode == 0
-    assert "--noise" in shown.stdout
-    assert "heavy: set()" in shown.stdout
+    assert "Usage: nvamp inspect " in shown.stdout
+
+
+def test_shells_complete() -> None:
+    """As bash asks, which the script of `--show-completion` makes it do."""
+    asked = {"_NVAMP_COMPLETE": "complete_bash", "COMP_WORDS": "nvamp compare --ov", "COMP_CWORD": "2"}
+    shown = python("-m", "nvamp", **asked)
+    assert (shown.returncode, shown.stdout) == (0, "--overwrite\n")
 
 
 @pytest.mark.parametrize("command", ["compare", "inspect"])

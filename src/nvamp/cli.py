@@ -8,7 +8,6 @@ from typing import Annotated
 
 from nvamp import __version__
 from nvamp.study import StudyError
-from nvamp.study.losses import KNOWN, MODES
 from nvamp.study.peers import Peers, join
 
 _INSTALL = "the command line needs {}, which is not installed: pip install 'nvamp-loss[study]'"
@@ -22,12 +21,15 @@ except ModuleNotFoundError as error:
 except KeyboardInterrupt:
     raise SystemExit(130) from None
 
-_LOSSES = f"One of {', '.join(KNOWN)}, with options after a colon: focal:gamma=3, ce:label_smoothing=0.1."
+# Spelled out: asking the library would import PyTorch, and a wrong option would wait for it.
+_LOSSES = (
+    "One of ce, nvamp, tail, tilted, truncated, focal, gce, dft, entropy, "
+    "with options after a colon: focal:gamma=3, ce:label_smoothing=0.1."
+)
 
 app = typer.Typer(
     name="nvamp",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -43,7 +45,7 @@ def main() -> None:
         elif isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # not every console knows ± and the names of all files
         _check_encoding(sys.argv[1:])
-        code = app(standalone_mode=False, obj=peers)
+        code = app(prog_name="nvamp", standalone_mode=False, obj=peers)
     except typer.TyperException as error:
         # Without arguments the help is shown, and the error has no message.
         if message := error.format_message():
@@ -178,23 +180,24 @@ def inspect(
     model: Annotated[str, typer.Option(help="A causal language model: a directory or hub id.")],
     text: Annotated[Path, typer.Option(help="A UTF-8 file.", parser=_named, metavar="PATH")],
     loss: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="A loss whose weights the page shows; can be repeated. " + _LOSSES,
             show_default="nvamp in each gradient mode",
         ),
-    ] = list(MODES),  # noqa: B006  # typer copies it
+    ] = None,
     out: Annotated[Path, typer.Option(help="The page to write.", parser=_named, metavar="PATH")] = Path(
         "inspect.html"
     ),
 ) -> None:
     """Show a text on one page, each token coloured by its loss or by the weight a loss function gives it."""
     from nvamp.study.inspect.page import inspect_file
+    from nvamp.study.losses import MODES
     from nvamp.study.terminal import counting
 
     console = Console()
     with counting(console, "windows of the text") as progress:
-        found = inspect_file(model, text, out, loss, progress)
+        found = inspect_file(model, text, out, loss or MODES, progress)
     s = found.statistics
     console.print(
         f"{s.num_tokens:,.0f} tokens: mean {s.mean:.3f} nats, sigma {s.std:.3f}, max {s.max:.2f}, "
