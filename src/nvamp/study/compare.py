@@ -12,7 +12,15 @@ from typing import Protocol
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus, build_corpus, frequency_classes
 from nvamp.study.losses import Loss, parse_losses
-from nvamp.study.models import load_tokenizer, max_positions, model_bytes, quiet
+from nvamp.study.models import (
+    check_tokens,
+    load_config,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    model_bytes,
+    quiet,
+)
 from nvamp.study.peers import POLL, Peers
 from nvamp.study.results import describe, describe_corpus, gather
 from nvamp.study.sources import read_documents
@@ -191,6 +199,7 @@ def prepare(settings: Settings, out: Path | None = None) -> Corpus:
     sequence, tokenizer = SEQUENCE, None
     if settings.model is not None:
         tokenizer = load_tokenizer(settings.model)
+        load_model(settings.model)  # what is wrong with it is reported before the text is read
         sequence = min(SEQUENCE_PRETRAINED, max_positions(settings.model) or SEQUENCE_PRETRAINED)
     documents, source = read_documents(settings.text, settings.dataset, out)
     try:
@@ -200,6 +209,8 @@ def prepare(settings: Settings, out: Path | None = None) -> Corpus:
                 f"the text is too short: {len(corpus.train)} training blocks of {sequence} tokens "
                 f"do not fill a batch of {settings.batch_size}"
             )
+        if settings.model is not None:
+            check_tokens(load_config(settings.model), int(max(corpus.train.max(), corpus.held_out.max())))
     except StudyError as error:
         raise StudyError(f"{'--dataset' if settings.dataset else '--text'}: {error}") from error
     return corpus
