@@ -91,7 +91,7 @@ def losses_on(page: Path) -> list[str]:
     """The names of the losses whose weights a page of `nvamp inspect` has."""
     data = re.search(r'<script type="application/json" id="data">(.*)</script>', page.read_text())
     assert data
-    return [loss["name"] for loss in json.loads(data[1])["losses"]]
+    return [loss["name"] for loss in json.loads(data[1])["models"][0]["losses"]]
 
 
 def test_a_model_of_a_study_can_be_inspected(
@@ -110,11 +110,14 @@ def test_a_model_of_a_study_can_be_inspected(
     size = (tmp_path / "page.html").stat().st_size / 1e6
     said = " ".join(captured.out.split())
     assert re.match(
-        r"\d+ tokens: mean \d\.\d{3} nats, sigma 0\.\d{3}, max \d\.\d\d, dispersion 0\.\d{3} ", said
+        r"nvamp, seed 0: \d+ tokens: mean \d\.\d{3} nats, sigma 0\.\d{3}, max \d\.\d\d, dispersion 0\.\d{3} ",
+        said,
     )
     assert f"Page ({size:.1f} MB): {tmp_path / 'page.html'}" in "".join(captured.out.splitlines())
     assert losses_on(tmp_path / "page.html") == [*MODES]
     assert losses_on(out / "inspect" / "nvamp-seed0.html") == [*MODES]
+    assert '<a href="out/report.html">' in (tmp_path / "page.html").read_text()
+    assert '<a href="../report.html">' in (out / "inspect" / "nvamp-seed0.html").read_text()
     more = ["--loss", "focal:gamma=2", "--loss", "ce:label_smoothing=0.1", "--out", tmp_path / "page.html"]
     assert run(monkeypatch, *inspect, *more) == 0
     assert losses_on(tmp_path / "page.html") == ["focal", "ce:label_smoothing=0.1"]
@@ -160,7 +163,7 @@ def test_ctrl_c_while_a_text_is_read(
         (["inspect", "--model", "x", "--text", "missing"], "--text missing: No such file or directory"),
         (["inspect", "--model", "./x", "--text", __file__], "--model ./x: no such directory"),
         (
-            ["inspect", "--model", "./x", "--text", __file__, "--loss", "bogus"],
+            ["inspect", "--model", "x", "--text", __file__, "--loss", "bogus"],
             "--loss bogus: unknown objective",
         ),
     ],

@@ -177,13 +177,19 @@ def compare(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Option(help="A causal language model: a directory or hub id.")],
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="A causal language model: a directory or hub id; can be repeated, the first one is what the "
+            "others are compared to. A study's directory means the first model of each of its losses."
+        ),
+    ],
     text: Annotated[Path, typer.Option(help="A UTF-8 file.", parser=_named, metavar="PATH")],
     loss: Annotated[
         list[str] | None,
         typer.Option(
             help="A loss whose weights the page shows; can be repeated. " + _LOSSES,
-            show_default="nvamp in each gradient mode",
+            show_default="the loss that the model was trained with, and nvamp in each gradient mode",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The page to write.", parser=_named, metavar="PATH")] = Path(
@@ -191,18 +197,22 @@ def inspect(
     ),
 ) -> None:
     """Show a text on one page, each token coloured by its loss or by the weight a loss function gives it."""
-    from nvamp.study.inspect.page import inspect_file
-    from nvamp.study.losses import MODES
+    from nvamp.study.inspect.inputs import read_inputs
+
+    inputs = read_inputs(model, text, out)  # its mistakes do not wait for PyTorch
+    from nvamp.study.inspect.page import inspect_models
     from nvamp.study.terminal import counting
 
     console = Console()
     with counting(console, "windows of the text") as progress:
-        found = inspect_file(model, text, out, loss or MODES, progress)
-    s = found.statistics
-    console.print(
-        f"{s.num_tokens:,.0f} tokens: mean {s.mean:.3f} nats, sigma {s.std:.3f}, max {s.max:.2f}, "
-        f"dispersion {s.dispersion:.3f}",
-        highlight=False,
-    )
+        inspected = inspect_models(inputs, loss or [], progress)
+    for it in inspected:
+        s = it.found.statistics
+        console.print(
+            f"{it.name}: {s.num_tokens:,.0f} tokens: mean {s.mean:.3f} nats, sigma {s.std:.3f}, "
+            f"max {s.max:.2f}, dispersion {s.dispersion:.3f}",
+            highlight=False,
+            markup=False,
+        )
     size = out.stat().st_size / 1e6
     console.print(f"Page ({size:.1f} MB): {out}", highlight=False, markup=False)

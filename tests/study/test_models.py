@@ -15,7 +15,8 @@ from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
 
 from nvamp.study import StudyError, compare
 from nvamp.study.corpus import Corpus
-from nvamp.study.inspect.page import inspect_file
+from nvamp.study.inspect.inputs import read_inputs
+from nvamp.study.inspect.page import inspect_models
 from nvamp.study.models import build_model, load_model, load_tokenizer, max_positions, prefix_of
 
 LOADERS = {"model": load_model, "tokenizer": load_tokenizer, "configuration": max_positions}
@@ -131,9 +132,9 @@ def test_a_model_that_would_give_wrong_numbers_is_refused(
     monkeypatch.setattr(compare, "read_documents", None)
     with pytest.raises(StudyError, match=said):
         compare.prepare(compare.Settings(("ce",), 1, 1, 1, model=str(directory), text=(str(text_dir),)))
-    (tmp_path / "text").write_text("alpha beta")
+    (text := tmp_path / "text").write_text("alpha beta")
     with pytest.raises(StudyError, match=said):
-        inspect_file(str(directory), tmp_path / "text", tmp_path / "page.html", ["ce"], lambda *_: None)
+        inspect_models(read_inputs([str(directory)], text, tmp_path / "page.html"), ["ce"], lambda *_: None)
 
 
 def test_a_text_beyond_the_embedding(directory: Path, text_dir: Path) -> None:
