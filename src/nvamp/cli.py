@@ -195,11 +195,17 @@ def inspect(
     out: Annotated[Path, typer.Option(help="The page to write.", parser=_named, metavar="PATH")] = Path(
         "inspect.html"
     ),
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens", help="Read special tokens that the text spells out as such, not as text."
+        ),
+    ] = False,
 ) -> None:
     """Show a text on one page, each token coloured by its loss or by the weight a loss function gives it."""
     from nvamp.study.inspect.inputs import read_inputs
 
-    inputs = read_inputs(model, text, out)  # its mistakes do not wait for PyTorch
+    inputs = read_inputs(model, text, out, special_tokens)  # its mistakes do not wait for PyTorch
     from nvamp.study.inspect.page import inspect_models
     from nvamp.study.terminal import counting
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, processors
 from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
@@ -135,6 +136,16 @@ def test_a_model_that_would_give_wrong_numbers_is_refused(
     (text := tmp_path / "text").write_text("alpha beta")
     with pytest.raises(StudyError, match=said):
         inspect_models(read_inputs([str(directory)], text, tmp_path / "page.html"), ["ce"], lambda *_: None)
+
+
+def test_an_adapter_is_as_good_as_what_it_adapts(directory: Path, tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(load_model(str(directory)), config).save_pretrained(tmp_path / "adapter")
+    assert max_positions(str(tmp_path / "adapter")) == 16
+    load_model(str(tmp_path / "adapter"))
+    rewrite(directory, NORM, None)
+    with pytest.raises(StudyError, match=f"--model {directory}: weights are missing: {NORM}"):
+        load_model(str(tmp_path / "adapter"))
 
 
 def test_a_text_beyond_the_embedding(directory: Path, text_dir: Path) -> None:

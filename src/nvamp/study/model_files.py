@@ -63,6 +63,14 @@ def _is_of_tokenizer(path: Path) -> bool:
     return path.name.startswith(_TOKENIZER) or path.suffix in _TOKENIZER_SUFFIXES
 
 
+def adapted(name: str) -> str | None:
+    """The model that the adapter in a directory adapts; `None` if the directory has a model of its own."""
+    if (Path(name) / "config.json").is_file():
+        return None
+    base = read_object(Path(name) / "adapter_config.json").get("base_model_name_or_path")
+    return base if isinstance(base, str) else None
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one if the file is missing or holds something else."""
     try:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from nvamp.integrations.transformers import logits_of
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
-from nvamp.study.model_files import ENCODER_DECODER, check_model
+from nvamp.study.model_files import ENCODER_DECODER, adapted, check_model
 
 PROBED = 8  # tokens of the two inputs that differ in the last one
 ROUNDING = 1e-4  # how much the logits before it may differ, as a share of the largest
@@ -47,6 +47,8 @@ def load_model(name: str) -> Any:
             two tokens, or it is not causal.
     """
     check_config(name, load_config(name))
+    if base := adapted(name):
+        load_model(base)  # the adapter's own loading does not report what it lacks
     model, info = _load(
         AutoModelForCausalLM,
         name,
@@ -60,8 +62,8 @@ def load_model(name: str) -> Any:
 
 
 def load_config(name: str) -> Any:
-    """The configuration of a pretrained model."""
-    return _load(transformers.AutoConfig, name)
+    """The configuration of a pretrained model; if it is an adapter, of the model that it adapts."""
+    return _load(transformers.AutoConfig, adapted(name) or name)
 
 
 def check_config(name: str, config: Any) -> None:

@@ -64,6 +64,12 @@ def test_a_model_knows_its_study(
     assert subject.report is None
 
 
+def test_a_loss_with_a_learning_rate(study: Path, text: Path, tmp_path: Path) -> None:
+    (study / "runs" / "ce-seed0.json").write_text('{"loss": "ce@0.001", "seed": 0}')
+    (subject,) = read_inputs([str(study / "models" / "ce-seed0")], text, tmp_path / "page.html").subjects
+    assert (subject.name, subject.trained) == ("ce@0.001, seed 0", "ce")
+
+
 def test_models_from_elsewhere_are_told_apart(model_dir: Path, text: Path, tmp_path: Path) -> None:
     others = [Path(shutil.copytree(model_dir, tmp_path / part / "model")) for part in "ab"]
     inputs = read_inputs([*map(str, others), "gpt2"], text, tmp_path / "page.html")

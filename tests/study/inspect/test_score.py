@@ -168,6 +168,14 @@ def test_tokens_cover_the_text_to_the_character(tokenizer: Any) -> None:
     assert [spell(tokenizer, ids)[index] for index in ids] == ["loss", " mean"]
 
 
+def test_special_tokens_that_a_text_spells_out_are_text(tokenizer: Any) -> None:
+    text = f"loss{tokenizer.eos_token}mean"
+    found = [tokenize(tokenizer, text, special).ids.tolist() for special in (False, True)]
+    assert [tokenizer.eos_token_id in ids for ids in found] == [False, True]
+    assert [tokenizer.decode(ids) for ids in found] == [text, text]
+    assert tokenize(ByT5Tokenizer(), "a</s>").ids.tolist() == [3 + byte for byte in b"a</s>"]
+
+
 def test_text_that_no_token_covers_goes_with_the_next_one() -> None:
     backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from nvamp.study import StudyError
@@ -33,15 +33,17 @@ class Inputs(NamedTuple):
 
     Attributes:
         text: the text of the file; line ends are not converted.
+        special_tokens: whether special tokens that the text spells out are such, or else text.
     """
 
     subjects: list[Subject]
     path: Path
     text: str
     out: Path
+    special_tokens: bool
 
 
-def read_inputs(models: Sequence[str], path: Path, out: Path) -> Inputs:
+def read_inputs(models: Sequence[str], path: Path, out: Path, special_tokens: bool = False) -> Inputs:
     """Read the text in `path`, and find the models; a study's directory means its models of the first seed.
 
     Raises:
@@ -55,7 +57,7 @@ def read_inputs(models: Sequence[str], path: Path, out: Path) -> Inputs:
         if subject.source in [other.source for other in subjects[:index]]:
             raise StudyError(f"--model {subject.source}: named twice")
         check_model(subject.source)
-    return Inputs(_told_apart(subjects), path, text, out)
+    return Inputs(_told_apart(subjects), path, text, out, special_tokens)
 
 
 def _subjects(name: str) -> list[Subject]:
@@ -67,8 +69,8 @@ def _subjects(name: str) -> list[Subject]:
         if not first:
             raise StudyError(f"--model {name}: the directory of a study without a model of its first seed")
         runs = read_object(study / "results.json").get("runs", [])
-        order = [run.get("loss") for run in runs]  # the baseline first
-        return sorted(first, key=lambda it: order.index(it.trained) if it.trained in order else len(order))
+        order = [_title(run) for run in runs]  # the baseline first
+        return sorted(first, key=lambda it: order.index(it.name) if it.name in order else len(order))
     return [_subject(name)]
 
 
@@ -77,11 +79,15 @@ def _subject(name: str) -> Subject:
     path = Path(os.path.abspath(name))  # also of "." and "../model"
     study = path.parent.parent
     record = read_object(study / "runs" / f"{path.name}.json")
-    if not isinstance(record.get("loss"), str):
+    if not (isinstance(record.get("loss"), str) and "seed" in record):
         return Subject(name, path.name)
     report = study / REPORT
-    title = f"{record['loss']}, seed {record.get('seed')}"
-    return Subject(name, title, record["loss"], report if report.exists() else None)
+    trained = record["loss"].partition("@")[0]  # without the learning rate that the loss may have
+    return Subject(name, _title(record), trained, report if report.exists() else None)
+
+
+def _title(run: dict[str, Any]) -> str:
+    return f"{run['loss']}, seed {run['seed']}"
 
 
 def _told_apart(subjects: list[Subject]) -> list[Subject]:

@@ -83,7 +83,7 @@ def _inspect(subject: Subject, inputs: Inputs, losses: Sequence[Loss], progress:
     if torch.cuda.is_available():
         model.cuda()
     try:
-        return inspect_text(model, tokenizer, inputs.text, losses, progress)
+        return inspect_text(model, tokenizer, inputs.text, losses, progress, inputs.special_tokens)
     except StudyError as error:
         raise StudyError(f"--text {inputs.path}: {error}") from error
 

@@ -89,14 +89,18 @@ def inspect_text(
     text: str,
     losses: Sequence[Loss],
     progress: Progress = lambda done, of: None,
+    special_tokens: bool = False,
 ) -> Inspection:
     """Score every token of `text` on the device of `model`, and weigh it under each of the losses.
+
+    Args:
+        special_tokens: whether special tokens that the text spells out are such, or else text.
 
     Raises:
         StudyError: the text has too few or too many tokens, the tokenizer belongs to another model, or a loss
             is not finite.
     """
-    tokens = tokenize(tokenizer, text)
+    tokens = tokenize(tokenizer, text, special_tokens)
     start = prefix_of(tokenizer)
     scored = len(tokens.ids) - (not start)
     if scored < 1:
@@ -122,18 +126,21 @@ def inspect_text(
     return Inspection(tokens, scores, spell(tokenizer, used.tolist()), window, statistics, weights)
 
 
-def tokenize(tokenizer: Any, text: str) -> Tokens:
+def tokenize(tokenizer: Any, text: str, special_tokens: bool = False) -> Tokens:
     """The tokens of `text`, without the special tokens that a tokenizer puts around it.
+
+    Special tokens that the text spells out are text too, unless `special_tokens`.
 
     A slow tokenizer does not report where its tokens are: the text is then what its tokens spell.
     """
+    options = {"add_special_tokens": False, "split_special_tokens": not special_tokens}
     if tokenizer.is_fast:
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        found = tokenizer(text, return_offsets_mapping=True, **options)
         ids, ends = found["input_ids"], [end for _, end in found["offset_mapping"]]
         ends = list(accumulate(ends, max))
         ends[-1:] = [len(text)] if ends else []  # the last token takes what is left over
     else:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, **options)["input_ids"]
         spelled = spell(tokenizer, ids)
         text = "".join(spelled[index] for index in ids)
         ends = list(accumulate(len(spelled[index]) for index in ids))
