@@ -152,6 +152,8 @@ def test_a_study_with_every_option(one: Settings, tmp_path: Path) -> None:
         "lora": "2",
         "bf16": True,
         "gradient_checkpointing": True,
+        "loss_on": "all",
+        "special_tokens": True,
     }
     everything = replace(one, **changes)
     results, _ = study(everything, tmp_path)

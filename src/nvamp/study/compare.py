@@ -19,7 +19,9 @@ from nvamp.study.examples import build_examples
 from nvamp.study.losses import Loss, parse_losses
 from nvamp.study.models import (
     Lora,
+    check_tokens,
     keeps_apart,
+    load_config,
     load_model,
     load_tokenizer,
     max_positions,
@@ -265,7 +267,8 @@ def prepare(settings: Settings, out: Path | None = None) -> Corpus:
         most = max_positions(settings.model) or inf
         if settings.sequence is not None and settings.sequence > most:
             raise StudyError(f"--sequence {settings.sequence}: the model takes at most {most} tokens")
-        together = not settings.dataset or keeps_apart(load_model(settings.model))
+        # What is wrong with the model is reported before the text is read.
+        together = keeps_apart(load_model(settings.model))
     rows, source = _read(settings, out)
     short = settings.model is None and not rows.examples
     sequence = settings.sequence or int(min(SEQUENCE if short else SEQUENCE_LONG, most))
@@ -280,6 +283,8 @@ def prepare(settings: Settings, out: Path | None = None) -> Corpus:
                 f"the text is too short: {len(corpus.train)} training blocks of {sequence} tokens "
                 f"do not fill a batch of {settings.batch_size}"
             )
+        if settings.model is not None:
+            check_tokens(load_config(settings.model), int(max(corpus.train.max(), corpus.held_out.max())))
     except StudyError as error:
         raise StudyError(f"{'--dataset' if settings.dataset else '--text'}: {error}") from error
     return corpus
