@@ -704,7 +704,7 @@ def test_paper_has_the_whole_text_in_light_colours(browser: Browser, made: Made,
     choose(page, "nll")
     page.evaluate("document.getElementById('text').scrollTop = 100")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    page.emulate_media(media="print", color_scheme="light")
+    page.emulate_media(media="print")
     spans = page.locator("#rows span")
     assert "".join(spans.all_text_contents()) == made.found.tokens.text.replace("\n", "")
     assert page.locator("#printed").inner_text() == "Colour: nll."
@@ -715,9 +715,10 @@ def test_paper_has_the_whole_text_in_light_colours(browser: Browser, made: Made,
         "rows => rows.map(row => [row.getBoundingClientRect().top, row.getBoundingClientRect().bottom])"
     )
     assert all(end <= begin for (_, end), (begin, _) in pairwise(edges))
+    assert min(end - begin for begin, end in edges) >= 15  # a line of 11 pixels, with its colour
     below = page.evaluate("document.querySelector('aside').getBoundingClientRect().top")
     assert edges[-1][1] <= below
-    page.emulate_media(media="screen", color_scheme=scheme)
+    page.emulate_media(media="screen")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate("nvamp.rows.to < nvamp.rows.token.length")
     page.close()
