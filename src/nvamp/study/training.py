@@ -204,9 +204,7 @@ def install(loss: Loss, model: Any) -> str | None:
             model(input_ids=tokens, labels=tokens)
     except (NotImplementedError, TypeError, ValueError) as error:
         unpatch(model)
-        return re.split(r": (?:use|unpatch) ", str(error))[
-            0
-        ]  # what follows is for who writes a training loop
+        return re.split(r": (?:use|unpatch) ", str(error))[0]  # the rest is for training loops
     return None
 
 
