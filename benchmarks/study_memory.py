@@ -23,6 +23,7 @@ from nvamp.study import training
 from nvamp.study.corpus import Corpus
 from nvamp.study.losses import parse_loss
 from nvamp.study.models import Lora, quiet
+from nvamp.study.packing import plain
 from nvamp.study.training import Recipe, train
 from nvamp.study.watching import PeakMemory
 
@@ -71,7 +72,7 @@ def measure(way: str, vocab: int, hidden: int, rows: int, loss: str, lora: bool)
     if way == "logits":
         training.install = lambda loss, model: "the benchmark asks for logits"
     blocks = torch.randint(vocab, (3 * rows, SEQUENCE))
-    corpus = Corpus(Vocabulary(vocab), blocks, blocks[:1], "random tokens", "")
+    corpus = Corpus(Vocabulary(vocab), plain(blocks), plain(blocks[:1]), "random tokens", "")
     memory = Memory()
     with TemporaryDirectory() as directory:
         Qwen2ForCausalLM(config).save_pretrained(directory)

@@ -195,10 +195,25 @@ def compare(
     dataset: Annotated[
         list[str] | None,
         typer.Option(
-            help="Instead of --text: the name or name:configuration of a dataset, or a local file of one, "
-            "which can be repeated. Append #column if there are several text columns."
+            help="Instead of --text: chats (messages), prompt and completion, or text. The name or "
+            "name:configuration of a dataset, one saved with save_to_disk, or a local file, which can be "
+            "repeated. Append #column to name the one to read."
         ),
     ] = None,
+    loss_on: Annotated[
+        str | None,
+        typer.Option(
+            help="What is learned of chats, prompts and completions: all, or completions alone, which are "
+            "the assistant's turns.",
+            show_default="completions",
+        ),
+    ] = None,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens", help="Read special tokens that are spelled out in the text as such."
+        ),
+    ] = False,
     out: Annotated[
         Path, typer.Option(help="Directory for results, report and models.", parser=_named, metavar="PATH")
     ] = Path("runs/compare"),
@@ -240,6 +255,8 @@ def compare(
         lora=lora,
         bf16=bf16,
         gradient_checkpointing=gradient_checkpointing,
+        loss_on=loss_on,
+        special_tokens=special_tokens,
     )
     console = Console()
     try:

@@ -15,17 +15,28 @@ import torch
 from nvamp.study import StudyError
 from nvamp.study.config import CONFIG, write_config
 from nvamp.study.corpus import Corpus, build_corpus, frequency_classes
+from nvamp.study.examples import build_examples
 from nvamp.study.losses import Loss, parse_losses
-from nvamp.study.models import Lora, load_tokenizer, max_positions, model_bytes, quiet
+from nvamp.study.models import (
+    Lora,
+    keeps_apart,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    model_bytes,
+    quiet,
+)
 from nvamp.study.peers import POLL, Peers
 from nvamp.study.results import describe, describe_corpus, gather
-from nvamp.study.sources import read_documents
+from nvamp.study.rows import Rows, read_rows
+from nvamp.study.sources import bounded, read_documents, shuffled
 from nvamp.study.store import Json, Store, conditions, finite, kept_runs, versions
 from nvamp.study.training import Recipe, train
 from nvamp.study.watching import Progress
 
-SEQUENCE = 64  # tokens in a block, for the built-in model
-SEQUENCE_PRETRAINED = 256
+SEQUENCE = 64  # tokens in a block, for the built-in model on text
+SEQUENCE_LONG = 256  # for pretrained ones, and for examples
+LOSS_ON = ("all", "completions")
 STEPS = 240
 LR = 2e-3
 LR_PRETRAINED = 5e-5
@@ -45,6 +56,8 @@ class Settings:
         lr: of a loss without one of its own; `None` for the default.
         sequence: `None` for the default.
         lora: "r" or "r,alpha".
+        loss_on: which tokens of examples are learned, of `LOSS_ON`; `None` for the default.
+        special_tokens: whether special tokens that the text spells out are such, or else text.
     """
 
     losses: tuple[str, ...]
@@ -62,6 +75,8 @@ class Settings:
     lora: str | None = None
     bf16: bool = False
     gradient_checkpointing: bool = False
+    loss_on: str | None = None
+    special_tokens: bool = False
 
     def check(self) -> None:
         """Raise a `StudyError` if an option is out of range."""
@@ -80,6 +95,8 @@ class Settings:
             raise StudyError(f"--noise must be between 0 and 1, got {self.noise:g}")
         if not self.losses:
             raise StudyError("--loss: expected at least one")
+        if self.loss_on not in (None, *LOSS_ON):
+            raise StudyError(f"--loss-on: expected {' or '.join(LOSS_ON)}, got {self.loss_on}")
         if self.text and self.dataset:
             raise StudyError("--text and --dataset exclude each other")
         if self.lora is not None:
@@ -196,7 +213,7 @@ def _train_missing(
     missing: Sequence[Pair], recipe: Recipe, corpus: Corpus, store: Store, display: Display, peers: Peers
 ) -> None:
     """Train this rank's share of the missing runs. The first rank then waits for the others."""
-    classes = frequency_classes(corpus.train, len(corpus.tokenizer))
+    classes = frequency_classes(corpus.training.labels, len(corpus.tokenizer))
     awaited = missing
     for loss, seed in missing[peers.rank :: peers.world]:
         run = train(loss, seed, recipe, corpus, display.run(loss.name, seed))
@@ -240,17 +257,22 @@ def _results(
 
 def prepare(settings: Settings, out: Path | None = None) -> Corpus:
     """Read, split, tokenize and pack the text; files in the directory `out` are ignored."""
-    sequence, tokenizer = SEQUENCE, None
+    tokenizer, together, most = None, True, inf
     if settings.model is not None:
         tokenizer = load_tokenizer(settings.model)
         most = max_positions(settings.model) or inf
-        sequence = int(min(SEQUENCE_PRETRAINED, most))
         if settings.sequence is not None and settings.sequence > most:
             raise StudyError(f"--sequence {settings.sequence}: the model takes at most {most} tokens")
-    sequence = settings.sequence or sequence
-    documents, source = read_documents(settings.text, settings.dataset, out)
+        together = not settings.dataset or keeps_apart(load_model(settings.model))
+    rows, source = _read(settings, out)
+    short = settings.model is None and not rows.examples
+    sequence = settings.sequence or int(min(SEQUENCE if short else SEQUENCE_LONG, most))
     try:
-        corpus = build_corpus(documents, source, sequence, tokenizer)
+        if rows.examples:
+            completions, special = settings.loss_on != "all", settings.special_tokens
+            corpus = build_examples(rows, source, sequence, tokenizer, completions, special, together)
+        else:
+            corpus = build_corpus(rows.texts, source, sequence, tokenizer, settings.special_tokens)
         if len(corpus.train) < settings.batch_size:
             raise StudyError(
                 f"the text is too short: {len(corpus.train)} training blocks of {sequence} tokens "
@@ -259,3 +281,18 @@ def prepare(settings: Settings, out: Path | None = None) -> Corpus:
     except StudyError as error:
         raise StudyError(f"{'--dataset' if settings.dataset else '--text'}: {error}") from error
     return corpus
+
+
+def _read(settings: Settings, out: Path | None) -> tuple[Rows, str]:
+    """The text or the examples, and what they are in words."""
+    if not settings.dataset:
+        documents, source = read_documents(settings.text, out)
+        return Rows(documents), source
+    rows, source = read_rows(settings.dataset), ", ".join(settings.dataset)
+    if rows.examples:
+        return rows, source
+    if settings.loss_on == "completions":
+        raise StudyError("--loss-on completions: expected messages, or prompt and completion, got text")
+    if empty := rows.dropped.total():
+        source += f" ({empty:,} empty rows dropped)"
+    return Rows(bounded(shuffled(rows.texts))), source

@@ -12,8 +12,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from nvamp.integrations.transformers import logits_of
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
+
+APART = 4  # tokens of each example that shows whether a model keeps them apart
+ROUNDING = 1e-4  # how much logits that must be the same may differ, as a share of the largest
 
 
 def build_model(name: str | None, corpus: Corpus, scale: int = 1) -> Any:
@@ -86,6 +90,22 @@ def model_bytes(name: str | None, corpus: Corpus) -> int:
     except Exception:  # an adapter, or a model that cannot be built without its weights
         return 0
     return 4 * int(model.num_parameters())
+
+
+@torch.no_grad()
+def keeps_apart(model: Any) -> bool:
+    """Whether positions that start again keep the examples of a block apart: the second is as if alone."""
+    length = max(1, min(APART, (positions(model.config) or 2 * APART) // 2))
+    tokens = torch.arange(2 * length) % model.config.get_text_config().vocab_size
+    places = torch.arange(length).repeat(2)
+    try:
+        both = logits_of(model(input_ids=tokens[None], position_ids=places[None], use_cache=False))[
+            0, length:
+        ]
+        alone = logits_of(model(input_ids=tokens[None, length:], use_cache=False))[0]
+    except Exception:  # not every model takes positions, and one that does not can raise any error
+        return False
+    return bool((both - alone).abs().max() <= ROUNDING * alone.abs().max())
 
 
 def load_tokenizer(name: str) -> Any:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from nvamp.study.corpus import Corpus
 from nvamp.study.losses import Loss
 from nvamp.study.metrics import METRICS, VERDICT_KEYS, difference, estimate, held_out_metrics, verdict
+from nvamp.study.packing import IGNORED
 from nvamp.study.store import Json, Store
 from nvamp.study.training import Run
 
@@ -50,15 +51,18 @@ def describe_corpus(corpus: Corpus) -> Json:
         "sequence": corpus.train.shape[1],
         "vocabulary": len(corpus.tokenizer),
         "train_tokens": corpus.train.numel(),
-        "held_out_tokens": corpus.held_out[:, 1:].numel(),
+        "learned_tokens": len(corpus.training.learned),
+        "held_out_tokens": len(corpus.evaluation.learned),
+        **corpus.counts,
         "unigram_cross_entropy": _unigram_cross_entropy(corpus),
     }
 
 
 def _unigram_cross_entropy(corpus: Corpus) -> float:
     """Held-out cross-entropy (nats) of a model that knows only the token frequencies of the training text."""
-    counts = np.bincount(corpus.train.numpy().ravel(), minlength=len(corpus.tokenizer)) + 1
-    labels = corpus.held_out[:, 1:].numpy().ravel()
+    tokens = corpus.training.labels.numpy()
+    counts = np.bincount(tokens[tokens != IGNORED], minlength=len(corpus.tokenizer)) + 1
+    labels = corpus.evaluation.learned.numpy()
     return float(np.log(counts.sum()) - np.log(counts[labels]).mean())
 
 

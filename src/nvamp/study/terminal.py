@@ -51,9 +51,11 @@ class Terminal:
         """See `nvamp.study.compare.Display`."""
         self._steps = steps
         self._progress.update(self._task, total=(runs - kept) * self._steps, completed=0)
+        learned = len(corpus.training.learned)
+        some = f" ({learned:,} of them to learn)" if corpus.counts else ""
         self._print(
-            f"{corpus.source}: {corpus.train.numel():,} tokens to train on, "
-            f"{corpus.held_out[:, 1:].numel():,} held out; {len(corpus.tokenizer):,} token types"
+            f"{corpus.source}: {corpus.train.numel():,} tokens to train on{some}, "
+            f"{len(corpus.evaluation.learned):,} held out; {len(corpus.tokenizer):,} token types"
         )
         if kept:
             self._print(f"{kept} of {runs} runs are already finished")

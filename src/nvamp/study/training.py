@@ -21,10 +21,11 @@ from nvamp.integrations.modes import in_mode
 from nvamp.integrations.transformers import compute_loss_func, patch, unpatch
 from nvamp.integrations.transformers.alignment import own_loss
 from nvamp.study import StudyError
-from nvamp.study.corpus import Corpus, spread
-from nvamp.study.held_out import Examples, TokenScores, as_examples, score
+from nvamp.study.corpus import Corpus
+from nvamp.study.held_out import Examples, TokenScores, score
 from nvamp.study.losses import Loss
 from nvamp.study.models import Lora, build_model, quiet
+from nvamp.study.packing import IGNORED
 from nvamp.study.watching import Clock, LossTimes, Progress, Watch
 
 CURVE_TOKENS = 4096  # held-out tokens in each evaluation during a run
@@ -97,21 +98,32 @@ class LabelledBlocks(Dataset[dict[str, Tensor]]):
     """Blocks [blocks, sequence] as inputs and as labels; random tokens replace some of the labels.
 
     `noise` is the probability that a label is replaced: one number, or a tensor [blocks, sequence]. The new
-    token is uniform over the vocabulary.
+    token is uniform over the vocabulary. Labels of -100 stay, and positions are those to give to the model.
     """
 
-    def __init__(self, blocks: Tensor, vocabulary: int, noise: float | Tensor, seed: int) -> None:
+    def __init__(
+        self,
+        blocks: Tensor,
+        vocabulary: int,
+        noise: float | Tensor,
+        seed: int,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        labels = blocks if labels is None else labels
         generator = torch.Generator().manual_seed(seed)
         replaced = torch.rand(blocks.shape, generator=generator) < noise
         tokens = torch.randint(vocabulary, blocks.shape, generator=generator)
         self.inputs = blocks
-        self.labels = torch.where(replaced, tokens, blocks)
+        self.labels = torch.where(replaced & (labels != IGNORED), tokens, labels)
+        self.positions = positions
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.inputs[index], "labels": self.labels[index]}
+        item = {"input_ids": self.inputs[index], "labels": self.labels[index]}
+        return item if self.positions is None else {**item, "position_ids": self.positions[index]}
 
 
 def train(
@@ -141,12 +153,19 @@ def train(
     if recipe.lora:
         model = recipe.lora.adapt(base)
     vocabulary = min(len(corpus.tokenizer), model.config.get_text_config().vocab_size)
-    data = LabelledBlocks(corpus.train, vocabulary, recipe.noise if noise is None else noise, seed)
-    held_out = as_examples(corpus.held_out)
+    blocks, held_out = corpus.training, corpus.evaluation
+    data = LabelledBlocks(
+        blocks.inputs,
+        vocabulary,
+        recipe.noise if noise is None else noise,
+        seed,
+        blocks.labels,
+        blocks.positions,
+    )
     logits_because = install(loss, base)
     loss_times = LossTimes(base, Clock(device))
     sequence = corpus.train.shape[1]
-    few = as_examples(spread(corpus.held_out, CURVE_TOKENS // sequence))
+    few = held_out.spread(CURVE_TOKENS // sequence)
     evaluate = partial(_cross_entropy, few, recipe.bf16)
     watch = Watch(recipe.steps, loss_times, device, evaluate, progress)
     start = perf_counter()
