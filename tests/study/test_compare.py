@@ -137,7 +137,7 @@ def test_learning_rates(settings: Settings, changes: dict[str, Any], lr: float) 
 
 def test_adapters_need_their_package(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvamp.study.compare, "find_spec", lambda name: None)
-    with pytest.raises(StudyError, match=r"^--lora needs peft, .* pip install 'nvamp-loss\[study,lora\]'$"):
+    with pytest.raises(StudyError, match=r"^--lora needs peft, .* pip install 'nvamp-loss\[lora\]'$"):
         replace(settings, lora="8").check()
 
 

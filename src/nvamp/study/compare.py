@@ -106,9 +106,7 @@ class Settings:
             if self.model is None:
                 raise StudyError("--lora adapts a trained model: name one with --model")
             if find_spec("peft") is None:
-                raise StudyError(
-                    "--lora needs peft, which is not installed: pip install 'nvamp-loss[study,lora]'"
-                )
+                raise StudyError("--lora needs peft, which is not installed: pip install 'nvamp-loss[lora]'")
         if self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
             raise StudyError(f"--bf16: {torch.cuda.get_device_name()} does not compute in bfloat16")
 

@@ -36,6 +36,7 @@ class Terminal:
         )
         self._task = self._progress.add_task("reading the text", total=None, loss="")
         self._done = 0  # runs finished in this session
+        self._with_logits = False  # whether it has been said
 
     def __enter__(self) -> "Terminal":
         self._progress.start()
@@ -76,6 +77,9 @@ class Terminal:
         mean = record["metrics"]["cross_entropy"]
         outcome = "diverged" if mean is None else f"held-out cross-entropy {mean:.3f} nats"
         self._print(f"{record['loss']}, seed {record['seed']}: {outcome} ({record['seconds']:.0f} s)")
+        if (reason := record["logits_because"]) and not self._with_logits:
+            self._with_logits = True
+            self._print(f"this model trains with all of its logits in memory: {reason}")
 
     def replacing(self, runs: int) -> None:
         """See `nvamp.study.compare.Display`."""

@@ -1,6 +1,7 @@
 """One run: the `Trainer` trains a model with one loss from one seed; held-out text gives its token losses."""
 
 import gc
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -222,7 +223,7 @@ def install(loss: Loss, model: Any) -> str | None:
             model(input_ids=tokens, labels=tokens)
     except (NotImplementedError, TypeError, ValueError) as error:
         unpatch(model)
-        return str(error)
+        return re.split(r": (?:use|unpatch) ", str(error))[0]  # the rest is for training loops
     return None
 
 
