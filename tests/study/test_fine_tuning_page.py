@@ -1,4 +1,4 @@
-"""The commands of docs/fine-tuning.md, one after the other, with a smaller model, fewer steps and less text."""
+"""The commands of docs/fine-tuning.md one after the other: a smaller model, fewer steps, less text."""
 
 import json
 import shlex
