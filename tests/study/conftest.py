@@ -109,7 +109,7 @@ def corpus(documents: list[str], tokenizer: Any) -> Corpus:
     return build_corpus(documents, "words", 16, tokenizer)
 
 
-HELD_OUT = [metric.key for metric in METRICS if metric.key not in ("tokens_per_second", "loss_share")]
+HELD_OUT = [metric.key for metric in METRICS]
 
 
 class Silent:
@@ -157,16 +157,7 @@ def study(settings: Settings, out: Path, **options: Any) -> tuple[dict[str, Any]
 
 def without_times(results: dict[str, Any]) -> dict[str, Any]:
     """All results but those that differ from run to run."""
-    losses = [
-        {
-            **loss,
-            **{
-                kind: {key: loss[kind].get(key) for key in HELD_OUT}
-                for kind in ("metrics", "differences", "verdicts")
-            },
-        }
-        for loss in results["losses"]
-    ]
+    losses = [{**loss, "times": None} for loss in results["losses"]]
     runs = [
         {**run, "seconds": None, "metrics": {key: run["metrics"][key] for key in HELD_OUT}}
         for run in results["runs"]

@@ -11,7 +11,7 @@ import nvamp
 from nvamp.objectives import CrossEntropy
 from nvamp.objectives.nvamp import NVAMP
 from nvamp.study import StudyError
-from nvamp.study.losses import KNOWN, MODES, parse_loss, parse_losses
+from nvamp.study.losses import KNOWN, MODES, in_words, parse_loss, parse_losses
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -172,3 +172,9 @@ def test_a_bad_spec_is_reported_in_one_line(spec: str, message: str) -> None:
 def test_a_loss_named_twice() -> None:
     with pytest.raises(StudyError, match=r"^--loss nvamp:gamma=0.10,alpha=1: named twice$"):
         parse_losses(["nvamp:gamma=0.1", "ce", "nvamp:gamma=0.10,alpha=1"])
+
+
+def test_the_name_of_a_loss_in_words() -> None:
+    assert in_words("ce") == "cross-entropy"
+    assert in_words("nvamp:gamma=0.04,tail=0.05") == "NVAMP with gamma 0.04, tail 0.05"
+    assert in_words("focal:label_smoothing=0.1") == "focal with label smoothing 0.1"

@@ -6,12 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvamp.study.metrics import (
+    HEADLINES,
     METRICS,
+    TIMES,
     Estimate,
+    Headline,
+    Range,
+    change,
+    change_in_words,
+    change_unit,
     cvar,
     difference,
     estimate,
     held_out_metrics,
+    range_of,
     verdict,
 )
 
@@ -69,7 +77,7 @@ def test_classes_add_up_to_the_whole() -> None:
 def test_a_diverged_run_has_no_metrics(bad: float) -> None:
     metrics = held_out_metrics(np.array([1.0, bad]), np.array([True, True]), np.array([0, 0]))
     assert set(metrics.values()) == {None}
-    assert set(metrics) == {metric.key for metric in METRICS} - {"tokens_per_second", "loss_share"}
+    assert set(metrics) == {metric.key for metric in METRICS}
 
 
 def test_perplexity_beyond_floats_has_no_value() -> None:
@@ -141,8 +149,62 @@ def test_verdicts(found: Estimate | None, lower: str, higher: str) -> None:
     assert verdict(found, lower_is_better=False) == higher
 
 
-def test_how_a_number_is_shown() -> None:
-    metric = METRICS[0]
-    assert metric.shown({"mean": -1.23456, "half_width": 0.1}) == "−1.235 ± 0.100"
-    assert metric.shown({"mean": 0.5, "half_width": None}, "+") == "+0.500"
-    assert metric.shown(None) == "–"
+@pytest.mark.parametrize(
+    ("mean", "half", "sign", "text"),
+    [
+        (-1.23456, 0.1, "", "−1.23 ± 0.10"),
+        (5.1, 0.0123, "", "5.100 ± 0.012"),
+        (0.00012, 0.00034, "+", "+0.00012 ± 0.00034"),
+        (-0.00001, 0.5, "+", "0.00 ± 0.50"),
+        (-2e-9, 1e-9, "+", "−2.0e−09 ± 1.0e−09"),
+        (0.0, 0.0, "+", "0.000 ± 0.000"),
+        (12345.6, 234.5, "", "12,346 ± 234"),
+        (0.5, None, "+", "+0.500"),
+        (-0.000123, None, "+", "−0.00012"),
+        (5.12345, None, "", "5.123"),
+    ],
+)
+def test_how_a_number_is_shown(mean: float, half: float | None, sign: str, text: str) -> None:
+    assert METRICS[0].shown({"mean": mean, "half_width": half}, sign) == text
+
+
+def test_what_has_no_value_is_shown_as_a_dash() -> None:
+    assert METRICS[0].shown(None) == TIMES[0].shown_range(None) == "–"
+
+
+def test_a_range_is_shown() -> None:
+    found = range_of([7300.0, 7100.4, 9000.0])
+    assert found == Range(7300.0, 7100.4, 9000.0)
+    assert TIMES[0].shown_range(found.as_json()) == "7,300 (7,100 to 9,000)"
+    assert TIMES[0].shown_range({"median": 3.0, "low": 3.0, "high": 3.0}) == "3"
+    assert range_of([1.0, None]) is None
+
+
+TAIL, MEAN, ACCURACY = HEADLINES
+ESTIMATES = {metric.key: metric for metric in METRICS}
+
+
+def test_a_change_is_in_percent_or_points() -> None:
+    assert change(ESTIMATES["cvar"], Estimate(-0.5, 0.1), Estimate(10.0, 1.0)) == Estimate(-5.0, 1.0)
+    assert change(ESTIMATES["cvar"], Estimate(-0.5, None), Estimate(10.0, None)) == Estimate(-5.0, None)
+    assert change(ESTIMATES["accuracy"], Estimate(2.0, 1.0), Estimate(50.0, 1.0)) == Estimate(2.0, 1.0)
+    assert change(ESTIMATES["cvar"], None, Estimate(10.0, 1.0)) is None
+    assert change(ESTIMATES["cvar"], Estimate(1.0, 1.0), Estimate(0.0, 1.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("headline", "found", "word", "text"),
+    [
+        (TAIL, Estimate(-4.81, 1.0), "better", "tail 4.8% lighter"),
+        (TAIL, Estimate(12.3, 1.0), "worse", "tail 12% heavier"),
+        (MEAN, Estimate(0.834, 0.1), "worse", "mean 0.83% higher"),
+        (ACCURACY, Estimate(-0.1, 0.2), "no clear difference", "accuracy the same within 0.30 points"),
+        (MEAN, Estimate(0.5, 0.5), "no clear difference", "mean the same within 1.0%"),
+        (MEAN, Estimate(1.0, 3.0), "no clear difference", "mean unclear (−2.0 to +4.0%)"),
+        (MEAN, Estimate(-1.0, None), "one seed, no interval", "mean 1.0% lower"),
+        (MEAN, Estimate(0.0, None), "one seed, no interval", "mean the same"),
+        (MEAN, None, "no value", "mean without a value"),
+    ],
+)
+def test_a_change_in_words(headline: Headline, found: Estimate | None, word: str, text: str) -> None:
+    assert change_in_words(headline, found, word, change_unit(ESTIMATES[headline.metric])) == text

@@ -180,6 +180,7 @@ def _results(settings: Settings, command: str, losses: Sequence[Loss], corpus: C
             "versions": versions(),
             "settings": {**asdict(settings), "lr": settings.recipe().lr, "out": str(store.out)},
             "text": describe_corpus(corpus),
+            "tokens_seen": settings.steps * settings.batch_size * corpus.train.shape[1],  # by each run
             **gather(losses, settings.seeds, store),
         }
     )

@@ -13,6 +13,7 @@ from nvamp.study import StudyError
 
 # The objectives that need nothing of a token beside its loss: text has no more.
 KNOWN = tuple(name for name, objective in OBJECTIVES.items() if not objective().inputs)
+WORDS = {"ce": "cross-entropy", "nvamp": "NVAMP", "gce": "GCE", "dft": "DFT"}  # the others read as they are
 MODES = tuple(str(NVAMP(gradient=gradient)) for gradient in GRADIENTS)
 
 
@@ -63,3 +64,10 @@ def parse_loss(text: str) -> Loss:
         needed = ", ".join(spec.objective.inputs)
         raise StudyError(f"--loss {text}: needs {needed} of every token, which text alone does not have")
     return Loss(spec, nvamp.Loss(spec.objective, **spec.token_options))
+
+
+def in_words(name: str) -> str:
+    """The name of a loss for a sentence: `NVAMP with gamma 0.04, tail 0.05`."""
+    objective, _, options = name.partition(":")
+    words = options.replace("=", " ").replace("_", " ").replace(",", ", ")
+    return WORDS.get(objective, objective) + (f" with {words}" if words else "")

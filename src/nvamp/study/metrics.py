@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, exp, isfinite, sqrt
-from typing import Any
+from math import ceil, exp, floor, isfinite, log10, sqrt
+from statistics import median
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,41 +12,115 @@ from numpy.typing import NDArray
 from nvamp.study.corpus import CLASSES
 
 TAIL = 0.05  # the share of tokens, the worst ones, that CVaR averages
+SMALL_TAIL = 100  # if it has fewer tokens, a study warns that its text is small
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a run: its label, its unit ("" for none), its decimals, and which direction is better."""
+    """A number of a run.
+
+    Attributes:
+        unit: "" for none.
+        decimals: the least to show of a number that has no interval.
+        meaning: what it is, for readers who do not know its name.
+    """
 
     key: str
     label: str
     unit: str
     decimals: int
+    meaning: str
     lower_is_better: bool = True
 
     def shown(self, estimate: Mapping[str, Any] | None, sign: str = "") -> str:
-        """Format an `Estimate`, given as JSON, for a table."""
+        """Format an `Estimate`, given as JSON, with two significant digits of its interval."""
         if estimate is None:
             return "–"
-        mean = f"{estimate['mean']:{sign},.{self.decimals}f}".replace("-", "−")
-        half = estimate["half_width"]
-        return mean if half is None else f"{mean} ± {half:,.{self.decimals}f}"
+        mean, half = estimate["mean"], estimate["half_width"]
+        # Without an interval a difference, which has a sign, needs two digits of its own.
+        decimals = _decimals(half) if half else max(self.decimals, _decimals(mean) if sign else 0)
+        text = number(mean, decimals, sign)
+        return text if half is None else f"{text} ± {number(half, decimals)}"
+
+    def shown_range(self, found: Mapping[str, Any] | None) -> str:
+        """Format a `Range`, given as JSON."""
+        if found is None:
+            return "–"
+        middle, low, high = (number(found[key], self.decimals) for key in ("median", "low", "high"))
+        return middle if low == high else f"{middle} ({low} to {high})"
 
 
 METRICS = (
-    Metric("cross_entropy", "cross-entropy", "nats", 3),
-    Metric("perplexity", "perplexity", "", 1),
-    Metric("std", "standard deviation", "nats", 3),
-    Metric("cvar", "worst-5% mean (CVaR)", "nats", 3),
-    Metric("max", "largest token loss", "nats", 2),
-    Metric("frequent", "cross-entropy, frequent tokens", "nats", 3),
-    Metric("mid", "cross-entropy, mid tokens", "nats", 3),
-    Metric("rare", "cross-entropy, rare tokens", "nats", 3),
-    Metric("accuracy", "token accuracy", "%", 2, lower_is_better=False),
-    Metric("tokens_per_second", "tokens per second", "", 0, lower_is_better=False),
-    Metric("loss_share", "share of time in the loss", "%", 1),
+    Metric(
+        "cross_entropy",
+        "cross-entropy",
+        "nats",
+        3,
+        "The mean of the token losses: −log of the probability that the model gave to the token.",
+    ),
+    Metric("perplexity", "perplexity", "", 1, "The exponential of the cross-entropy."),
+    Metric("std", "standard deviation", "nats", 3, "How far the token losses spread around their mean."),
+    Metric(
+        "cvar",
+        "worst-5% mean (CVaR)",
+        "nats",
+        3,
+        "The mean of the largest 5% of the token losses: the tail. CVaR is conditional value at risk.",
+    ),
+    Metric("max", "largest token loss", "nats", 2, "One single token, which varies accordingly."),
+    Metric(
+        "frequent",
+        "cross-entropy, frequent tokens",
+        "nats",
+        3,
+        "The mean over tokens of the types that make up the first half of the training text.",
+    ),
+    Metric("mid", "cross-entropy, mid tokens", "nats", 3, "The mean over the types of its next 40%."),
+    Metric("rare", "cross-entropy, rare tokens", "nats", 3, "The mean over the types of its last 10%."),
+    Metric(
+        "accuracy",
+        "token accuracy",
+        "%",
+        2,
+        "How often the likeliest token is the one in the text.",
+        lower_is_better=False,
+    ),
 )
-VERDICT_KEYS = ("cross_entropy", "cvar", "max")
+# Other work on the machine changes these: they are shown as median and range, and never compared.
+TIMES = (
+    Metric(
+        "tokens_per_second",
+        "tokens per second",
+        "",
+        0,
+        "The tokens of a batch over the time of the median step.",
+        lower_is_better=False,
+    ),
+    Metric(
+        "loss_share",
+        "share of time in the loss",
+        "%",
+        1,
+        "The share of a step that the loss and its gradient take.",
+    ),
+)
+
+
+class Headline(NamedTuple):
+    """A metric that the lines at the top of a report are about: a noun, and what less and more of it is."""
+
+    metric: str
+    noun: str
+    less: str = "lower"
+    more: str = "higher"
+
+
+HEADLINES = (
+    Headline("cvar", "tail", "lighter", "heavier"),
+    Headline("cross_entropy", "mean"),
+    Headline("accuracy", "accuracy"),
+)
+SAME = 1.0  # percent or points: a change whose interval lies within this is called none
 
 # fmt: off
 # 97.5% quantiles of Student's t for 1 to 30 degrees of freedom.
@@ -63,6 +138,18 @@ class Estimate:
 
     mean: float
     half_width: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The median of the seeds, the lowest and the highest."""
+
+    median: float
+    low: float
+    high: float
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,8 +189,12 @@ def held_out_metrics(
 
 def cvar(nll: NDArray[Any]) -> float:
     """The mean of the largest losses, a share `TAIL` of them, rounded up to whole tokens."""
-    worst = ceil(round(TAIL * nll.size, 9))
-    return float(np.sort(nll)[-worst:].mean())
+    return float(np.sort(nll)[-worst(nll.size) :].mean())
+
+
+def worst(tokens: int) -> int:
+    """The number of token losses in the tail of so many."""
+    return ceil(round(TAIL * tokens, 9))
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:
@@ -119,6 +210,46 @@ def difference(values: Sequence[float | None], baseline: Sequence[float | None])
     """`values − baseline`, seed by seed."""
     pairs = zip(values, baseline, strict=True)
     return estimate([None if a is None or b is None else a - b for a, b in pairs])
+
+
+def range_of(values: Sequence[float | None]) -> Range | None:
+    """Median and range over seeds; `None` if any seed has no value."""
+    finite = [value for value in values if value is not None and isfinite(value)]
+    if not finite or len(finite) < len(values):
+        return None
+    return Range(median(finite), min(finite), max(finite))
+
+
+def change(metric: Metric, difference: Estimate | None, baseline: Estimate | None) -> Estimate | None:
+    """A paired difference in percent of the baseline's mean, or in points if the metric is in percent."""
+    if difference is None or baseline is None or metric.unit == "%":
+        return difference
+    if baseline.mean == 0:
+        return None
+    scale = 100 / abs(baseline.mean)
+    half = difference.half_width
+    return Estimate(scale * difference.mean, None if half is None else scale * half)
+
+
+def change_unit(metric: Metric) -> str:
+    return " points" if metric.unit == "%" else "%"
+
+
+def change_in_words(headline: Headline, change: Estimate | None, verdict: str, unit: str) -> str:
+    """A change in a few words: `tail 4.8% lighter`, `accuracy the same within 0.3 points`."""
+    noun = headline.noun
+    if change is None:
+        return f"{noun} without a value"
+    half = change.half_width
+    if half is not None and verdict not in ("better", "worse"):
+        low, high = change.mean - half, change.mean + half
+        within = max(-low, high)
+        if within <= SAME:
+            return f"{noun} the same within {short(within)}{unit}"
+        return f"{noun} unclear ({short(low, '+')} to {short(high, '+')}{unit})"
+    if change.mean == 0:
+        return f"{noun} the same"
+    return f"{noun} {short(abs(change.mean))}{unit} {headline.less if change.mean < 0 else headline.more}"
 
 
 def verdict(difference: Estimate | None, lower_is_better: bool) -> str:
@@ -140,3 +271,21 @@ def _half_width(values: Sequence[float], mean: float) -> float | None:
     # Beyond the table, its last quantile makes the interval a little too wide, never too narrow.
     t = _T[min(n - 1, len(_T)) - 1]
     return t * sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def number(value: float, decimals: int, sign: str = "") -> str:
+    """A number with so many decimals, in scientific notation if they are many; a zero has no sign."""
+    text = f"{value:{sign},.{decimals}f}" if decimals <= 6 else f"{value:{sign}.1e}"
+    if not text.strip("+-0.,"):
+        text = text.lstrip("+-")
+    return text.replace("-", "−")
+
+
+def short(value: float, sign: str = "") -> str:
+    """A number with two significant digits."""
+    return number(value, _decimals(value), sign)
+
+
+def _decimals(value: float) -> int:
+    """The decimals that show two significant digits of a number."""
+    return max(0, 1 - floor(log10(abs(value)))) if value else 0
