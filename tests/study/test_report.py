@@ -9,6 +9,7 @@ import pytest
 from nvamp.study import StudyError
 from nvamp.study.metrics import METRICS, TIMES
 from nvamp.study.report import GLANCE, curves, panels, settings, styled, write_report
+from tests.study.conftest import diverge
 
 VOID = {"meta", "wbr", "br", "img", "link", "input"}
 
@@ -37,67 +38,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
-
-
-def loss(name: str, index: int, baseline: bool) -> dict[str, Any]:
-    estimates = {metric.key: {"mean": 4.0 + index, "half_width": 0.5} for metric in METRICS}
-    differences = {key: {"mean": -float(index), "half_width": 0.5} for key in estimates}
-    clauses = [
-        {"text": f"tail {index}% lighter", "verdict": "better"},
-        {"text": "mean alike", "verdict": "-"},
-    ]
-    return {
-        "name": name,
-        "title": f"the loss {name}",
-        "diverged_seeds": [],
-        "metrics": estimates,
-        "differences": {} if baseline else differences,
-        "changes": {} if baseline else differences,
-        "verdicts": {} if baseline else dict.fromkeys(estimates, "better"),
-        "times": {time.key: {"median": 7000.0, "low": 6000.0, "high": 8000.0} for time in TIMES},
-        "clauses": clauses,
-        "sentence": f"{name}, in plain words",
-        "curve": [{"step": s, "mean": 7.0 - s, "half_width": 0.5} for s in range(4)],
-        "density": {"mean": [0.25, 0.25, 0.0], "half_width": [0.1, 0.0, 0.0]},
-        "survival": {"mean": [1.0, 0.5, 0.0], "half_width": [0.0, 0.6, 0.0]},
-    }
-
-
-def gone(results: dict[str, Any], index: int) -> None:
-    """Let a loss diverge on one seed."""
-    lost = results["losses"][index]
-    lost.update(density=None, survival=None, curve=[], diverged_seeds=[0], times=dict.fromkeys(lost["times"]))
-    lost["clauses"] = [{"text": "diverged on seed 0 of 3", "verdict": "worse"}]
-    for kind in ("metrics", "differences", "changes"):
-        lost[kind] = dict.fromkeys(lost[kind])
-    lost["verdicts"] = dict.fromkeys(lost["verdicts"], "no value")
-
-
-@pytest.fixture
-def results() -> dict[str, Any]:
-    names = ["ce", "nvamp", "nvamp:gamma=0.05,gradient=token"]
-    return {
-        "command": "nvamp compare --text '<script>' --seeds 3",
-        "created": "2026-01-01T00:00:00+00:00",
-        "versions": {"nvamp": "0.1.0", "torch": "2.13.0"},
-        "settings": {"losses": names, "seeds": 3, "steps": 3, "text": ["<script>"], "model": None},
-        "text": {
-            "source": "<script>",
-            "sequence": 64,
-            "vocabulary": 2048,
-            "train_tokens": 1234567,
-            "held_out_tokens": 32256,
-            "worst_tokens": 1613,
-            "unigram_cross_entropy": 6.35,
-        },
-        "tokens_seen": 122880,
-        "baseline": "ce",
-        "parameters": 2_000_000,
-        "grid": {"bin_edges": [0.0, 2.0, 4.0, 6.0], "thresholds": [0.0, 3.0, 6.0]},
-        "losses": [loss(name, index, index == 0) for index, name in enumerate(names)],
-        "pages": {},
-        "runs": [],
-    }
 
 
 def render(results: dict[str, Any], tmp_path: Path) -> str:
@@ -287,7 +227,7 @@ def test_one_seed_has_no_bands(results: dict[str, Any], tmp_path: Path) -> None:
 def test_a_diverged_loss_and_many_losses_are_drawn(results: dict[str, Any], tmp_path: Path) -> None:
     more = [{**copy.deepcopy(results["losses"][1]), "name": f"focal:gamma={i}"} for i in range(6)]
     results["losses"] += more
-    gone(results, 1)
+    diverge(results, 1)
     page = Page(render(results, tmp_path))
     text = " ".join(page.text.split())
     assert "8 losses against the loss ce" in text
@@ -300,7 +240,7 @@ def test_a_diverged_loss_and_many_losses_are_drawn(results: dict[str, Any], tmp_
 
 def test_if_every_loss_diverges_all_are_named(results: dict[str, Any], tmp_path: Path) -> None:
     for index in range(3):
-        gone(results, index)
+        diverge(results, index)
     page = Page(render(results, tmp_path))
     text = " ".join(page.text.split())
     assert text.count("diverged on seed 0 of 3.") == 3
