@@ -287,9 +287,8 @@ def test_without_the_extra_packages(missing: str) -> None:
         "from nvamp.cli import main; main()",
     )
     assert ended.returncode == 2
-    told = (
-        f"nvamp: the command line needs {missing}, which is not installed: pip install 'nvamp-loss[study]'\n"
-    )
+    command = f"pip install -e '{Path(__file__).parents[1]}[study]'"
+    told = f"nvamp: the command line needs {missing}, which is not installed: {command}\n"
     assert ended.stderr == told
 
 

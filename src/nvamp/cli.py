@@ -8,10 +8,11 @@ from typing import Annotated
 
 from nvamp import __version__
 from nvamp.study import StudyError
+from nvamp.study.extra import install_command
 from nvamp.study.losses import KNOWN, MODES
 from nvamp.study.peers import Peers, join
 
-_INSTALL = "the command line needs {}, which is not installed: pip install 'nvamp-loss[study]'"
+_INSTALL = "the command line needs {}, which is not installed: " + install_command("study")
 
 try:
     import typer

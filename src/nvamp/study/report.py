@@ -234,7 +234,7 @@ def tail(results: Json) -> Markup | None:
             )
         smallest = min((share for values, _ in drawn for share in values["mean"] if share > 0), default=0.1)
         axes.set(
-            xlabel="threshold x (nats)", ylabel="share of tokens with loss > x", ylim=(smallest / 2, 1.5)
+            xlabel="threshold x (nats)", ylabel="share of tokens with loss > x", ylim=(smallest / 2, 1.1)
         )
         return _svg(figure, "tail") if drawn else None
 
