@@ -114,7 +114,8 @@ def show_results(console: Console, results: Json) -> None:
     for start in range(0, len(losses), per_table):
         console.print(_table(results, losses[start : start + per_table], width))
     speeds = [f"{loss['name']} {SPEED.shown_range(loss['times'][SPEED.key])}" for loss in losses]
-    lines = [f"{SPEED.label}, median (lowest to highest): {', '.join(speeds)}"]
+    over = ", median (lowest to highest)" if results["settings"]["seeds"] > 1 else ""
+    lines = [f"{SPEED.label}{over}: {', '.join(speeds)}"]
     lines += [
         loss["sentence"] for loss in losses if loss["name"] != results["baseline"] or loss["diverged_seeds"]
     ]
