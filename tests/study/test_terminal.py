@@ -55,3 +55,11 @@ def test_the_terminal_names_all_that_diverged_and_little_text(results: dict[str,
     text = shown(console)
     assert text.count(", in plain words.") == 3
     assert "Caution: the held-out text is small, 252 tokens; its worst 5% are 13 tokens." in text
+
+
+@pytest.mark.parametrize("width", [50, 70, 120])
+def test_progress_on_a_narrow_terminal(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    with Terminal(console, 60) as terminal:
+        terminal.run("nvamp:gradient=token,label_smoothing=0.1", 1)(30, 6.1234)
+    assert "30/? loss 6.123 -:--:-- left" in shown(console)

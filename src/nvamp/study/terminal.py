@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from nvamp.study import training
 from nvamp.study.corpus import Corpus
@@ -18,6 +18,7 @@ from nvamp.study.store import Json
 
 _STYLES = {"better": "green", "worse": "red"}
 LABELS = 24  # the least width for the names of the metrics
+WIDE = 100  # columns that a bar, a name and the numbers beside them take
 SPEED = TIMES[0]
 
 
@@ -26,13 +27,18 @@ class Terminal:
 
     def __init__(self, console: Console, steps: int) -> None:
         self._steps = steps
+        # In a narrow terminal the bar goes first, then the end of the loss's name.
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+            TextColumn(
+                "{task.description}",
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
+            *([BarColumn()] if console.width >= WIDE else []),
             MofNCompleteColumn(),
             TextColumn("{task.fields[loss]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("left"),
+            expand=console.width < WIDE,
             console=console,
             transient=True,
             disable=not console.is_terminal,
