@@ -62,4 +62,4 @@ def test_progress_on_a_narrow_terminal(width: int) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     with Terminal(console, 60) as terminal:
         terminal.run("nvamp:gradient=token,label_smoothing=0.1", 1)(30, 6.1234)
-    assert "30/? loss 6.123 -:--:-- left" in shown(console)
+    assert "30/? loss 6.123 " in shown(console)
