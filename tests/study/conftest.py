@@ -16,7 +16,7 @@ from nvamp.study.corpus import Corpus, build_corpus, train_tokenizer
 from nvamp.study.metrics import METRICS, TIMES
 from nvamp.study.models import quiet
 from nvamp.study.store import Store
-from nvamp.study.training import Progress
+from nvamp.study.watching import Progress
 
 
 def words(seed: int, count: int) -> str:
@@ -120,7 +120,7 @@ class Silent:
         self.trained: list[tuple[str, int]] = []
         self.left_out = 0
 
-    def prepared(self, corpus: Any, runs: int, kept: int) -> None:
+    def prepared(self, corpus: Any, steps: int, runs: int, kept: int) -> None:
         self.kept = kept
 
     def run(self, loss: str, seed: int) -> Progress:

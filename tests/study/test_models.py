@@ -22,7 +22,7 @@ def test_the_built_in_model_has_about_two_million_parameters(corpus: Corpus) -> 
         def __len__(self) -> int:
             return 2048
 
-    model = build_model(None, Corpus(Tokenizer(), corpus.train, corpus.held_out, "", ""))
+    model = build_model(None, Corpus(Tokenizer(), corpus.training, corpus.evaluation, "", ""))
     assert 1.8e6 < model.num_parameters() < 2.3e6
 
 

@@ -98,11 +98,12 @@ TIMES = (
     ),
     Metric(
         "loss_share",
-        "share of time in the loss",
+        "share of time in the output layer and loss",
         "%",
         1,
-        "The share of a step that the loss and its gradient take.",
+        "The share of a step that the output layer, the loss and their gradients take.",
     ),
+    Metric("peak_memory", "peak memory of a step", "MB", 0, "The most memory in use at once during a step."),
 )
 
 

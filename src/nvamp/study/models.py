@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from nvamp.integrations.transformers import logits_of
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
+
+APART = 4  # tokens of each example that shows whether a model keeps them apart
+ROUNDING = 1e-4  # how much logits that must be the same may differ, as a share of the largest
 
 
 def build_model(name: str | None, corpus: Corpus, scale: int = 1) -> Any:
@@ -34,6 +39,40 @@ def build_model(name: str | None, corpus: Corpus, scale: int = 1) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of the linear layers, except the output layer.
+
+    Attributes:
+        r: their rank.
+        alpha: what they add is scaled by alpha / r.
+    """
+
+    r: int
+    alpha: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Lora":
+        """From `r` or `r,alpha`; alpha is twice the rank if it is left out."""
+        r, comma, alpha = text.partition(",")
+        numbers = (r, alpha) if comma else (r,)
+        if not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
+            raise StudyError(f"--lora {text}: expected r or r,alpha, such as 8 or 8,16")
+        return cls(int(r), int(alpha) if comma else 2 * int(r))
+
+    def __str__(self) -> str:
+        return f"{self.r},{self.alpha}"
+
+    def adapt(self, model: Any) -> Any:
+        """The model with fresh adapters, a `PeftModel`; the rest of it is frozen."""
+        import peft  # an extra
+
+        config = peft.LoraConfig(
+            r=self.r, lora_alpha=self.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        return peft.get_peft_model(model, config)
+
+
 def load_model(name: str) -> Any:
     """A pretrained model in float32."""
     return _load(AutoModelForCausalLM, name, dtype=torch.float32)
@@ -51,6 +90,22 @@ def model_bytes(name: str | None, corpus: Corpus) -> int:
     except Exception:  # an adapter, or a model that cannot be built without its weights
         return 0
     return 4 * int(model.num_parameters())
+
+
+@torch.no_grad()
+def keeps_apart(model: Any) -> bool:
+    """Whether positions that start again keep the examples of a block apart: the second is as if alone."""
+    length = max(1, min(APART, (positions(model.config) or 2 * APART) // 2))
+    tokens = torch.arange(2 * length) % model.config.get_text_config().vocab_size
+    places = torch.arange(length).repeat(2)
+    try:
+        both = logits_of(model(input_ids=tokens[None], position_ids=places[None], use_cache=False))[
+            0, length:
+        ]
+        alone = logits_of(model(input_ids=tokens[None, length:], use_cache=False))[0]
+    except Exception:  # not every model takes positions, and one that does not can raise any error
+        return False
+    return bool((both - alone).abs().max() <= ROUNDING * alone.abs().max())
 
 
 def load_tokenizer(name: str) -> Any:
@@ -105,4 +160,4 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch\.utils\.data)")
+    warnings.filterwarnings("ignore", module=r"(transformers|accelerate|peft|torch\.utils\.data)")
