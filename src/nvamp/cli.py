@@ -215,6 +215,16 @@ def compare(
             "--special-tokens", help="Read special tokens that are spelled out in the text as such."
         ),
     ] = False,
+    also: Annotated[
+        str | None,
+        typer.Option(
+            help="A file or directory of another text, to see what is forgotten: its losses before and after."
+        ),
+    ] = None,
+    generate: Annotated[
+        int,
+        typer.Option(help="How many held-out prompts, at most, to complete and compare with their answers."),
+    ] = 0,
     out: Annotated[
         Path, typer.Option(help="Directory for results, report and models.", parser=_named, metavar="PATH")
     ] = Path("runs/compare"),
@@ -258,6 +268,8 @@ def compare(
         gradient_checkpointing=gradient_checkpointing,
         loss_on=loss_on,
         special_tokens=special_tokens,
+        also=also,
+        generate=generate,
     )
     console = Console()
     try:

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from nvamp.study.compare import Settings, compare
 from nvamp.study.corpus import Corpus, build_corpus, train_tokenizer
-from nvamp.study.metrics import METRICS, TIMES
+from nvamp.study.metrics import HELD_OUT, METRICS, TIMES
 from nvamp.study.models import quiet
 from nvamp.study.store import Store
 from nvamp.study.watching import Progress
@@ -99,6 +99,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A local model of a few thousand parameters, with its tokenizer."""
     quiet()
     directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)  # the same one, whatever tests came before
     small_llama(tokenizer, positions=16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -107,9 +108,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 @pytest.fixture(scope="session")
 def corpus(documents: list[str], tokenizer: Any) -> Corpus:
     return build_corpus(documents, "words", 16, tokenizer)
-
-
-HELD_OUT = [metric.key for metric in METRICS]
 
 
 class Silent:
@@ -206,7 +204,15 @@ def three_losses() -> dict[str, Any]:
         "command": "nvamp compare --text '<script>' --seeds 3",
         "created": "2026-01-01T00:00:00+00:00",
         "versions": {"nvamp": "0.1.0", "torch": "2.13.0"},
-        "settings": {"losses": names, "seeds": 3, "steps": 3, "text": ["<script>"], "model": None},
+        "settings": {
+            "losses": names,
+            "seeds": 3,
+            "steps": 3,
+            "text": ["<script>"],
+            "model": None,
+            "generate": 4,
+            "also": "other.txt",
+        },
         "text": {
             "source": "<script>",
             "sequence": 64,

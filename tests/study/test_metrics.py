@@ -1,17 +1,21 @@
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from nvamp.study.metrics import (
     HEADLINES,
+    HELD_OUT,
     METRICS,
     TIMES,
     Estimate,
     Headline,
     Range,
+    calibration_error,
     change,
     change_in_words,
     change_unit,
@@ -19,6 +23,7 @@ from nvamp.study.metrics import (
     difference,
     estimate,
     held_out_metrics,
+    measured,
     range_of,
     verdict,
 )
@@ -26,9 +31,26 @@ from nvamp.study.metrics import (
 LOSSES = st.lists(st.floats(0, 50, width=32), min_size=1, max_size=200)
 
 
+class Made(NamedTuple):
+    """Scores of held-out tokens."""
+
+    nll: NDArray[Any]
+    correct: NDArray[np.bool_]
+    confidence: NDArray[np.float32]
+
+
+def made(nll: NDArray[Any], correct: NDArray[np.bool_]) -> Made:
+    return Made(nll, correct, np.full(len(nll), 0.5, np.float32))
+
+
+def zeros(nll: NDArray[Any]) -> NDArray[np.int64]:
+    return np.zeros(len(nll), np.int64)
+
+
 def test_held_out_metrics_by_hand() -> None:
     nll = np.array([1.0, 2.0, 3.0, 6.0], dtype=np.float32)
-    metrics = held_out_metrics(nll, np.array([True, False, True, True]), np.array([0, 0, 1, 1]))
+    scores = Made(nll, np.array([True, False, True, True]), np.array([0.9, 0.2, 0.9, 0.95], np.float32))
+    metrics = held_out_metrics(scores, np.array([0, 0, 1, 1]), np.array([7, 7, 7, 2]))
     assert metrics == {
         "cross_entropy": 3.0,
         "perplexity": pytest.approx(math.exp(3)),
@@ -39,7 +61,19 @@ def test_held_out_metrics_by_hand() -> None:
         "mid": 4.5,
         "rare": None,
         "accuracy": 75.0,
+        # Bins of 0.2, of 0.9 twice and of 0.95: |0.2 - 0| + |1.8 - 2| + |0.95 - 1|
+        "calibration_error": pytest.approx(100 * (0.2 + 0.2 + 0.05) / 4),
+        "example_mean": 4.0,
+        "worst_example": 6.0,
     }
+
+
+def test_calibration_error() -> None:
+    right = np.array([True, False, False, True])
+    assert calibration_error(np.full(4, 0.5, np.float32), right) == 0
+    assert calibration_error(np.ones(4, np.float32), right) == 0.5  # the last bin holds 1
+    confidence = np.array([0.97, 0.97, 0.02, 0.02], np.float32)
+    assert calibration_error(confidence, right) == pytest.approx((2 * 0.97 - 1 + 1 - 2 * 0.02) / 4)
 
 
 @given(LOSSES)
@@ -51,7 +85,7 @@ def test_cvar_is_the_mean_of_the_worst_twentieth(losses: list[float]) -> None:
 def test_metrics_are_computed_in_float64() -> None:
     nll = np.random.default_rng(0).exponential(3, 100_001).astype(np.float32)
     exact = nll.astype(np.float64)
-    found = held_out_metrics(nll, nll > 1, np.zeros(len(nll), np.int64))
+    found = held_out_metrics(made(nll, nll > 1), zeros(nll), zeros(nll))
     assert (
         found["cross_entropy"] == found["frequent"] == pytest.approx(math.fsum(exact) / len(exact), rel=1e-12)
     )
@@ -67,7 +101,7 @@ def test_cvar_of_a_hundred_is_of_five() -> None:
 def test_classes_add_up_to_the_whole() -> None:
     rng = np.random.default_rng(0)
     nll, classes = rng.exponential(2, 5000), rng.integers(0, 3, 5000)
-    metrics = held_out_metrics(nll, nll < 1, classes)
+    metrics = held_out_metrics(made(nll, nll < 1), classes, zeros(nll))
     shares = np.bincount(classes) / 5000
     of_classes = np.array([metrics["frequent"], metrics["mid"], metrics["rare"]], dtype=float)
     assert (shares * of_classes).sum() == pytest.approx(metrics["cross_entropy"])
@@ -75,13 +109,15 @@ def test_classes_add_up_to_the_whole() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_diverged_run_has_no_metrics(bad: float) -> None:
-    metrics = held_out_metrics(np.array([1.0, bad]), np.array([True, True]), np.array([0, 0]))
+    nll = np.array([1.0, bad])
+    metrics = held_out_metrics(made(nll, nll > 0), zeros(nll), zeros(nll))
     assert set(metrics.values()) == {None}
-    assert set(metrics) == {metric.key for metric in METRICS}
+    assert set(metrics) == set(HELD_OUT)
 
 
 def test_perplexity_beyond_floats_has_no_value() -> None:
-    metrics = held_out_metrics(np.array([800.0]), np.array([True]), np.array([0]))
+    nll = np.array([800.0])
+    metrics = held_out_metrics(made(nll, nll > 0), zeros(nll), zeros(nll))
     assert metrics["perplexity"] is None
     assert metrics["cross_entropy"] == 800
 
@@ -180,7 +216,7 @@ def test_a_range_is_shown() -> None:
     assert range_of([1.0, None]) is None
 
 
-TAIL, MEAN, ACCURACY = HEADLINES
+TAIL, MEAN, ACCURACY, *_ = HEADLINES
 ESTIMATES = {metric.key: metric for metric in METRICS}
 
 
@@ -208,3 +244,9 @@ def test_a_change_is_in_percent_or_points() -> None:
 )
 def test_a_change_in_words(headline: Headline, found: Estimate | None, word: str, text: str) -> None:
     assert change_in_words(headline, found, word, change_unit(ESTIMATES[headline.metric])) == text
+
+
+def test_every_metric_is_known() -> None:
+    keys = [metric.key for metric in METRICS]
+    assert set(HELD_OUT) < set(keys)
+    assert measured(METRICS, dict.fromkeys(HELD_OUT)) == [ESTIMATES[key] for key in keys if key in HELD_OUT]

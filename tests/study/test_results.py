@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import nvamp.study.compare
+from nvamp.study import StudyError
 from nvamp.study.compare import Settings
-from nvamp.study.metrics import METRICS, TIMES
+from nvamp.study.metrics import METRICS, TIMES, measured
 from nvamp.study.training import train
-from tests.study.conftest import HELD_OUT, study
+from tests.study.conftest import study
 
 
 def test_results_are_those_of_the_runs(settings: Settings, tmp_path: Path) -> None:
@@ -19,7 +20,7 @@ def test_results_are_those_of_the_runs(settings: Settings, tmp_path: Path) -> No
     assert results["baseline"] == "ce"
     ce, dft = results["losses"]
     runs = {(run["loss"], run["seed"]): run["metrics"] for run in results["runs"]}
-    for metric in METRICS:
+    for metric in measured(METRICS, runs["ce", 0]):
         values = [runs["dft", seed][metric.key] for seed in (0, 1)]
         differences = [runs["dft", seed][metric.key] - runs["ce", seed][metric.key] for seed in (0, 1)]
         assert dft["metrics"][metric.key]["mean"] == pytest.approx(np.mean(values))
@@ -29,7 +30,7 @@ def test_results_are_those_of_the_runs(settings: Settings, tmp_path: Path) -> No
         reference = ce["metrics"][metric.key]["mean"] if metric.unit != "%" else 100
         assert dft["changes"][metric.key]["mean"] == pytest.approx(np.mean(differences) * 100 / reference)
     assert ce["differences"] == ce["changes"] == {}
-    for time in TIMES:
+    for time in measured(TIMES, runs["ce", 0]):
         values = [runs["dft", seed][time.key] for seed in (0, 1)]
         expected = {"median": np.mean(values), "low": min(values), "high": max(values)}
         assert dft["times"][time.key] == pytest.approx(expected)
@@ -79,7 +80,7 @@ def test_a_diverged_loss_has_no_numbers_and_no_verdict(
     monkeypatch.setattr(nvamp.study.compare, "train", one_diverges)
     results, _ = study(settings, tmp_path)
     ce, dft = results["losses"]
-    assert {dft["metrics"][key] for key in HELD_OUT} == {None}
+    assert set(dft["metrics"].values()) == {None}
     assert dft["times"]["tokens_per_second"] is not None
     assert dft["diverged_seeds"] == [0]
     assert list(results["pages"]) == ["ce"]
@@ -95,7 +96,7 @@ def test_a_diverged_baseline_is_named(
     def baseline_diverges(loss: Any, seed: int, *rest: Any) -> Any:
         run = train(loss, seed, *rest)
         if loss.name == "ce":
-            run.nll[3] = np.nan
+            run.scores.nll[3] = np.nan
         return run
 
     monkeypatch.setattr(nvamp.study.compare, "train", baseline_diverges)
@@ -104,3 +105,44 @@ def test_a_diverged_baseline_is_named(
     assert ce["sentence"] == "cross-entropy: diverged on seeds 0, 1 of 2"
     assert dft["sentence"] == "DFT: no comparison, because ce diverged on seeds 0, 1 of 2"
     assert dft["density"] is not None
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    rows = ({"prompt": f"{i} and", "completion": " beta gamma"} for i in range(300))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_completions_and_another_text(settings: Settings, chats: Path, tmp_path: Path) -> None:
+    asked = replace(
+        settings, losses=("ce", "dft"), text=(), dataset=(str(chats),), also=settings.text[0], generate=3
+    )
+    results, _ = study(asked, tmp_path / "out")
+    keys = {"exact_match", "token_f1", "also", "forgotten"}
+    ce, dft = (loss["metrics"] for loss in results["losses"])
+    assert keys < ce.keys() == dft.keys()
+    assert [clause["text"].split()[0] for clause in results["losses"][1]["clauses"]] == [
+        "tail", "mean", "accuracy", "exact", "other",
+    ]  # fmt: skip
+    assert 0 <= ce["exact_match"]["mean"] <= ce["token_f1"]["mean"] <= 100
+    runs = {(run["loss"], run["seed"]): run["metrics"] for run in results["runs"]}
+    # From one model, with one seed, all losses start at the same number.
+    for seed in (0, 1):
+        before = [runs[loss, seed]["also"] - runs[loss, seed]["forgotten"] for loss in ("ce", "dft")]
+        assert before[0] == pytest.approx(before[1], abs=1e-6)
+    assert runs["ce", 0]["forgotten"] != 0
+    with pytest.raises(StudyError, match=r"--generate 3 \(now 2\)"):
+        study(replace(asked, generate=2), tmp_path / "out")
+
+
+def test_what_cannot_be_asked(settings: Settings, tmp_path: Path) -> None:
+    for change, message in (
+        ({"generate": -1}, "--generate must be at least 0, got -1"),
+        ({"generate": 1}, "--generate: expected prompts with answers to complete: --dataset with"),
+        ({"also": "/no/such"}, "--also /no/such: no such file or directory"),
+        ({"also": __file__ + "/.."}, "--also"),
+    ):
+        with pytest.raises(StudyError, match=f"^{message}"):
+            study(replace(settings, **change), tmp_path / "out")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, exp, floor, isfinite, log10, sqrt
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +85,46 @@ METRICS = (
         "How often the likeliest token is the one in the text.",
         lower_is_better=False,
     ),
+    Metric(
+        "calibration_error",
+        "calibration error",
+        "%",
+        2,
+        "How far the probability of the likeliest token is from how often it is right, over 15 bins.",
+    ),
+    Metric(
+        "example_mean",
+        "example mean",
+        "nats",
+        3,
+        "The mean over examples, each counted once, however long; those of a text are its blocks.",
+    ),
+    Metric("worst_example", "worst example", "nats", 2, "The largest mean loss of an example."),
+    # Of a study that asks for them:
+    Metric(
+        "exact_match",
+        "exact match",
+        "%",
+        1,
+        "How often the greedy completion of a held-out prompt is the answer.",
+        lower_is_better=False,
+    ),
+    Metric(
+        "token_f1",
+        "token F1",
+        "%",
+        1,
+        "How well the words of the greedy completion of a held-out prompt agree with those of the answer.",
+        lower_is_better=False,
+    ),
+    Metric("also", "cross-entropy, other text", "nats", 3, "The mean token loss on the text of --also."),
+    Metric(
+        "forgotten",
+        "its rise in training",
+        "nats",
+        3,
+        "By how much the cross-entropy on the text of --also is higher than before training.",
+    ),
 )
 # Other work on the machine changes these: they are shown as median and range, and never compared.
 TIMES = (
@@ -107,6 +147,26 @@ TIMES = (
 )
 
 
+# The keys of the metrics that every study has.
+HELD_OUT = (
+    "cross_entropy",
+    "perplexity",
+    "std",
+    "cvar",
+    "max",
+    *CLASSES,
+    "accuracy",
+    "calibration_error",
+    "example_mean",
+    "worst_example",
+)
+
+
+def measured(metrics: Sequence[Metric], found: Mapping[str, Any]) -> list[Metric]:
+    """The metrics that a study has, given the numbers of one of its losses."""
+    return [metric for metric in metrics if metric.key in found]
+
+
 class Headline(NamedTuple):
     """A metric that the lines at the top of a report are about: a noun, and what less and more of it is."""
 
@@ -120,8 +180,30 @@ HEADLINES = (
     Headline("cvar", "tail", "lighter", "heavier"),
     Headline("cross_entropy", "mean"),
     Headline("accuracy", "accuracy"),
+    Headline("exact_match", "exact match"),
+    Headline("also", "other text"),
 )
 SAME = 1.0  # percent or points: a change whose interval lies within this is called none
+
+CALIBRATION_BINS = 15
+
+
+class Scores(Protocol):
+    """What a model makes of held-out tokens.
+
+    Attributes:
+        nll: their losses in nats, [tokens] float32.
+        correct: whether the likeliest token is the label, [tokens] bool.
+        confidence: the probability of the likeliest token, [tokens] float32.
+    """
+
+    @property
+    def nll(self) -> NDArray[np.float32]: ...
+    @property
+    def correct(self) -> NDArray[np.bool_]: ...
+    @property
+    def confidence(self) -> NDArray[np.float32]: ...
+
 
 # fmt: off
 # 97.5% quantiles of Student's t for 1 to 30 degrees of freedom.
@@ -157,26 +239,24 @@ class Range:
 
 
 def held_out_metrics(
-    nll: NDArray[Any],
-    correct: NDArray[np.bool_],
-    classes: NDArray[np.int64],
+    scores: Scores, classes: NDArray[np.int64], examples: NDArray[np.int64]
 ) -> dict[str, float | None]:
     """The held-out metrics of one run.
 
     Args:
-        nll: token losses in nats, [tokens].
-        correct: [tokens] bool.
         classes: the index into `CLASSES` of each label, [tokens].
+        examples: the index of the example of each token, [tokens].
 
     Returns:
-        The metrics by the keys of `METRICS`. A metric without a value is `None`: all of them if a loss is
-        not finite, a class without tokens, a perplexity that overflows. Accuracy is in percent.
+        The metrics by the keys of `HELD_OUT`. A metric without a value is `None`: all of them if a loss is
+        not finite, a class without tokens, a perplexity that overflows.
     """
-    nll = nll.astype(np.float64)
+    nll = scores.nll.astype(np.float64)
     if not np.isfinite(nll).all():
-        return dict.fromkeys(("cross_entropy", "perplexity", "std", "cvar", "max", *CLASSES, "accuracy"))
+        return dict.fromkeys(HELD_OUT)
     mean = nll.mean().item()
     of_class = (nll[classes == index] for index in range(len(CLASSES)))
+    means = example_means(nll, examples)
     return {
         "cross_entropy": mean,
         "perplexity": exp(mean) if mean < 700 else None,
@@ -184,8 +264,36 @@ def held_out_metrics(
         "cvar": cvar(nll),
         "max": nll.max().item(),
         **{name: x.mean().item() if x.size else None for name, x in zip(CLASSES, of_class, strict=True)},
-        "accuracy": 100 * correct.mean().item(),
+        "accuracy": 100 * scores.correct.mean().item(),
+        "calibration_error": 100 * calibration_error(scores.confidence, scores.correct),
+        "example_mean": means.mean().item(),
+        "worst_example": means.max().item(),
     }
+
+
+def example_means(nll: NDArray[np.float64], examples: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The mean of each example's token losses, [examples], given the example of each token, [tokens]."""
+    _, index, tokens = np.unique(examples, return_inverse=True, return_counts=True)
+    sums = np.asarray(np.bincount(index, weights=nll), np.float64)
+    means: NDArray[np.float64] = sums / tokens
+    return means
+
+
+def calibration_error(confidence: NDArray[np.float32], correct: NDArray[np.bool_]) -> float:
+    """The expected calibration error: the mean distance of confidence and accuracy, bin by bin.
+
+    The bins are equally wide, and each has the weight of its tokens.
+
+    Args:
+        confidence: the probability of the likeliest token, [tokens].
+        correct: whether that is the label, [tokens].
+
+    References:
+        Guo et al., On Calibration of Modern Neural Networks, 2017: https://arxiv.org/abs/1706.04599
+    """
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, weights=confidence.astype(np.float64) - correct)
+    return float(np.abs(gaps).sum() / confidence.size)
 
 
 def cvar(nll: NDArray[Any]) -> float:

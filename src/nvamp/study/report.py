@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from nvamp.study.corpus import CLASSES
 from nvamp.study.files import replacing
-from nvamp.study.metrics import METRICS, SMALL_TAIL, TIMES, Metric, change_unit, short
+from nvamp.study.metrics import METRICS, SMALL_TAIL, TIMES, Metric, change_unit, measured, short
 from nvamp.study.store import Json
 
 # Okabe and Ito's palette, which the colour-blind can distinguish; dashes distinguish losses without colour.
@@ -23,7 +23,7 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 _SVG_DASHES = ("none", "6 3", "8 3 2 3", "2 3", "8 2 2 2 2 2", "2 2")  # the same in the page's own drawings
 
 # The metrics of the small plot of intervals at the top.
-GLANCE = ("cvar", "cross_entropy", "rare", "accuracy")
+GLANCE = ("cvar", "cross_entropy", "rare", "accuracy", "exact_match", "also")
 
 # Placeholders for the colours of the page, which has a light and a dark scheme.
 _TEXT, _RULE = "#010203", "#040506"
@@ -85,8 +85,8 @@ def write_report(results: Json, path: Path) -> Path:
     page = environment.from_string(template).render(
         results=results,
         title=title(results),
-        metrics=METRICS,
-        times=TIMES,
+        metrics=measured(METRICS, results["losses"][0]["metrics"]),
+        times=measured(TIMES, results["losses"][0]["times"]),
         small_tail=SMALL_TAIL,
         styles={loss["name"]: style for loss, style in styled(results)},
         panels=panels(results),

@@ -20,6 +20,7 @@ from nvamp.study.metrics import (
     difference,
     estimate,
     held_out_metrics,
+    measured,
     range_of,
     verdict,
     worst,
@@ -39,8 +40,15 @@ class Grid(NamedTuple):
     thresholds: NDArray[np.float64]  # [TAIL_POINTS]
 
 
-def describe(loss: Loss, seed: int, run: Run, classes: NDArray[np.int64]) -> Json:
-    """The record of a run: all of its numbers except the token losses."""
+def describe(
+    loss: Loss, seed: int, run: Run, classes: NDArray[np.int64], examples: NDArray[np.int64]
+) -> Json:
+    """The record of a run: all of its numbers except the token losses.
+
+    Args:
+        classes: the index into `CLASSES` of every token type, [vocabulary].
+        examples: the index of the example of each held-out token, [tokens].
+    """
     return {
         "loss": loss.name,
         "seed": seed,
@@ -51,7 +59,8 @@ def describe(loss: Loss, seed: int, run: Run, classes: NDArray[np.int64]) -> Jso
         "logits_because": run.logits_because,
         "curve": run.curve,
         "metrics": {
-            **held_out_metrics(run.nll, run.scores.correct, classes[run.scores.labels]),
+            **held_out_metrics(run.scores, classes[run.scores.labels], examples),
+            **(dict.fromkeys(run.asked) if run.diverged else run.asked),
             "tokens_per_second": run.tokens_per_second,
             "loss_share": 100 * run.loss_share,
             "peak_memory": run.peak_memory and run.peak_memory / 1e6,
@@ -117,7 +126,7 @@ def diverged_seeds(records: Sequence[Json]) -> list[int]:
 
 def _summary(name: str, records: Sequence[Json], baseline: Sequence[Json]) -> Json:
     metrics, differences, changes, verdicts = {}, {}, {}, {}
-    for metric in METRICS:
+    for metric in measured(METRICS, baseline[0]["metrics"]):
         values = [record["metrics"][metric.key] for record in records]
         reference = [record["metrics"][metric.key] for record in baseline]
         paired, mean = difference(values, reference), estimate(values)
@@ -126,7 +135,10 @@ def _summary(name: str, records: Sequence[Json], baseline: Sequence[Json]) -> Js
             differences[metric.key] = paired
             changes[metric.key] = change(metric, paired, estimate(reference))
             verdicts[metric.key] = verdict(paired, metric.lower_is_better)
-    times = {time.key: range_of([record["metrics"][time.key] for record in records]) for time in TIMES}
+    times = {
+        time.key: range_of([record["metrics"][time.key] for record in records])
+        for time in measured(TIMES, baseline[0]["metrics"])
+    }
     clauses = _outcome(records, baseline, changes, verdicts)
     return {
         "name": name,
@@ -172,6 +184,7 @@ def _outcome(
             "verdict": verdicts[headline.metric],
         }
         for headline in HEADLINES
+        if headline.metric in changes
     ]
     if len(records) == 1:
         clauses.append({"text": "all of which may be chance: one seed gives no interval", "verdict": None})

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from nvamp.study import watching
 from nvamp.study.corpus import Corpus
-from nvamp.study.metrics import METRICS, SMALL_TAIL, TIMES
+from nvamp.study.metrics import METRICS, SMALL_TAIL, TIMES, measured
 from nvamp.study.store import Json
 
 _STYLES = {"better": "green", "worse": "red"}
@@ -122,7 +122,8 @@ def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]
 def show_results(console: Console, results: Json) -> None:
     """Print tables of so many losses side by side as fit, the times, and what became of each loss."""
     losses = results["losses"]
-    width = max(len(metric.shown(loss["metrics"][metric.key])) for loss in losses for metric in METRICS) + 3
+    metrics = measured(METRICS, losses[0]["metrics"])
+    width = max(len(metric.shown(loss["metrics"][metric.key])) for loss in losses for metric in metrics) + 3
     per_table = max(1, (console.width - LABELS) // width)
     for start in range(0, len(losses), per_table):
         console.print(_table(results, losses[start : start + per_table], width))
@@ -150,7 +151,7 @@ def _table(results: Json, losses: Sequence[Json], width: int) -> Table:
     for loss in losses:
         name = re.sub("([:,])", r"\1 ", loss["name"])  # its parts become words, between which it wraps
         table.add_column(escape(name), justify="right", overflow="fold", min_width=width - 3)
-    for metric in METRICS:
+    for metric in measured(METRICS, losses[0]["metrics"]):
         unit = f" ({metric.unit})" if metric.unit else ""
         cells = [
             _styled(metric.shown(loss["metrics"][metric.key]), loss["verdicts"].get(metric.key))
