@@ -109,9 +109,13 @@ def _read_paths(names: Sequence[str], out: Path | None) -> tuple[list[str], str]
         # Each name must have some text, within the limit or beyond it.
         if name not in read and not any(found.text(path) for of, path in beyond if of == name):
             raise StudyError(f"--text {name}: {found.why_not(name)}")
-    source = ", ".join(names) + found.unread(" (not read: ", ")")
+    notes = list(filter(None, [found.unread("not read: ")]))
     if beyond:
-        source += f" (up to {MAX_CHARACTERS:,} characters: {len(beyond):,} more files)"
+        notes.append(f"{len(beyond):,} more lie beyond {MAX_CHARACTERS:,} characters")
+    source = ", ".join(names)
+    if notes or len(documents) > len(names):
+        files = f"{len(documents):,} file{'s' if len(documents) > 1 else ''} read"
+        source += f" ({'; '.join([files, *notes])})"
     return documents, source
 
 
