@@ -87,6 +87,13 @@ def test_examples_are_whole_and_apart(found: list[Encoded], sequence: int, toget
         assert ((~padding).sum(1) <= sequence // 2).sum() <= 1
 
 
+def test_examples_that_fill_a_block_share_it() -> None:
+    found = [Encoded([1] * length, [True] * length, 0) for length in (5, 6, 2, 3)]
+    examples = pack_examples(found, 8, 77, together=True).examples
+    assert examples is not None
+    assert examples.tolist() == [[0] * 5 + [3] * 3, [1] * 6 + [2] * 2]
+
+
 ALL = {architecture.name: architecture for architecture in LANGUAGE}
 
 

@@ -17,10 +17,13 @@ from nvamp.study.chats import prefix_of
 from nvamp.study.config import CONFIG, write_config
 from nvamp.study.corpus import HELD_OUT_TOKENS, Corpus, build_corpus, frequency_classes, tokenize
 from nvamp.study.examples import build_examples
+from nvamp.study.extra import install_command
 from nvamp.study.losses import Loss, parse_losses
 from nvamp.study.models import (
     Lora,
+    check_tokens,
     keeps_apart,
+    load_config,
     load_model,
     load_tokenizer,
     max_positions,
@@ -112,7 +115,7 @@ class Settings:
             if self.model is None:
                 raise StudyError("--lora adapts a trained model: name one with --model")
             if find_spec("peft") is None:
-                raise StudyError("--lora needs peft, which is not installed: pip install 'nvamp-loss[lora]'")
+                raise StudyError(f"--lora needs peft, which is not installed: {install_command('lora')}")
         if self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
             raise StudyError(f"--bf16: {torch.cuda.get_device_name()} does not compute in bfloat16")
 
@@ -273,7 +276,8 @@ def prepare(settings: Settings, out: Path | None = None) -> Corpus:
         most = max_positions(settings.model) or inf
         if settings.sequence is not None and settings.sequence > most:
             raise StudyError(f"--sequence {settings.sequence}: the model takes at most {most} tokens")
-        together = not settings.dataset or keeps_apart(load_model(settings.model))
+        # What is wrong with the model is reported before the text is read.
+        together = keeps_apart(load_model(settings.model))
     rows, source = _read(settings, out)
     short = settings.model is None and not rows.examples
     sequence = settings.sequence or int(min(SEQUENCE if short else SEQUENCE_LONG, most))
@@ -288,6 +292,8 @@ def prepare(settings: Settings, out: Path | None = None) -> Corpus:
                 f"the text is too short: {len(corpus.train)} training blocks of {sequence} tokens "
                 f"do not fill a batch of {settings.batch_size}"
             )
+        if settings.model is not None:
+            check_tokens(load_config(settings.model), int(max(corpus.train.max(), corpus.held_out.max())))
     except StudyError as error:
         raise StudyError(f"{'--dataset' if settings.dataset else '--text'}: {error}") from error
     if settings.generate and not corpus.prompts:
