@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 from nvamp import __version__
 from nvamp.study import StudyError
-from nvamp.study.losses import KNOWN, MODES
+from nvamp.study.extra import install_command
 from nvamp.study.peers import Peers, join
 
-_INSTALL = "the command line needs {}, which is not installed: pip install 'nvamp-loss[study]'"
+_INSTALL = "the command line needs {}, which is not installed: " + install_command("study")
 
 try:
     import typer
@@ -22,12 +22,15 @@ except ModuleNotFoundError as error:
 except KeyboardInterrupt:
     raise SystemExit(130) from None
 
-_LOSSES = f"One of {', '.join(KNOWN)}, with options after a colon: focal:gamma=3, ce:label_smoothing=0.1."
+# Spelled out: asking the library would import PyTorch, and a wrong option would wait for it.
+_LOSSES = (
+    "One of ce, nvamp, tail, tilted, truncated, focal, gce, dft, entropy, "
+    "with options after a colon: focal:gamma=3, ce:label_smoothing=0.1."
+)
 
 app = typer.Typer(
     name="nvamp",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -43,7 +46,7 @@ def main() -> None:
         elif isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # not every console knows ± and the names of all files
         _check_encoding(sys.argv[1:])
-        code = app(standalone_mode=False, obj=peers)
+        code = app(prog_name="nvamp", standalone_mode=False, obj=peers)
     except typer.TyperException as error:
         # Without arguments the help is shown, and the error has no message.
         if message := error.format_message():
@@ -214,6 +217,16 @@ def compare(
             "--special-tokens", help="Read special tokens that are spelled out in the text as such."
         ),
     ] = False,
+    also: Annotated[
+        str | None,
+        typer.Option(
+            help="A file or directory of another text, to see what is forgotten: its losses before and after."
+        ),
+    ] = None,
+    generate: Annotated[
+        int,
+        typer.Option(help="How many held-out prompts, at most, to complete and compare with their answers."),
+    ] = 0,
     out: Annotated[
         Path, typer.Option(help="Directory for results, report and models.", parser=_named, metavar="PATH")
     ] = Path("runs/compare"),
@@ -257,6 +270,8 @@ def compare(
         gradient_checkpointing=gradient_checkpointing,
         loss_on=loss_on,
         special_tokens=special_tokens,
+        also=also,
+        generate=generate,
     )
     console = Console()
     try:
@@ -279,31 +294,48 @@ def compare(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Option(help="A causal language model: a directory or hub id.")],
-    text: Annotated[Path, typer.Option(help="A UTF-8 file.", parser=_named, metavar="PATH")],
-    loss: Annotated[
+    model: Annotated[
         list[str],
         typer.Option(
-            help="A loss whose weights the page shows; can be repeated. " + _LOSSES,
-            show_default="nvamp in each gradient mode",
+            help="A causal language model: a directory or hub id; can be repeated, the first one is what the "
+            "others are compared to. A study's directory means the first model of each of its losses."
         ),
-    ] = list(MODES),  # noqa: B006  # typer copies it
+    ],
+    text: Annotated[Path, typer.Option(help="A UTF-8 file.", parser=_named, metavar="PATH")],
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A loss whose weights the page shows; can be repeated. " + _LOSSES,
+            show_default="the loss that the model was trained with, and nvamp in each gradient mode",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The page to write.", parser=_named, metavar="PATH")] = Path(
         "inspect.html"
     ),
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens", help="Read special tokens that the text spells out as such, not as text."
+        ),
+    ] = False,
 ) -> None:
     """Show a text on one page, each token coloured by its loss or by the weight a loss function gives it."""
-    from nvamp.study.inspect.page import inspect_file
+    from nvamp.study.inspect.inputs import read_inputs
+
+    inputs = read_inputs(model, text, out, special_tokens)  # its mistakes do not wait for PyTorch
+    from nvamp.study.inspect.page import inspect_models
     from nvamp.study.terminal import counting
 
     console = Console()
     with counting(console, "windows of the text") as progress:
-        found = inspect_file(model, text, out, loss, progress)
-    s = found.statistics
-    console.print(
-        f"{s.num_tokens:,.0f} tokens: mean {s.mean:.3f} nats, sigma {s.std:.3f}, max {s.max:.2f}, "
-        f"dispersion {s.dispersion:.3f}",
-        highlight=False,
-    )
+        inspected = inspect_models(inputs, loss or [], progress)
+    for it in inspected:
+        s = it.found.statistics
+        console.print(
+            f"{it.name}: {s.num_tokens:,.0f} tokens: mean {s.mean:.3f} nats, sigma {s.std:.3f}, "
+            f"max {s.max:.2f}, dispersion {s.dispersion:.3f}",
+            highlight=False,
+            markup=False,
+        )
     size = out.stat().st_size / 1e6
     console.print(f"Page ({size:.1f} MB): {out}", highlight=False, markup=False)

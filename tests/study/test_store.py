@@ -75,7 +75,7 @@ def test_held_out_text_is_read_by_the_first_model_of_each_loss(settings: Setting
 def test_text_that_makes_no_page_is_no_failed_run(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_page(*args: Any) -> None:
+    def no_page(*args: Any, **options: Any) -> None:
         raise StudyError("expected at least 2 tokens, got 1")
 
     monkeypatch.setattr(nvamp.study.store, "inspect_text", no_page)
