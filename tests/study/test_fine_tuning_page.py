@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_the_commands_of_the_page(
     studies = [words for words in lines if words[:2] == ["nvamp", "compare"]]
     assert len(studies) == 4
     for words in studies:
-        options = [SHORT.get(before, word) for before, word in zip(words, words[1:], strict=False)]
+        options = [SHORT.get(before, word) for before, word in pairwise(words)]
         if "--model" not in options and "--config" not in options:
             options += ["--text", str(text_dir)]
         code = run(monkeypatch, *options)
