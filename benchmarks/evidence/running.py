@@ -115,7 +115,10 @@ def _run_all(
                 run = train(
                     loss, seed, recipe, corpus, lambda step, value: None, noise and noise(seed), [norms]
                 )
-                record = {**describe(loss, seed, run, classes), "gradient_norms": norms.values}
+                record = {
+                    **describe(loss, seed, run, classes, corpus.evaluation.owners),
+                    "gradient_norms": norms.values,
+                }
                 store.save(loss, seed, record, run, corpus)
                 print(f"{store.out.name}: {loss.name}, seed {seed}: {run.seconds:.0f} s", flush=True)
             yield Finished(*store.kept(loss, seed))
@@ -135,7 +138,7 @@ def compact(group: str, run: Finished, metrics: Json | None = None) -> Json:
     """What is kept of a run for good: `metrics`, or else its held-out numbers and its gradient norms'."""
     record = run.record
     if metrics is None:
-        times = ("tokens_per_second", "loss_share")
+        times = ("tokens_per_second", "loss_share", "peak_memory")
         metrics = {key: value for key, value in record["metrics"].items() if key not in times}
         metrics |= gradient_metrics(record["gradient_norms"])
     return {
