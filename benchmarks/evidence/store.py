@@ -15,6 +15,7 @@ from benchmarks.evidence.source import document_of, held_out_labels, kind_of
 from nvamp.study.compare import Settings, prepare
 from nvamp.study.corpus import Corpus
 from nvamp.study.files import replacing
+from nvamp.study.packing import plain
 from nvamp.study.sources import read_documents
 from nvamp.study.store import Json, write_json
 
@@ -39,8 +40,8 @@ class Runs:
         about = json.loads((kept / "about.json").read_text())
         self.corpus = Corpus(
             AutoTokenizer.from_pretrained(kept),
-            torch.from_numpy(arrays["train"].astype(np.int64)),
-            torch.from_numpy(arrays["held_out"].astype(np.int64)),
+            plain(torch.from_numpy(arrays["train"].astype(np.int64))),
+            plain(torch.from_numpy(arrays["held_out"].astype(np.int64))),
             about["source"],
             excerpt="",
         )
@@ -72,7 +73,7 @@ class Runs:
 
 def _keep_text(directory: Path, text: tuple[str, ...]) -> None:
     corpus = prepare(Settings(("ce",), 1, 1, 1, text=text))
-    documents = read_documents(text, ())[0]
+    documents = read_documents(text)[0]
     arrays: dict[str, Any] = {
         "train": corpus.train.numpy().astype(np.int32),
         "held_out": corpus.held_out.numpy().astype(np.int32),
