@@ -19,7 +19,7 @@ PAGES: tuple[tuple[str, Literal["light", "dark"], int], ...] = (
     ("coming-from", "dark", 390),
     ("choosing-a-mode", "light", 390),
     ("custom-losses", "dark", 1400),
-    ("evidence/tail", "light", 1400),
+    ("evidence/types", "light", 1400),
 )
 
 
