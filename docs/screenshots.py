@@ -19,7 +19,10 @@ def main() -> None:
     parser.add_argument("--loss", default="nvamp-gradient=token", help="whose page of nvamp inspect to show")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the pictures")
     args = parser.parse_args()
-    pages = {"report": args.study / "report.html", "inspect": args.study / "inspect" / f"{args.loss}.html"}
+    pages = {
+        "report": args.study / "report.html",
+        "inspect": args.study / "inspect" / f"{args.loss}-seed0.html",
+    }
     for path in pages.values():
         if not path.exists():
             parser.error(f"{path} does not exist: make compare first, or name a study and one of its losses")

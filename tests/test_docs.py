@@ -43,7 +43,8 @@ PAGES = {
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         *ROOT.glob("docs/**/*.md"),
-        *ROOT.glob("benchmarks/**/README.md"),
+        ROOT / "benchmarks" / "README.md",
+        ROOT / "benchmarks" / "gpu" / "README.md",
     )
 }
 FENCE = re.compile(r"^```(.*)\n((?s:.*?))^```$", re.MULTILINE)
