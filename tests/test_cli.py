@@ -87,6 +87,30 @@ def test_a_dataset_and_a_model_of_ones_own(
     assert "±" not in capsys.readouterr().out.split("\n", 6)[-1]
 
 
+def test_options_from_a_file(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model_dir: Path,
+    text_dir: Path,
+) -> None:
+    config, out = tmp_path / "my.toml", tmp_path / "out"
+    config.write_text(
+        f'loss = ["ce", "nvamp@2e-4"]\nseeds = 1\nepochs = 3\nbatch-size = 4\nlr = 1e-3\nbf16 = true\n'
+        f'lora = 2\nmodel = "{model_dir}"\ntext = "{text_dir}"\n'
+    )
+    assert run(monkeypatch, "compare", "--config", config, "--steps", "2", "--loss", "ce", "--out", out) == 0
+    settings = json.loads((out / "results.json").read_text())["settings"]
+    assert (settings["losses"], settings["steps"], settings["epochs"]) == (["ce"], 2, None)
+    assert (settings["batch_size"], settings["lr"], settings["lora"]) == (4, 1e-3, "2")
+    assert settings["bf16"] is True
+    capsys.readouterr()
+    assert run(monkeypatch, "compare", "--config", out / "study.toml", "--out", out) == 0
+    assert "1 of 1 runs are already finished" in capsys.readouterr().out
+    assert run(monkeypatch, "compare", "--config", out / "study.toml", "--out", out, "--dataset", "x") == 2
+    assert "--dataset x: " in capsys.readouterr().err  # and not that it excludes --text
+
+
 def losses_on(page: Path) -> list[str]:
     """The names of the losses whose weights a page of `nvamp inspect` has."""
     data = re.search(r'<script type="application/json" id="data">(.*)</script>', page.read_text())
@@ -158,6 +182,7 @@ def test_ctrl_c_while_a_text_is_read(
         (["compare", "--no-overwrite"], "No such option: --no-overwrite"),
         (["compare", "--bogus"], "No such option: --bogus"),
         (["compare", "--lr"], "--lr"),
+        (["compare", "--config", "no.toml"], "--config no.toml: No such file or directory"),
         (["bogus"], "No such command 'bogus'."),
         (["inspect", "--text", "x"], "--model"),
         (["inspect", "--model", "x", "--text", "missing"], "--text missing: No such file or directory"),

@@ -52,7 +52,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def documents(text: Path) -> list[str]:
-    return read_documents((str(text),), ())[0]
+    return read_documents((str(text),))[0]
 
 
 @pytest.fixture(scope="module")

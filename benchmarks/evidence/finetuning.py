@@ -12,8 +12,9 @@ from benchmarks.evidence.drawing import intervals, panels
 from benchmarks.evidence.running import Preset, compact, results, run_all
 from benchmarks.evidence.summary import Results
 from nvamp.study.compare import LR
-from nvamp.study.corpus import Corpus, build_corpus, pack, split, tokenize
+from nvamp.study.corpus import Corpus, build_corpus, split, tokenize
 from nvamp.study.models import load_tokenizer
+from nvamp.study.packing import pack
 from nvamp.study.store import Json
 
 LOSSES = ("ce", "nvamp", "nvamp:gradient=token", "nvamp:gamma=0.05", "dft")

@@ -135,7 +135,7 @@ def compact(group: str, run: Finished, metrics: Json | None = None) -> Json:
     """What is kept of a run for good: `metrics`, or else its held-out numbers and its gradient norms'."""
     record = run.record
     if metrics is None:
-        times = ("tokens_per_second", "loss_share")
+        times = ("tokens_per_second", "loss_share", "peak_memory")
         metrics = {key: value for key, value in record["metrics"].items() if key not in times}
         metrics |= gradient_metrics(record["gradient_norms"])
     return {

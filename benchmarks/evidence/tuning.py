@@ -47,7 +47,7 @@ OFF_THE_CHART = 25.0  # percent: what has a mean as bad is left out of the figur
 
 def run(preset: Preset, out: Path) -> Json:
     corpus, recipe = preset.corpus(), preset.recipe()
-    documents = held_out_labels(corpus, read_documents(preset.text, ())[0], document_of)
+    documents = held_out_labels(corpus, read_documents(preset.text)[0], document_of)
 
     def runs(group: str, losses: Sequence[str], seeds: Sequence[int], part: int) -> list[Json]:
         finished = run_all(out / "plain", losses, seeds, recipe, corpus)

@@ -24,7 +24,7 @@ def run(preset: Preset, out: Path) -> Json:
     corpus = preset.corpus()
     labels = corpus.held_out[:, 1:].reshape(-1)
     classes = frequency_classes(corpus.train, len(corpus.tokenizer))[labels]
-    kinds = held_out_labels(corpus, read_documents(preset.text, ())[0], kind_of)
+    kinds = held_out_labels(corpus, read_documents(preset.text)[0], kind_of)
     types = {name: torch.from_numpy(classes == index) for index, name in enumerate(CLASSES)}
     types |= {name: torch.from_numpy(kinds == index) for index, name in enumerate(KINDS)}
     types = {name: of_type for name, of_type in types.items() if of_type.any()}

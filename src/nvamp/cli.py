@@ -4,7 +4,7 @@ import io
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from nvamp import __version__
 from nvamp.study import StudyError
@@ -84,6 +84,41 @@ def _named(value: str | Path) -> Path:
     return Path(value)
 
 
+def _read_config(context: typer.Context, path: Path | None) -> None:
+    """Make the values of a file the defaults of the other options."""
+    if path is None:
+        return
+    from nvamp.study.config import read_config
+
+    options = {
+        name.removeprefix("--"): option
+        for option in context.command.params
+        for name in option.opts
+        if name not in ("--config", "--help", "-h")
+    }
+    context.default_map = {
+        options[key].name: _as_typed(value, options[key].multiple)
+        for key, value in read_config(path, options).items()
+    }
+
+
+def _as_typed(value: Any, repeated: bool) -> Any:
+    """A value of a file as on the command line, where all but flags are text."""
+    if repeated:
+        return [str(one) for one in (value if isinstance(value, list) else [value])]
+    return value if isinstance(value, bool) else str(value)
+
+
+def _chosen(context: typer.Context, name: str, rival: str) -> Any:
+    """The value of an option, or `None` if it is from a file and its rival is on the command line."""
+    given = {
+        option
+        for option in (name, rival)
+        if (source := context.get_parameter_source(option)) is not None and source.name == "COMMANDLINE"
+    }
+    return None if given == {rival} else context.params[name]
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"nvamp {__version__}")
@@ -111,11 +146,39 @@ def compare(
         ),
     ] = ["ce", "nvamp", "nvamp:gradient=token"],  # noqa: B006  # typer copies it
     seeds: Annotated[int, typer.Option(help="How many seeds, at least 1; they are 0, 1, 2, ...")] = 3,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 240,
-    batch_size: Annotated[int, typer.Option(help="Blocks of tokens in a step.")] = 8,
-    lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate.", show_default="0.002; with --model 5e-05")
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of each run.", show_default="240")
     ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Instead of --steps: how often each run sees the training text.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Blocks of tokens in a step.")] = 8,
+    accumulate: Annotated[
+        int, typer.Option(help="Batches in a step, which has so many times as many blocks.")
+    ] = 1,
+    sequence: Annotated[
+        int | None, typer.Option(help="Tokens in a block.", show_default="64; with --model up to 256")
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate of the losses without one of their own.",
+            show_default="0.002; with --model 5e-05; with --lora 0.0002",
+        ),
+    ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(
+            help="Train adapters of rank r instead of all weights, scaled by alpha/r.",
+            metavar="R[,ALPHA]",
+            show_default="off; alpha is 2r",
+        ),
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute matrix products in bfloat16.")] = False,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Compute activations twice instead of keeping them."),
+    ] = False,
     noise: Annotated[float, typer.Option(help="Share of training labels replaced at random.")] = 0.0,
     model: Annotated[
         str | None,
@@ -134,14 +197,39 @@ def compare(
     dataset: Annotated[
         list[str] | None,
         typer.Option(
-            help="Instead of --text: the name or name:configuration of a dataset, or a local file of one, "
-            "which can be repeated. Append #column if there are several text columns."
+            help="Instead of --text: chats (messages), prompt and completion, or text. The name or "
+            "name:configuration of a dataset, one saved with save_to_disk, or a local file, which can be "
+            "repeated. Append #column to name the one to read."
         ),
     ] = None,
+    loss_on: Annotated[
+        str | None,
+        typer.Option(
+            help="What is learned of chats, prompts and completions: all, or completions alone, which are "
+            "the assistant's turns.",
+            show_default="completions",
+        ),
+    ] = None,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens", help="Read special tokens that are spelled out in the text as such."
+        ),
+    ] = False,
     out: Annotated[
         Path, typer.Option(help="Directory for results, report and models.", parser=_named, metavar="PATH")
     ] = Path("runs/compare"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study in --out first.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A TOML file of options, such as the study.toml of an earlier study; those given here win.",
+            is_eager=True,
+            callback=_read_config,
+            parser=_named,
+            metavar="PATH",
+        ),
+    ] = None,
 ) -> None:
     """Train the same model from the same seeds under several losses, and report what differs.
 
@@ -154,12 +242,28 @@ def compare(
     from nvamp.study.terminal import Terminal, show_results
 
     settings = Settings(
-        tuple(loss), seeds, steps, batch_size, lr, noise, model, tuple(text or ()), tuple(dataset or ())
+        losses=tuple(loss),
+        seeds=seeds,
+        steps=_chosen(context, "steps", "epochs"),
+        batch_size=batch_size,
+        lr=lr,
+        noise=noise,
+        model=model,
+        text=tuple(_chosen(context, "text", "dataset") or ()),
+        dataset=tuple(_chosen(context, "dataset", "text") or ()),
+        epochs=_chosen(context, "epochs", "steps"),
+        accumulate=accumulate,
+        sequence=sequence,
+        lora=lora,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        loss_on=loss_on,
+        special_tokens=special_tokens,
     )
     console = Console()
     try:
         with Store(out) as store:
-            with Terminal(console, steps) as terminal:
+            with Terminal(console) as terminal:
                 command = shlex.join(["nvamp", *sys.argv[1:]])
                 results = compare(settings, store, command, terminal, overwrite, peers)
             if results is None:  # gathered by another rank

@@ -16,7 +16,7 @@ from nvamp.study.corpus import Corpus, build_corpus, train_tokenizer
 from nvamp.study.metrics import METRICS
 from nvamp.study.models import quiet
 from nvamp.study.store import Store
-from nvamp.study.training import Progress
+from nvamp.study.watching import Progress
 
 
 def words(seed: int, count: int) -> str:
@@ -109,7 +109,9 @@ def corpus(documents: list[str], tokenizer: Any) -> Corpus:
     return build_corpus(documents, "words", 16, tokenizer)
 
 
-HELD_OUT = [metric.key for metric in METRICS if metric.key not in ("tokens_per_second", "loss_share")]
+HELD_OUT = [
+    metric.key for metric in METRICS if metric.key not in ("tokens_per_second", "loss_share", "peak_memory")
+]
 
 
 class Silent:
@@ -120,7 +122,7 @@ class Silent:
         self.trained: list[tuple[str, int]] = []
         self.left_out = 0
 
-    def prepared(self, corpus: Any, runs: int, kept: int) -> None:
+    def prepared(self, corpus: Any, steps: int, runs: int, kept: int) -> None:
         self.kept = kept
 
     def run(self, loss: str, seed: int) -> Progress:

@@ -172,3 +172,15 @@ def test_a_bad_spec_is_reported_in_one_line(spec: str, message: str) -> None:
 def test_a_loss_named_twice() -> None:
     with pytest.raises(StudyError, match=r"^--loss nvamp:gamma=0.10,alpha=1: named twice$"):
         parse_losses(["nvamp:gamma=0.1", "ce", "nvamp:gamma=0.10,alpha=1"])
+
+
+def test_a_learning_rate_after_the_loss() -> None:
+    loss = parse_loss("nvamp:tail=0.05,gamma=0.04@2e-4")
+    assert (loss.lr, loss.name) == (2e-4, "nvamp:gamma=0.04,tail=0.05@0.0002")
+    assert loss.spec == parse_loss("nvamp:gamma=0.04,tail=0.05").spec
+    assert len(parse_losses(["nvamp", "nvamp@1e-4", "nvamp@2e-4"])) == 3
+    with pytest.raises(StudyError, match=r"^--loss ce@1e-3: named twice$"):
+        parse_losses(["ce@0.001", "ce@1e-3"])
+    for rate in ("", "x", "0", "-1", "nan", "inf"):
+        with pytest.raises(StudyError, match=f"^--loss ce@{rate}: expected a positive learning rate after @"):
+            parse_loss(f"ce@{rate}")

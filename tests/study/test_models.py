@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, models, processors
 from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
 
 from nvamp.study import StudyError, compare
+from nvamp.study.chats import prefix_of
 from nvamp.study.corpus import Corpus
 from nvamp.study.inspect.inputs import read_inputs
 from nvamp.study.inspect.page import inspect_models
-from nvamp.study.models import build_model, load_model, load_tokenizer, max_positions, prefix_of
+from nvamp.study.models import build_model, load_model, load_tokenizer, max_positions
 
 LOADERS = {"model": load_model, "tokenizer": load_tokenizer, "configuration": max_positions}
 
@@ -30,7 +31,7 @@ def test_the_built_in_model_has_about_two_million_parameters(corpus: Corpus) -> 
         def __len__(self) -> int:
             return 2048
 
-    model = build_model(None, Corpus(Tokenizer(), corpus.train, corpus.held_out, "", ""))
+    model = build_model(None, Corpus(Tokenizer(), corpus.training, corpus.evaluation, "", ""))
     assert 1.8e6 < model.num_parameters() < 2.3e6
 
 

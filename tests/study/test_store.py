@@ -22,7 +22,8 @@ from nvamp.study.inspect.score import inspect_text
 from nvamp.study.losses import MODES, parse_losses
 from nvamp.study.models import build_model, load_model
 from nvamp.study.store import Store, _canonical, _checksum, conditions, finite, versions, write_json
-from nvamp.study.training import Progress, train
+from nvamp.study.training import train
+from nvamp.study.watching import Progress
 from tests.study.conftest import Silent, study
 
 
@@ -61,7 +62,7 @@ def test_held_out_text_is_read_by_the_first_model_of_each_loss(settings: Setting
     assert data
     page = json.loads(data[1])
     assert page["text"] == prepare(settings).excerpt
-    assert [loss["name"] for loss in page["losses"]] == ["dft", *MODES]
+    assert [loss["name"] for loss in page["models"][0]["losses"]] == ["dft", *MODES]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "dft-seed0")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "models" / "dft-seed0")
     again = inspect_text(model, tokenizer, page["text"], parse_losses(["dft"]))
@@ -316,7 +317,7 @@ def test_space_is_checked_before_training(
 def test_other_versions_and_devices_are_another_study(
     one: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    corpus, recipe = prepare(one), one.recipe()
+    corpus, recipe = prepare(one), one.recipe(1)
     with Store(tmp_path) as store:
         store.claim(conditions(recipe, corpus), overwrite=False)
     monkeypatch.setattr(nvamp.study.store, "versions", lambda: {**here, name: "another"})

@@ -43,7 +43,8 @@ METRICS = (
     Metric("rare", "cross-entropy, rare tokens", "nats", 3),
     Metric("accuracy", "token accuracy", "%", 2, lower_is_better=False),
     Metric("tokens_per_second", "tokens per second", "", 0, lower_is_better=False),
-    Metric("loss_share", "share of time in the loss", "%", 1),
+    Metric("loss_share", "share of time in the output layer and loss", "%", 1),
+    Metric("peak_memory", "peak memory of a step", "MB", 0),
 )
 VERDICT_KEYS = ("cross_entropy", "cvar", "max")
 

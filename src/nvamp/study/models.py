@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from nvamp.study.corpus import Corpus
 from nvamp.study.model_files import ENCODER_DECODER, adapted, check_model
 
 PROBED = 8  # tokens of the two inputs that differ in the last one
-ROUNDING = 1e-4  # how much the logits before it may differ, as a share of the largest
+APART = 4  # tokens of each example that shows whether a model keeps them apart
+ROUNDING = 1e-4  # how much logits that must be the same may differ, as a share of the largest
 
 
 def build_model(name: str | None, corpus: Corpus, scale: int = 1) -> Any:
@@ -37,6 +39,40 @@ def build_model(name: str | None, corpus: Corpus, scale: int = 1) -> Any:
             pad_token_id=None,
         )
     )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of the linear layers, except the output layer.
+
+    Attributes:
+        r: their rank.
+        alpha: what they add is scaled by alpha / r.
+    """
+
+    r: int
+    alpha: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Lora":
+        """From `r` or `r,alpha`; alpha is twice the rank if it is left out."""
+        r, comma, alpha = text.partition(",")
+        numbers = (r, alpha) if comma else (r,)
+        if not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
+            raise StudyError(f"--lora {text}: expected r or r,alpha, such as 8 or 8,16")
+        return cls(int(r), int(alpha) if comma else 2 * int(r))
+
+    def __str__(self) -> str:
+        return f"{self.r},{self.alpha}"
+
+    def adapt(self, model: Any) -> Any:
+        """The model with fresh adapters, a `PeftModel`; the rest of it is frozen."""
+        import peft  # an extra
+
+        config = peft.LoraConfig(
+            r=self.r, lora_alpha=self.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        return peft.get_peft_model(model, config)
 
 
 def load_model(name: str) -> Any:
@@ -122,20 +158,26 @@ def model_bytes(name: str | None, corpus: Corpus) -> int:
     return 4 * int(model.num_parameters())
 
 
+@torch.no_grad()
+def keeps_apart(model: Any) -> bool:
+    """Whether positions that start again keep the examples of a block apart: the second is as if alone."""
+    length = max(1, min(APART, (positions(model.config) or 2 * APART) // 2))
+    tokens = torch.arange(2 * length) % model.config.get_text_config().vocab_size
+    places = torch.arange(length).repeat(2)
+    try:
+        both = logits_of(model(input_ids=tokens[None], position_ids=places[None], use_cache=False))[
+            0, length:
+        ]
+        alone = logits_of(model(input_ids=tokens[None, length:], use_cache=False))[0]
+    except Exception:  # not every model takes positions, and one that does not can raise any error
+        return False
+    return bool((both - alone).abs().max() <= ROUNDING * alone.abs().max())
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a pretrained model."""
     check_model(name)
     return _load(AutoTokenizer, name)
-
-
-def prefix_of(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts before every text; those it puts after one are not among them."""
-    ids: list[int] = tokenizer("a")["input_ids"]
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    for start in range(len(ids) - len(plain) + 1):
-        if ids[start : start + len(plain)] == plain:
-            return ids[:start]
-    return []
 
 
 def max_positions(name: str) -> int | None:
@@ -191,4 +233,4 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch\.utils\.data)")
+    warnings.filterwarnings("ignore", module=r"(transformers|accelerate|peft|torch\.utils\.data)")

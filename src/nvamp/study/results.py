@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from nvamp.study.corpus import Corpus
 from nvamp.study.losses import Loss
 from nvamp.study.metrics import METRICS, VERDICT_KEYS, difference, estimate, held_out_metrics, verdict
+from nvamp.study.packing import IGNORED
 from nvamp.study.store import Json, Store
 from nvamp.study.training import Run
 
@@ -32,11 +33,13 @@ def describe(loss: Loss, seed: int, run: Run, classes: NDArray[np.int64]) -> Jso
         "steps": run.steps,
         "seconds": run.seconds,
         "parameters": run.model.num_parameters(),
+        "logits_because": run.logits_because,
         "curve": run.curve,
         "metrics": {
-            **held_out_metrics(run.nll, run.correct, classes[run.labels]),
+            **held_out_metrics(run.nll, run.scores.correct, classes[run.scores.labels]),
             "tokens_per_second": run.tokens_per_second,
             "loss_share": 100 * run.loss_share,
+            "peak_memory": run.peak_memory and run.peak_memory / 1e6,
         },
     }
 
@@ -48,15 +51,18 @@ def describe_corpus(corpus: Corpus) -> Json:
         "sequence": corpus.train.shape[1],
         "vocabulary": len(corpus.tokenizer),
         "train_tokens": corpus.train.numel(),
-        "held_out_tokens": corpus.held_out[:, 1:].numel(),
+        "learned_tokens": len(corpus.training.learned),
+        "held_out_tokens": len(corpus.evaluation.learned),
+        **corpus.counts,
         "unigram_cross_entropy": _unigram_cross_entropy(corpus),
     }
 
 
 def _unigram_cross_entropy(corpus: Corpus) -> float:
     """Held-out cross-entropy (nats) of a model that knows only the token frequencies of the training text."""
-    counts = np.bincount(corpus.train.numpy().ravel(), minlength=len(corpus.tokenizer)) + 1
-    labels = corpus.held_out[:, 1:].numpy().ravel()
+    tokens = corpus.training.labels.numpy()
+    counts = np.bincount(tokens[tokens != IGNORED], minlength=len(corpus.tokenizer)) + 1
+    labels = corpus.evaluation.learned.numpy()
     return float(np.log(counts.sum()) - np.log(counts[labels]).mean())
 
 

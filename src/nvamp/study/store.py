@@ -224,7 +224,8 @@ class Store:
                 raise OSError(str(error).partition("\n")[0]) from error
 
     def _save_page(self, loss: Loss, run: Run, corpus: Corpus) -> None:
-        found, losses = None, [loss, *(mode for mode in parse_losses(MODES) if mode.name != loss.name)]
+        modes = (mode for mode in parse_losses(MODES) if str(mode.spec) != str(loss.spec))
+        found, losses = None, [loss, *modes]
         with suppress(StudyError):  # a text of one token, say, has no page, and the run is fine
             found = inspect_text(run.model, corpus.tokenizer, corpus.excerpt, losses)
         if found:
@@ -249,6 +250,11 @@ def conditions(recipe: Recipe, corpus: Corpus) -> Json:
         "--steps": recipe.steps,
         "--batch-size": recipe.batch_size,
         "--lr": recipe.lr,
+        "--accumulate": recipe.accumulate,
+        "--bf16": recipe.bf16,
+        "--gradient-checkpointing": recipe.gradient_checkpointing,
+        "--lora": recipe.lora and str(recipe.lora),
+        "--sequence": corpus.train.shape[1],
         "--noise": recipe.noise,
         "--model": recipe.model,
         "content of --model": recipe.model and model_fingerprint(recipe.model),

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nvamp.study import training
+from nvamp.study import watching
 from nvamp.study.corpus import Corpus
 from nvamp.study.metrics import METRICS
 from nvamp.study.store import Json
@@ -20,8 +20,8 @@ _STYLES = {"better": "green", "worse": "red"}
 class Terminal:
     """Shows a study's progress: the bar counts the optimizer steps of all runs that are left to train."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, console: Console) -> None:
+        self._steps = 0  # of a run
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -36,6 +36,7 @@ class Terminal:
         )
         self._task = self._progress.add_task("reading the text", total=None, loss="")
         self._done = 0  # runs finished in this session
+        self._with_logits = False  # whether it has been said
 
     def __enter__(self) -> "Terminal":
         self._progress.start()
@@ -46,17 +47,20 @@ class Terminal:
     ) -> None:
         self._progress.stop()
 
-    def prepared(self, corpus: Corpus, runs: int, kept: int) -> None:
+    def prepared(self, corpus: Corpus, steps: int, runs: int, kept: int) -> None:
         """See `nvamp.study.compare.Display`."""
+        self._steps = steps
         self._progress.update(self._task, total=(runs - kept) * self._steps, completed=0)
+        learned = len(corpus.training.learned)
+        some = f" ({learned:,} of them to learn)" if corpus.counts else ""
         self._print(
-            f"{corpus.source}: {corpus.train.numel():,} tokens to train on, "
-            f"{corpus.held_out[:, 1:].numel():,} held out; {len(corpus.tokenizer):,} token types"
+            f"{corpus.source}: {corpus.train.numel():,} tokens to train on{some}, "
+            f"{len(corpus.evaluation.learned):,} held out; {len(corpus.tokenizer):,} token types"
         )
         if kept:
             self._print(f"{kept} of {runs} runs are already finished")
 
-    def run(self, loss: str, seed: int) -> training.Progress:
+    def run(self, loss: str, seed: int) -> watching.Progress:
         """See `nvamp.study.compare.Display`."""
         self._progress.update(self._task, description=escape(f"{loss}, seed {seed}"), loss="")
 
@@ -73,6 +77,9 @@ class Terminal:
         mean = record["metrics"]["cross_entropy"]
         outcome = "diverged" if mean is None else f"held-out cross-entropy {mean:.3f} nats"
         self._print(f"{record['loss']}, seed {record['seed']}: {outcome} ({record['seconds']:.0f} s)")
+        if (reason := record["logits_because"]) and not self._with_logits:
+            self._with_logits = True
+            self._print(f"this model trains with all of its logits in memory: {reason}")
 
     def replacing(self, runs: int) -> None:
         """See `nvamp.study.compare.Display`."""

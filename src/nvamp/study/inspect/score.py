@@ -17,9 +17,10 @@ from nvamp.objectives import Batch, Statistics
 from nvamp.objectives.spec import LossSpec
 from nvamp.objectives.statistics import statistics as statistics_of
 from nvamp.study import StudyError
+from nvamp.study.chats import prefix_of
 from nvamp.study.inspect.weights import Weights, weigh
 from nvamp.study.losses import Loss
-from nvamp.study.models import check_tokens, positions, prefix_of
+from nvamp.study.models import check_tokens, positions
 
 WINDOW = 1024  # most positions in a window, if the model takes more or does not say
 ALTERNATIVES = 5  # how many of the likeliest tokens are kept at each position
