@@ -45,6 +45,7 @@ class Corpus:
             ones too.
         prompts: of the held-out examples that are whole; empty for text.
         counts: what became of the rows of a dataset, in numbers.
+        special_tokens: whether special tokens that the excerpt spells out are such, or else text.
     """
 
     tokenizer: Any
@@ -54,6 +55,7 @@ class Corpus:
     excerpt: str
     prompts: tuple[Prompt, ...] = ()
     counts: Mapping[str, Any] = field(default_factory=dict)
+    special_tokens: bool = False
 
     @property
     def train(self) -> Tensor:
@@ -99,7 +101,12 @@ def build_corpus(
     if not len(training) or not len(evaluation):
         raise StudyError(f"the text is too short: not one held-out block of {sequence} tokens in {source}")
     return Corpus(
-        tokenizer, training, evaluation.spread(HELD_OUT_TOKENS // sequence), source, excerpt_of(held_out)
+        tokenizer,
+        training,
+        evaluation.spread(HELD_OUT_TOKENS // sequence),
+        source,
+        excerpt_of(held_out),
+        special_tokens=special,
     )
 
 

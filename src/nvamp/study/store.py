@@ -227,7 +227,9 @@ class Store:
         modes = (mode for mode in parse_losses(MODES) if str(mode.spec) != str(loss.spec))
         found, losses = None, [loss, *modes]
         with suppress(StudyError):  # a text of one token, say, has no page, and the run is fine
-            found = inspect_text(run.model, corpus.tokenizer, corpus.excerpt, losses)
+            found = inspect_text(
+                run.model, corpus.tokenizer, corpus.excerpt, losses, special_tokens=corpus.special_tokens
+            )
         if found:
             it = Inspected(f"{loss.name}, seed 0", found, str(loss.spec), f"../{REPORT}")
             write_page([it], "Held-out text", self.page(loss))
