@@ -115,7 +115,10 @@ def _run_all(
                 run = train(
                     loss, seed, recipe, corpus, lambda step, value: None, noise and noise(seed), [norms]
                 )
-                record = {**describe(loss, seed, run, classes), "gradient_norms": norms.values}
+                record = {
+                    **describe(loss, seed, run, classes, corpus.evaluation.owners),
+                    "gradient_norms": norms.values,
+                }
                 store.save(loss, seed, record, run, corpus)
                 print(f"{store.out.name}: {loss.name}, seed {seed}: {run.seconds:.0f} s", flush=True)
             yield Finished(*store.kept(loss, seed))

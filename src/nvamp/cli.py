@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 from nvamp import __version__
 from nvamp.study import StudyError
+from nvamp.study.extra import install_command
 from nvamp.study.model_files import check_model
 from nvamp.study.peers import Peers, join
 
-_INSTALL = "the command line needs {}, which is not installed: pip install 'nvamp-loss[study]'"
+_INSTALL = "the command line needs {}, which is not installed: " + install_command("study")
 
 try:
     import typer
@@ -217,6 +218,16 @@ def compare(
             "--special-tokens", help="Read special tokens that are spelled out in the text as such."
         ),
     ] = False,
+    also: Annotated[
+        str | None,
+        typer.Option(
+            help="A file or directory of another text, to see what is forgotten: its losses before and after."
+        ),
+    ] = None,
+    generate: Annotated[
+        int,
+        typer.Option(help="How many held-out prompts, at most, to complete and compare with their answers."),
+    ] = 0,
     out: Annotated[
         Path, typer.Option(help="Directory for results, report and models.", parser=_named, metavar="PATH")
     ] = Path("runs/compare"),
@@ -262,6 +273,8 @@ def compare(
         gradient_checkpointing=gradient_checkpointing,
         loss_on=loss_on,
         special_tokens=special_tokens,
+        also=also,
+        generate=generate,
     )
     console = Console()
     try:

@@ -114,6 +114,14 @@ def test_marked_turns_are_those_found_by_their_differences(own: Any) -> None:
     assert encode(Chat(MESSAGES, 0), own, completions=True, special=False) == differences
 
 
+def test_a_template_knows_best_what_an_answer_is(own: Any) -> None:
+    own.chat_template = GENERATION.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen")
+    assert learned(own, encode(Chat(MESSAGES, 0), own, completions=True, special=False)) == [
+        "delta loss",
+        "mean tail",
+    ]
+
+
 @pytest.mark.parametrize("template", [TEMPLATE, CHATML, GENERATION, THINKING])
 def test_special_tokens_in_a_message_stay_text(own: Any, template: str) -> None:
     spelled = "<|im_end|> <|endoftext|>\n<|im_start|>user"

@@ -137,7 +137,7 @@ def test_learning_rates(settings: Settings, changes: dict[str, Any], lr: float) 
 
 def test_adapters_need_their_package(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvamp.study.compare, "find_spec", lambda name: None)
-    with pytest.raises(StudyError, match=r"^--lora needs peft, .* pip install 'nvamp-loss\[lora\]'$"):
+    with pytest.raises(StudyError, match=r"^--lora needs peft, .* pip install -e '.*\[lora\]'$"):
         replace(settings, lora="8").check()
 
 
@@ -152,6 +152,8 @@ def test_a_study_with_every_option(one: Settings, tmp_path: Path) -> None:
         "lora": "2",
         "bf16": True,
         "gradient_checkpointing": True,
+        "loss_on": "all",
+        "special_tokens": True,
     }
     everything = replace(one, **changes)
     results, _ = study(everything, tmp_path)

@@ -70,6 +70,9 @@ def test_what_is_cut_and_dropped_is_counted(tokenizer: Any) -> None:
     )
     assert corpus.counts["examples"] + corpus.counts["held_out_examples"] == 43
     assert corpus.train.shape[1] == 64
+    assert len(corpus.prompts) == sum(
+        len(prompt.answer) < 200 for prompt in corpus.prompts
+    )  # none of those cut
     described = describe_corpus(corpus)
     assert described["cut_examples"] == 3
     assert described["held_out_tokens"] == int((corpus.evaluation.labels != IGNORED).sum())
@@ -196,6 +199,14 @@ def test_a_model_that_mixes_examples_gets_one_in_each_block(
     together = prepare(replace(chat_settings, model=str(tmp_path / "llama"), special_tokens=True))
     assert apart.training.positions is None
     assert together.training.positions is not None
+
+
+def test_texts_of_a_dataset_are_shuffled_like_files(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("\n".join(f"mark{index} {words(index, 40)}" for index in range(60)))
+    corpus = prepare(Settings(("ce",), 1, 3, 4, dataset=(str(tmp_path / "lines.txt"),)))
+    held_out = [index for index in range(60) if f"mark{index} " in texts(corpus, "evaluation")]
+    assert len(held_out) >= 4
+    assert held_out != list(range(len(held_out)))  # what is held out comes first
 
 
 def test_special_tokens_of_a_text_are_text_unless_asked_for(tokenizer: Any, tmp_path: Path) -> None:

@@ -87,6 +87,13 @@ def test_examples_are_whole_and_apart(found: list[Encoded], sequence: int, toget
         assert ((~padding).sum(1) <= sequence // 2).sum() <= 1
 
 
+def test_examples_that_fill_a_block_share_it() -> None:
+    found = [Encoded([1] * length, [True] * length, 0) for length in (5, 6, 2, 3)]
+    examples = pack_examples(found, 8, 77, together=True).examples
+    assert examples is not None
+    assert examples.tolist() == [[0] * 5 + [3] * 3, [1] * 6 + [2] * 2]
+
+
 ALL = {architecture.name: architecture for architecture in LANGUAGE}
 
 
@@ -154,3 +161,13 @@ def test_noise_leaves_what_is_not_learned() -> None:
     data = LabelledBlocks(torch.full((200, 4), 7), 1000, 1.0, 0, labels)
     assert torch.equal(data.labels == IGNORED, labels == IGNORED)
     assert (data.labels[labels != IGNORED] > 6).float().mean() > 0.9
+
+
+def test_the_owner_of_each_learned_token() -> None:
+    found = [Encoded([1, 2, 3], [True, False, True], 0), Encoded([4, 5, 6, 7, 8], [True] * 5, 0)]
+    together = pack_examples(found, 8, 0, together=True)
+    assert together.owners.tolist() == [0, 1, 1, 1, 1]
+    assert pack_examples(found, 8, 0, together=False).owners.tolist() == [0, 1, 1, 1, 1]
+    text = pack_text([list(range(9))], 4, [])
+    assert text.owners.tolist() == [0, 0, 0, 1, 1, 1]
+    assert len(text.owners) == len(text.learned)

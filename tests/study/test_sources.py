@@ -19,7 +19,7 @@ def test_files_and_directories(tmp_path: Path) -> None:
     documents, source = read_documents([str(tmp_path / "in"), str(tmp_path / "c")])
     assert sorted(documents) == ["b", "c", "ä"]
     unread = "1 hidden: .git; 1 not UTF-8: binary; 1 binary: zeros"
-    assert source.startswith(f"{tmp_path / 'in'}, {tmp_path / 'c'} (not read: ")
+    assert source.startswith(f"{tmp_path / 'in'}, {tmp_path / 'c'} (3 files read; not read: ")
     assert sorted(source[:-1].partition(": ")[2].split("; ")) == sorted(unread.split("; "))
 
 
@@ -33,7 +33,7 @@ def test_files_that_are_not_read_are_counted_and_named(
     os.mkfifo(tmp_path / "pipe")  # to open it would be to wait for ever
     documents, source = read_documents([str(tmp_path)])
     assert documents == ["a"]
-    assert source.startswith(f"{tmp_path} (not read: 2 unreadable: ")
+    assert source.startswith(f"{tmp_path} (1 file read; not read: 2 unreadable: ")
     assert {"gone", "pipe"} <= set(source.replace(";", ",").replace(": ", ", ").split(", "))
     assert "; 5 not UTF-8: " in source
     assert source.endswith(", ...)")
@@ -53,7 +53,7 @@ def test_names_of_files_that_are_not_read_fit_on_a_line_and_a_page(tmp_path: Pat
     (tmp_path / "a").write_text("a")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n\xe2\x80\xae")).write_bytes(b"\xff")
     _, source = read_documents([str(tmp_path)])
-    assert source == f"{tmp_path} (not read: 1 not UTF-8: ⟨U+DCFF⟩⟨U+000A⟩⟨U+202E⟩)"
+    assert source == f"{tmp_path} (1 file read; not read: 1 not UTF-8: ⟨U+DCFF⟩⟨U+000A⟩⟨U+202E⟩)"
 
 
 def test_what_nvamp_writes_is_no_text(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_what_nvamp_writes_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(study / "runs" / "ce-seed0.json")
     documents, source = read_documents([str(tmp_path)])
     assert sorted(documents) == ["prose on " + page, "{}"]
-    assert source.startswith(f"{tmp_path} (not read: 3 written by nvamp: ")
+    assert source.startswith(f"{tmp_path} (2 files read; not read: 3 written by nvamp: ")
     for path in (study, study / "runs", study / "runs" / "ce-seed0.json", tmp_path / "link"):
         with pytest.raises(StudyError, match=f"^--text {path}: in the directory of a study"):
             read_documents([str(path)])
@@ -103,7 +103,7 @@ def test_text_is_read_up_to_the_limit_and_not_beyond(tmp_path: Path, monkeypatch
     documents, source = read_documents([str(tmp_path)])
     assert [len(text) for text in documents] == [7, 3]
     assert len(opened) == 2
-    assert source == f"{tmp_path} (up to 10 characters: 18 more files)"
+    assert source == f"{tmp_path} (2 files read; 18 more lie beyond 10 characters)"
     long = tmp_path / "long"
     long.write_bytes(b"a" * 100_000 + b"\xff")  # its end is not looked at
     assert read_documents([str(long)])[0] == ["a" * 10]

@@ -143,6 +143,7 @@ def test_held_out_scores_by_definition(corpus: Corpus, model_dir: Any) -> None:
         np.testing.assert_array_equal(found.prediction, log_p.argmax(-1))
         np.testing.assert_array_equal(found.correct, log_p.argmax(-1) == expected)
         np.testing.assert_array_equal(found.labels, expected)
+        np.testing.assert_allclose(found.confidence, log_p.exp().amax(-1), rtol=1e-5)
         np.testing.assert_allclose(found.entropy, -(log_p.exp() * log_p).sum(-1), rtol=1e-5)
 
 

@@ -42,7 +42,7 @@ class ChatError(Exception):
 
 
 def prefix_of(tokenizer: Any) -> list[int]:
-    """The special tokens that a tokenizer puts before every text, such as Llama's `<s>`."""
+    """The tokens that a tokenizer puts before every text; those it puts after one are not among them."""
     alone = tokenizer("a", add_special_tokens=False)["input_ids"]
     around: list[int] = tokenizer("a")["input_ids"]
     starts = (at for at in range(len(around)) if around[at : at + len(alone)] == alone)

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from math import ceil, inf
@@ -13,9 +13,11 @@ from typing import Protocol
 import torch
 
 from nvamp.study import StudyError
+from nvamp.study.chats import prefix_of
 from nvamp.study.config import CONFIG, write_config
-from nvamp.study.corpus import Corpus, build_corpus, frequency_classes
+from nvamp.study.corpus import HELD_OUT_TOKENS, Corpus, build_corpus, frequency_classes, tokenize
 from nvamp.study.examples import build_examples
+from nvamp.study.extra import install_command
 from nvamp.study.losses import Loss, parse_losses
 from nvamp.study.models import (
     Lora,
@@ -24,10 +26,11 @@ from nvamp.study.models import (
     load_config,
     load_model,
     load_tokenizer,
+    max_positions,
     model_bytes,
-    positions,
     quiet,
 )
+from nvamp.study.packing import Blocks, pack_text
 from nvamp.study.peers import POLL, Peers
 from nvamp.study.results import describe, describe_corpus, gather
 from nvamp.study.rows import Rows, read_rows
@@ -60,6 +63,8 @@ class Settings:
         lora: "r" or "r,alpha".
         loss_on: which tokens of examples are learned, of `LOSS_ON`; `None` for the default.
         special_tokens: whether special tokens that the text spells out are such, or else text.
+        also: a file or directory of another text, on which models are evaluated before and after training.
+        generate: the most held-out prompts to complete.
     """
 
     losses: tuple[str, ...]
@@ -79,6 +84,8 @@ class Settings:
     gradient_checkpointing: bool = False
     loss_on: str | None = None
     special_tokens: bool = False
+    also: str | None = None
+    generate: int = 0
 
     def check(self) -> None:
         """Raise a `StudyError` if an option is out of range."""
@@ -95,6 +102,8 @@ class Settings:
             raise StudyError("--steps and --epochs exclude each other")
         if not 0 <= self.noise <= 1:
             raise StudyError(f"--noise must be between 0 and 1, got {self.noise:g}")
+        if self.generate < 0:
+            raise StudyError(f"--generate must be at least 0, got {self.generate}")
         if not self.losses:
             raise StudyError("--loss: expected at least one")
         if self.loss_on not in (None, *LOSS_ON):
@@ -106,7 +115,7 @@ class Settings:
             if self.model is None:
                 raise StudyError("--lora adapts a trained model: name one with --model")
             if find_spec("peft") is None:
-                raise StudyError("--lora needs peft, which is not installed: pip install 'nvamp-loss[lora]'")
+                raise StudyError(f"--lora needs peft, which is not installed: {install_command('lora')}")
         if self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
             raise StudyError(f"--bf16: {torch.cuda.get_device_name()} does not compute in bfloat16")
 
@@ -122,6 +131,7 @@ class Settings:
             bf16=self.bf16,
             accumulate=self.accumulate,
             gradient_checkpointing=self.gradient_checkpointing,
+            generate=self.generate,
             lora=None if self.lora is None else Lora.parse(self.lora),
         )
 
@@ -219,7 +229,7 @@ def _train_missing(
     awaited = missing
     for loss, seed in missing[peers.rank :: peers.world]:
         run = train(loss, seed, recipe, corpus, display.run(loss.name, seed))
-        store.save(loss, seed, describe(loss, seed, run, classes), run, corpus)
+        store.save(loss, seed, describe(loss, seed, run, classes, corpus.evaluation.owners), run, corpus)
         del run  # the model of the next run takes its place in memory
         awaited = _show_finished(awaited, store, display)
     if peers.rank == 0 and awaited:
@@ -251,6 +261,7 @@ def _results(
             "versions": versions(),
             "settings": {**asdict(settings), "steps": recipe.steps, "lr": recipe.lr, "out": str(store.out)},
             "text": describe_corpus(corpus),
+            "tokens_seen": recipe.steps * recipe.accumulate * recipe.batch_size * corpus.train.shape[1],
             **gather(losses, settings.seeds, store),
         }
     )
@@ -262,12 +273,11 @@ def prepare(settings: Settings, out: Path | None = None) -> Corpus:
     tokenizer, together, most = None, True, inf
     if settings.model is not None:
         tokenizer = load_tokenizer(settings.model)
-        model = load_model(settings.model)  # what is wrong with it is reported before the text is read
-        most = positions(model.config) or inf
+        most = max_positions(settings.model) or inf
         if settings.sequence is not None and settings.sequence > most:
             raise StudyError(f"--sequence {settings.sequence}: the model takes at most {most} tokens")
-        together = not settings.dataset or keeps_apart(model)
-        del model
+        # What is wrong with the model is reported before the text is read.
+        together = keeps_apart(load_model(settings.model))
     rows, source = _read(settings, out)
     short = settings.model is None and not rows.examples
     sequence = settings.sequence or int(min(SEQUENCE if short else SEQUENCE_LONG, most))
@@ -286,7 +296,26 @@ def prepare(settings: Settings, out: Path | None = None) -> Corpus:
             check_tokens(load_config(settings.model), int(max(corpus.train.max(), corpus.held_out.max())))
     except StudyError as error:
         raise StudyError(f"{'--dataset' if settings.dataset else '--text'}: {error}") from error
-    return corpus
+    if settings.generate and not corpus.prompts:
+        raise StudyError(
+            "--generate: expected prompts with answers to complete: --dataset with messages, or with prompt "
+            "and completion"
+        )
+    return corpus if settings.also is None else replace(corpus, also=_also(settings, corpus, out))
+
+
+def _also(settings: Settings, corpus: Corpus, out: Path | None) -> Blocks:
+    """The blocks of the other text to evaluate on."""
+    sequence = corpus.train.shape[1]
+    try:
+        documents, _ = read_documents((settings.also or "",), out)
+    except StudyError as error:
+        raise StudyError(str(error).replace("--text", "--also", 1)) from error
+    tokens = tokenize(documents, corpus.tokenizer, settings.special_tokens)
+    blocks = pack_text(tokens, sequence, prefix_of(corpus.tokenizer))
+    if not len(blocks):
+        raise StudyError(f"--also {settings.also}: the text is too short: not one block of {sequence} tokens")
+    return blocks.spread(HELD_OUT_TOKENS // sequence)
 
 
 def _read(settings: Settings, out: Path | None) -> tuple[Rows, str]:

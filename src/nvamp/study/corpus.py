@@ -45,6 +45,7 @@ class Corpus:
             ones too.
         prompts: of the held-out examples that are whole; empty for text.
         counts: what became of the rows of a dataset, in numbers.
+        also: blocks of another text to evaluate on, before and after training; `None` for none.
         special_tokens: whether special tokens that the excerpt spells out are such, or else text.
     """
 
@@ -55,6 +56,7 @@ class Corpus:
     excerpt: str
     prompts: tuple[Prompt, ...] = ()
     counts: Mapping[str, Any] = field(default_factory=dict)
+    also: Blocks | None = None
     special_tokens: bool = False
 
     @property
@@ -70,7 +72,7 @@ class Corpus:
     def fingerprint(self) -> str:
         """A hash of the blocks."""
         digest = hashlib.sha256()
-        for blocks in (self.training, self.evaluation):
+        for blocks in filter(None, (self.training, self.evaluation, self.also)):
             digest.update(str(tuple(blocks.inputs.shape)).encode())
             digest.update(blocks.inputs.numpy().tobytes())
             if not torch.equal(blocks.labels, blocks.inputs):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nvamp.study import StudyError
-from nvamp.study.chats import TEMPLATE, ChatError, Encoded, encode
+from nvamp.study.chats import TEMPLATE, ChatError, Encoded, encode, prefix_of
 from nvamp.study.corpus import (
     HELD_OUT_SHARE,
     HELD_OUT_TOKENS,
@@ -116,11 +116,18 @@ def build_examples(
         blocks,
         held_out_blocks.spread(HELD_OUT_TOKENS // sequence),
         source,
-        excerpt_of([tokenizer.decode(example.ids) for example, _ in evaluation]),
+        excerpt_of([_spelled(example.ids, tokenizer) for example, _ in evaluation]),
         tuple(prompts),
         counts,
         special_tokens=True,
     )
+
+
+def _spelled(ids: list[int], tokenizer: Any) -> str:
+    """The text of an example, special tokens spelled out, without the prefix of the tokenizer."""
+    prefix = prefix_of(tokenizer)
+    text: str = tokenizer.decode(ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids)
+    return text
 
 
 def _bounded(examples: list[Example]) -> list[Example]:

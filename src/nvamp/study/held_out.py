@@ -1,6 +1,6 @@
 """Held-out text under a model: what it makes of every token, without its logits if the model is patched."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,6 +20,8 @@ BATCH_TOKENS = 1024  # in a batch of examples, which has at least one
 
 # `input_ids` and `labels`, and `position_ids` if the model is to have them; each [sequence] int64.
 Example = Mapping[str, Tensor]
+# From labels [B, S] to their losses and what the pass finds out.
+Losses = Callable[[Tensor], tuple[Tensor, TokenMetrics]]
 
 
 class Examples(Protocol):
@@ -37,6 +39,7 @@ class TokenScores(NamedTuple):
         nll: [tokens] float32, their plain losses in nats.
         correct: [tokens] bool, whether the likeliest token is the label.
         prediction: [tokens] int64, the likeliest token.
+        confidence: [tokens] float32, the probability of the likeliest token.
         entropy: [tokens] float32, of the prediction, in nats.
         labels: [tokens] int64.
     """
@@ -44,6 +47,7 @@ class TokenScores(NamedTuple):
     nll: NDArray[np.float32]
     correct: NDArray[np.bool_]
     prediction: NDArray[np.int64]
+    confidence: NDArray[np.float32]
     entropy: NDArray[np.float32]
     labels: NDArray[np.int64]
 
@@ -65,8 +69,17 @@ def score(model: Any, examples: Examples, bf16: bool = False) -> TokenScores:
     with in_mode(model, False), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for batch in _batches(examples):
             labels = pad(batch.pop("labels")[:, 1:], (0, 1), value=-100).to(device)
-            nll, metrics = _losses(model, labels, {name: x.to(device) for name, x in batch.items()})
-            fields = nll.float(), metrics.correct, metrics.prediction, metrics.entropy.float(), labels
+            losses = _losses(model, {name: x.to(device) for name, x in batch.items()})
+            nll, metrics = losses(labels)
+            confidence = (-losses(metrics.prediction)[0].float()).exp()
+            fields = (
+                nll.float(),
+                metrics.correct,
+                metrics.prediction,
+                confidence,
+                metrics.entropy.float(),
+                labels,
+            )
             parts.append([field[labels != -100].cpu() for field in fields])
     return TokenScores(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
@@ -77,8 +90,10 @@ def _batches(examples: Examples) -> Iterator[dict[str, Tensor]]:
         yield default_data_collator([examples[i] for i in range(begin, min(begin + size, len(examples)))])
 
 
-def _losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, TokenMetrics]:
-    """The losses of `labels` [B, S], each of the position that it is at, and what their pass finds out."""
+def _losses(model: Any, inputs: Mapping[str, Tensor]) -> Losses:
+    """The losses of labels [B, S], each of the position that it is at, and what their pass finds out."""
     if installed_loss(model) is not None:
-        return linear_token_nll_of(model, labels, use_cache=False, **inputs)
-    return token_nll(logits_of(model(use_cache=False, **inputs)), labels, return_metrics=True)
+        found: Losses = linear_token_nll_of(model, use_cache=False, **inputs)
+        return found
+    logits = logits_of(model(use_cache=False, **inputs))
+    return lambda labels: token_nll(logits, labels, return_metrics=True)

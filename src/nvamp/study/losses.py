@@ -14,6 +14,7 @@ from nvamp.study import StudyError
 
 # The objectives that need nothing of a token beside its loss: text has no more.
 KNOWN = tuple(name for name, objective in OBJECTIVES.items() if not objective().inputs)
+WORDS = {"ce": "cross-entropy", "nvamp": "NVAMP", "gce": "GCE", "dft": "DFT"}  # the others read as they are
 MODES = tuple(str(NVAMP(gradient=gradient)) for gradient in GRADIENTS)
 
 
@@ -87,3 +88,12 @@ def _rate(text: str, rate: str) -> float:
     if not 0 < lr < inf:
         raise StudyError(f"--loss {text}: expected a positive learning rate after @, got {rate!r}")
     return lr
+
+
+def in_words(name: str) -> str:
+    """The name of a loss for a sentence: `NVAMP with gamma 0.04, tail 0.05`."""
+    spec, _, rate = name.partition("@")
+    objective, _, options = spec.partition(":")
+    words = options.replace("=", " ").replace("_", " ").replace(",", ", ")
+    at = f" at a learning rate of {rate}" if rate else ""
+    return WORDS.get(objective, objective) + (f" with {words}" if words else "") + at

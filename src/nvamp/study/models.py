@@ -18,6 +18,7 @@ from nvamp.study.corpus import Corpus
 from nvamp.study.model_files import ENCODER_DECODER, adapted, check_model
 
 PROBED = 8  # tokens of the two inputs that differ in the last one
+
 APART = 4  # tokens of each example that shows whether a model keeps them apart
 ROUNDING = 1e-4  # how much logits that must be the same may differ, as a share of the largest
 

@@ -47,6 +47,13 @@ class Blocks:
         labels = self.labels[:, 1:].reshape(-1)
         return labels[labels != IGNORED]
 
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """The example of each token that is predicted and learned, [tokens]; of text, its block."""
+        owners = self.examples if self.examples is not None else torch.arange(len(self))[:, None]
+        found: NDArray[np.int64] = owners.expand_as(self.labels)[:, 1:][self.labels[:, 1:] != IGNORED].numpy()
+        return found
+
     def spread(self, limit: int) -> "Blocks":
         """At most `limit` of the blocks, evenly spaced."""
         return replace(

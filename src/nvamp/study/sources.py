@@ -109,9 +109,13 @@ def _read_paths(names: Sequence[str], out: Path | None) -> tuple[list[str], str]
         # Each name must have some text, within the limit or beyond it.
         if name not in read and not any(found.text(path) for of, path in beyond if of == name):
             raise StudyError(f"--text {name}: {found.why_not(name)}")
-    source = ", ".join(names) + found.unread(" (not read: ", ")")
+    notes = list(filter(None, [found.unread("not read: ")]))
     if beyond:
-        source += f" (up to {MAX_CHARACTERS:,} characters: {len(beyond):,} more files)"
+        notes.append(f"{len(beyond):,} more lie beyond {MAX_CHARACTERS:,} characters")
+    source = ", ".join(names)
+    if notes or len(documents) > len(names):
+        count = f"{len(documents):,} file{'s' if len(documents) > 1 else ''} read"
+        source += f" ({'; '.join([count, *notes])})"
     return documents, source
 
 
@@ -200,14 +204,14 @@ class _Files:
             return "no readable UTF-8 text in it" + self.unread(", not read: ")
         return next((why.value for why, paths in self._unread.items() if path in paths), "empty")
 
-    def unread(self, before: str, after: str = "") -> str:
-        """What was not read, in words between `before` and `after`; empty if all was."""
+    def unread(self, before: str) -> str:
+        """What was not read, in words after `before`; empty if all was."""
         kinds = [
             f"{len(paths):,} {why.value}: {', '.join(visible(path.name) for path in sorted(paths)[:NAMED])}"
             + (", ..." if len(paths) > NAMED else "")
             for why, paths in self._unread.items()
         ]
-        return before + "; ".join(kinds) + after if kinds else ""
+        return before + "; ".join(kinds) if kinds else ""
 
 
 def _read_text(path: Path) -> str | Unread:

@@ -258,6 +258,7 @@ def conditions(recipe: Recipe, corpus: Corpus) -> Json:
         "--lora": recipe.lora and str(recipe.lora),
         "--sequence": corpus.train.shape[1],
         "--noise": recipe.noise,
+        "--generate": recipe.generate,
         "--model": recipe.model,
         "content of --model": recipe.model and model_fingerprint(recipe.model),
         "text": corpus.fingerprint(),

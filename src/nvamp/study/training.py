@@ -22,6 +22,7 @@ from nvamp.integrations.transformers import compute_loss_func, patch, unpatch
 from nvamp.integrations.transformers.alignment import own_loss
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
+from nvamp.study.generation import generation_metrics
 from nvamp.study.held_out import Examples, TokenScores, score
 from nvamp.study.losses import Loss
 from nvamp.study.models import Lora, build_model, quiet
@@ -37,6 +38,7 @@ class Recipe:
 
     Attributes:
         noise: share of the training labels that are replaced by random tokens.
+        generate: the most held-out prompts to complete after training.
         model: a directory or hub id; `None` for the built-in model.
         bf16: run forward, backward and evaluation under bfloat16 autocast; weights and losses stay float32.
         scale: factor on the built-in model's width, heads and layers.
@@ -55,6 +57,7 @@ class Recipe:
     accumulate: int = 1
     gradient_checkpointing: bool = False
     lora: Lora | None = None
+    generate: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Run:
     Attributes:
         model: the trained model.
         scores: of the held-out text under it.
+        asked: the metrics of completions and of another text, if these were asked for.
         curve: (step, plain cross-entropy in nats on a slice of the held-out text).
         steps: optimizer steps done; fewer than requested if the run diverged.
         tokens_per_second: throughput of the median step.
@@ -76,6 +80,7 @@ class Run:
 
     model: Any
     scores: TokenScores
+    asked: dict[str, float]
     curve: list[tuple[int, float]]
     steps: int
     tokens_per_second: float
@@ -168,6 +173,7 @@ def train(
     few = held_out.spread(CURVE_TOKENS // sequence)
     evaluate = partial(_cross_entropy, few, recipe.bf16)
     watch = Watch(recipe.steps, loss_times, device, evaluate, progress)
+    before = _cross_entropy(corpus.also, recipe.bf16, base.to(device)) if corpus.also else None
     start = perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = transformers.Trainer(
@@ -186,10 +192,17 @@ def train(
     if recipe.lora:
         model.merge_and_unload()
     scores = score(base, held_out, recipe.bf16)
+    asked: dict[str, float] = {}
+    if corpus.also and before is not None:
+        after = _cross_entropy(corpus.also, recipe.bf16, base)
+        asked |= {"also": after, "forgotten": after - before}
     unpatch(base)
+    if recipe.generate:
+        asked |= generation_metrics(base, corpus.tokenizer, corpus.prompts[: recipe.generate])
     return Run(
         model=base,
         scores=scores,
+        asked=asked,
         curve=watch.curve,
         steps=len(watch.steps),
         tokens_per_second=recipe.accumulate * recipe.batch_size * sequence / step_seconds,

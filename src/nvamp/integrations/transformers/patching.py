@@ -1,7 +1,7 @@
 """The linear path for a transformers model: its own forward, with an output layer that computes no logits."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, wraps
 from inspect import signature, unwrap
@@ -115,23 +115,27 @@ def unpatch(model: Any) -> None:
         watch(model)
 
 
-def linear_token_nll_of(model: Any, labels: Tensor, **inputs: Any) -> tuple[Tensor, TokenMetrics]:
+def linear_token_nll_of(model: Any, **inputs: Any) -> Callable[[Tensor], tuple[Tensor, TokenMetrics]]:
     """The plain losses of tokens under a patched model, and what their pass finds out, without logits.
 
     Args:
         model: patched, or what wraps it, in either mode.
-        labels: [B, S], each of the position that it is at: nothing is shifted here.
         inputs: of the model, without labels.
 
     Returns:
-        As `nvamp.functional.linear_token_nll`.
+        `nvamp.functional.linear_token_nll` as a function of the labels alone: [B, S], each of the position
+        that it is at. Nothing is shifted here.
     """
     base = base_model(model)
     with _under_way(_Call(type(base).__name__, base.loss_function, heads.layers_of(base), {})):
         logits: Any = logits_of(model(**inputs))
     hidden, weight, bias, vocab_group = heads.head_of(logits)
     options: Any = logits.options if vocab_group is None else {"vocab_group": vocab_group, **logits.options}
-    return linear_token_nll(hidden, weight, labels, bias, return_metrics=True, **options)
+
+    def losses(labels: Tensor) -> tuple[Tensor, TokenMetrics]:
+        return linear_token_nll(hidden, weight, labels, bias, return_metrics=True, **options)
+
+    return losses
 
 
 def watch(model: Any) -> None:
