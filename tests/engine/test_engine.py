@@ -151,7 +151,7 @@ def test_a_few_rows_that_weigh_nothing_more(few: int, backend: str) -> None:
 
 @with_few
 @with_fused
-@pytest.mark.usefixtures("device_kind")
+@pytest.mark.usefixtures("device_kind", "unwritten_is_nan")
 def test_no_rows_at_all(few: int, backend: str) -> None:
     p = make_problem(n=0)
     extra = torch.zeros(0, dtype=torch.float64)
@@ -457,6 +457,16 @@ def test_half_precision_sums_many_chunks_in_float32(one_pass: bool, monkeypatch:
     assert grad(torch.bfloat16) == [-128, 128]
 
 
+def test_float16_sums_over_chunks_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three chunks add up to 80,000, beyond float16; the third takes half of it back."""
+    monkeypatch.setattr(linear, "chunk_rows", lambda *_: 800)
+    hidden = torch.full((2400, 1), 100.0, dtype=torch.float16)
+    weight = torch.zeros(2, 1, dtype=torch.float16, requires_grad=True)
+    labels = (torch.arange(2400) >= 1600).long()
+    (grad,) = torch.autograd.grad(linear_token_nll(hidden, weight, labels).sum(), weight)
+    assert grad.flatten().tolist() == [-40000, 40000]
+
+
 # Inputs as they come -----------------------------------------------------------------------------------
 
 
@@ -610,13 +620,15 @@ def test_ignored_hidden_states_may_hold_anything(junk: float, ignored: float, pa
 
 
 @with_fused
+@pytest.mark.parametrize("label", [-1, 64, 10**9])
 @pytest.mark.parametrize("path", ["logits", "linear", "one pass"])
 def test_a_bad_label_shows_where_it_cannot_be_looked_for(
-    backend: str, path: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, path: str, label: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One past the end of a row would be the start of the next: rows of 64 have nothing in between."""
     monkeypatch.setattr(devices, "can_look", lambda _: False)
-    p = make_problem(ignored=0)
-    p.labels[4] = 10**9
+    p = make_problem(n=6, v=64, ignored=0)
+    p.labels[4] = label
 
     def losses(h: Tensor) -> Tensor:
         if path == "logits":

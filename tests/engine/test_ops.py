@@ -418,6 +418,32 @@ def test_logits_are_left_alone_where_someone_may_need_them() -> None:
         assert leaf.grad.data_ptr() != leaf.data_ptr()
 
 
+@with_backend
+def test_rows_that_cannot_be_merged_are_overwritten(backend: str) -> None:
+    base, labels = torch.randn(4, 7, 14, requires_grad=True), torch.randint(11, (3, 5))
+
+    def grad(inplace: bool) -> Tensor:
+        logits = (base * 1)[1:, 1:-1, 2:-1]
+        nll = token_nll(logits, labels, inplace_backward=inplace, backend=backend)
+        return torch.autograd.grad(nll.sum(), base)[0]
+
+    torch.testing.assert_close(grad(True), grad(False))
+
+
+@both_ways
+@with_backend
+def test_logits_that_overlap_are_not_overwritten(backend: str) -> None:
+    """Windows that move by one element: in their memory there is no room for the gradient of each."""
+    base = torch.randn(12, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+    def grad(inplace: bool, backend: str) -> Tensor:
+        windows = (base * 1).unfold(0, 7, 1)
+        nll = token_nll(windows, torch.arange(6), inplace_backward=inplace, backend=backend)
+        return torch.autograd.grad(nll.sum(), base)[0]
+
+    torch.testing.assert_close(grad(True, backend), grad(False, "reference"))
+
+
 @both_ways
 @with_backend
 def test_who_needs_overwritten_logits_gets_an_error(backend: str) -> None:

@@ -14,7 +14,7 @@ from nvamp.distributed import map_gradient
 from nvamp.engine import parts
 from nvamp.engine.options import Head, Options
 from nvamp.functional import token_nll
-from nvamp.ranks import Ranks
+from nvamp.ranks import ALONE, Ranks
 from tests import oracle
 from tests.engine.problems import HALF, IGNORED, OPTIONS, Problem, gradients, make_problem
 from tests.strategies import examples
@@ -190,6 +190,17 @@ def test_masked_classes_and_extreme_logits(backend: str) -> None:
     finite = torch.tensor([0, 1, 5])
     torch.testing.assert_close(got[finite], grad[finite], **TIGHT)
     assert got[2:5].isnan().any(-1).all()
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_logits_saved_through_hooks_are_not_overwritten(backend: str) -> None:
+    """Autograd would not notice that they have changed, and their base is unknown."""
+    p = make_problem(n=5, v=7)
+    leaf = p.logits.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        nll = parts.token_nll(leaf.view_as(leaf), p.labels, 0, True, backend, Options(), ALONE)[0]
+    nll.sum().backward()
+    assert torch.equal(leaf, p.logits)
 
 
 def losses(logits: Tensor, labels: Tensor, sizes: list[int], backend: str, opt: Options) -> list[Tensor]:

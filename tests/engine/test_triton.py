@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from triton import __version__ as triton_version
 
 from nvamp.engine import backends, devices, linear, parts, triton
-from nvamp.engine.backend import OfEntropy
+from nvamp.engine.backend import Chunk, Largest, OfEntropy
 from nvamp.engine.options import Head, Needs, Options
 from nvamp.ranks import ALONE
 
@@ -152,9 +152,28 @@ def test_chunks_on_an_accelerator(n: int, d: int, v: int) -> None:
             rows = linear.chunk_rows(hidden, weight, accum_dtype, one_pass)
             assert rows % 256 == 0
             assert (rows - 256) * row < max(at_the_end - meanwhile, 2**29) <= rows * row
+            assert linear.held_dtype(weight, accum_dtype) == torch.float32
+        assert linear.held_dtype(weight, torch.bfloat16) == torch.bfloat16
         rows = linear.chunk_rows(hidden, weight, torch.bfloat16, one_pass)
         assert rows % 128 == 0
         assert (rows - 64) * row <= max(2 * n * d, 2**28) < (rows + 65) * row
+
+
+def test_chunks_are_alike_and_no_larger_than_asked_for() -> None:
+    for n in range(1, 5000, 37):
+        for most in (1, 100, 1023, 1025, 1100, 1500, 2047):
+            rows = linear._even(n, most)
+            assert rows <= most
+            assert -(-n // rows) == -(-n // most)
+    assert linear._even(2000, 1100) == 1024  # whole tiles
+
+
+def test_of_tied_losses_in_several_blocks_the_first_counts() -> None:
+    head = Head(torch.zeros(3000, 1), torch.zeros(2, 1), None, torch.zeros(3000, dtype=torch.int64))
+    largest = Largest.none(head, 1)
+    chunk = Chunk(0, 0, torch.ones(3000), head.labels, torch.zeros(3000, 2), head.hidden)
+    triton.keep_largest(largest, chunk, Options())
+    assert (float(largest.loss[1]), int(largest.row[1])) == (1, 0)
 
 
 class Allocations(TorchDispatchMode):

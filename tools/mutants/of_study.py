@@ -1,17 +1,6 @@
-"""Small changes to the code, each of which some test must see."""
+"""Mutants of `nvamp compare`, `nvamp inspect` and the command line."""
 
-from typing import NamedTuple
-
-
-class Mutant(NamedTuple):
-    """A text that occurs once in a file, what stands in its place, and the tests that must then fail."""
-
-    file: str
-    old: str
-    new: str
-    tests: str  # a file
-    names: str  # those of its tests whose name has this; all if empty
-
+from tools.mutants.mutant import Mutant
 
 STUDY, TESTS = "src/nvamp/study", "tests/study"
 
