@@ -69,9 +69,10 @@ fuzz: $(INSTALLED)
 	$(BIN)/python -m tools.fuzz --seconds $(FUZZ_SECONDS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak --seconds $(FUZZ_SECONDS)
 
-# Changes the code in small ways and reports which changes no test sees.
+# Changes the code in small ways and reports which changes no test sees: all of them, or for MUTANT_MINUTES those
+# that the day's date draws.
 mutants: $(INSTALLED)
-	$(BIN)/python -m tools.mutants
+	$(BIN)/python -m tools.mutants $(if $(MUTANT_MINUTES),--minutes $(MUTANT_MINUTES))
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cpu --out runs/bench

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from nvamp.distributed import map_gradient
 from nvamp.engine import parts
+from nvamp.engine.checks import check_head
+from nvamp.engine.checks import check_logits as check_of_logits
 from nvamp.engine.options import Head, Options
 from nvamp.functional import token_nll
 from nvamp.ranks import ALONE, Ranks
@@ -55,6 +57,8 @@ def on_ranks(world: int, function: Callable[[Ranks], T]) -> list[T]:
                 )
             except Exception as error:
                 results[rank] = error
+                if not isinstance(error, ValueError):  # which all ranks raise
+                    barrier.abort()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -62,8 +66,9 @@ def on_ranks(world: int, function: Callable[[Ranks], T]) -> list[T]:
     for thread in threads:
         thread.join()
     errors = [result for result in results if isinstance(result, Exception)]
-    if errors and not isinstance(errors[0], ValueError):
-        raise errors[0]
+    unexpected = [e for e in errors if not isinstance(e, ValueError | threading.BrokenBarrierError)]
+    if unexpected:
+        raise unexpected[0]
     return results
 
 
@@ -86,8 +91,15 @@ def logits_path(
     return on_ranks(len(sizes), rank)
 
 
-def check_logits(backend: str, options: dict[str, Any]) -> None:
+def problem() -> Problem:
+    """Its labels have the first and the last class of a part among them."""
     p = make_problem(n=11, v=sum(SIZES))
+    p.labels[:4] = torch.tensor([0, 1, 30, 31])
+    return p
+
+
+def check_logits(backend: str, options: dict[str, Any]) -> None:
+    p = problem()
     _, (expected,) = gradients(lambda x: (p.token_weights * p.exact(x, **options)).sum(), p.logits)
     results = logits_path(p, SIZES, backend, options)
     for nll, _ in results:
@@ -96,7 +108,7 @@ def check_logits(backend: str, options: dict[str, Any]) -> None:
 
 
 def check_linear(backend: str, options: dict[str, Any]) -> None:
-    p = make_problem(n=11, v=sum(SIZES))
+    p = problem()
 
     def whole(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return (p.token_weights * p.exact(torch.nn.functional.linear(h, w, b), **options)).sum()
@@ -190,6 +202,11 @@ def test_masked_classes_and_extreme_logits(backend: str) -> None:
     finite = torch.tensor([0, 1, 5])
     torch.testing.assert_close(got[finite], grad[finite], **TIGHT)
     assert got[2:5].isnan().any(-1).all()
+
+
+def test_a_part_may_be_empty() -> None:
+    check_of_logits(torch.zeros(3, 0), part=True)
+    check_head(torch.zeros(3, 2), torch.zeros(0, 2), torch.zeros(0), part=True)
 
 
 @pytest.mark.parametrize("backend", ["chunked", "triton"])

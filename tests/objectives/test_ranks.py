@@ -24,7 +24,7 @@ from nvamp.objectives import (
     TokenWeighted,
     Truncated,
 )
-from nvamp.objectives.hardest import hardest, most_tokens_of, tokens_of
+from nvamp.objectives.hardest import hardest, most_tokens_of, tokens_of, whole_tokens_of
 from nvamp.ranks import Exchange, Ranks
 from tests.engine.test_parts import on_ranks as on_threads
 from tests.objectives.problems import KINDS, fixed, is_exact, objectives, tokens
@@ -111,6 +111,13 @@ def test_every_nan_is_as_large(count: int) -> None:
 def test_the_number_of_a_share_is_exact(share: float, n: int, k: int) -> None:
     assert tokens_of(share, torch.tensor(n)) == k
     assert most_tokens_of(share, n) == max(k, 1)
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "k"), [(0.1, 0, 0), (0.1, 9, 0), (0.1, 10, 1), (1 / 3, 3, 1), (0.29, 100, 29), (1.0, 7, 7)]
+)
+def test_the_number_of_whole_tokens_of_a_share_is_exact(share: float, n: int, k: int) -> None:
+    assert whole_tokens_of(share, torch.tensor(n)) == k
 
 
 @pytest.mark.parametrize("numbers", [1, 32, 33, 1000])

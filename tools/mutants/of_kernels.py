@@ -21,7 +21,7 @@ def fused(old: str, new: str, names: str) -> Mutant:
 # fmt: off
 MUTANTS = [
     # Where the vectors of a row begin and end.
-    mutant("tl.minimum((VECTOR - beyond) % VECTOR, vocab)", "(VECTOR - beyond) % VECTOR", "entropy", "first_of_equals and triton"),
+    mutant("tl.minimum((VECTOR - beyond) % VECTOR, vocab)", "(VECTOR - beyond) % VECTOR", "engine", "shorter_than_a_vector"),
     mutant("tl.where(i < head, i, -1)", "tl.where(i <= head, i, -1)", "engine", "strides and triton"),
     mutant("tl.where(after < vocab, after, -1)", "tl.where(after <= vocab, after, -1)", "engine", "strides and triton"),
     # z, its slope, and sums that keep their digits.
@@ -64,7 +64,6 @@ MUTANTS = [
     mutant("start + best_row, index)", "best_row, index)", "engine", "one_pass and triton and 1-plain"),
     mutant("bu = tl.load(b_ptr).to(WIDE) * tl.load(u_ptr + row).to(WIDE)", "bu = tl.load(b_ptr).to(WIDE) * tl.load(u_ptr).to(WIDE)", "engine", "one_pass and triton and 1-plain"),
     # Launches.
-    launching("return all(n % 16 == 0 for n in bytes_apart)", "return True", "engine", "strides and triton"),
     launching("if rows <= FEW_ROWS else (8192, 256) if metrics", "if rows < 0 else (8192, 256) if metrics", "triton", "sizes_of_programs"),
     launching("if opt.class_weight is not None:  # the kernel", "if False:  # the kernel", "class_weight", "one_pass and triton"),
     launching("weights[..., 1].masked_fill(labels == opt.ignore_index, 0)", "weights[..., 1]", "class_weight", "both_paths and triton"),

@@ -334,7 +334,7 @@ def keep_largest(largest: Largest, chunk: Chunk, opt: Options) -> None:
 
 
 def scale_and_add(x: Tensor, a: Tensor, b: Tensor | None, u: Tensor, v: Tensor, out: Tensor) -> None:
-    if b is not None and devices.can_look(x):
+    if b is not None and devices.can_look(x) and x.dtype == out.dtype:
         torch.addmm(x, u[:, None], v[None], beta=float(a), alpha=float(b), out=out)
         return
     torch.mul(x, a, out=out)
