@@ -14,8 +14,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from nvamp import TokenNVAMPLoss, fused
 from nvamp.engine import backends, triton
 from nvamp.functional import token_weights
-from nvamp.objectives import GRADIENTS, NVAMP, Batch, Gradient, Result
+from nvamp.objectives import GRADIENTS, NVAMP, Batch, Focal, Gradient, Result
 from nvamp.objectives.statistics import statistics
+from nvamp.ranks import ALONE, Ranks
 from tests import oracle
 from tests.engine.test_triton import run
 from tests.objectives.test_nvamp import HUGE_LOSSES, coefficients, weights_of
@@ -200,6 +201,23 @@ def test_kernel_is_as_exact_in_float32_as_operations_of_pytorch(
     for name, pairs in errors.items():
         of_plain, of_kernel = map(max, zip(*pairs, strict=True))
         assert of_kernel <= max(1.5 * of_plain, 2e-7), name
+
+
+class Derived(NVAMP):
+    """Which may have another rule."""
+
+
+def test_what_the_kernel_cannot_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.OF_DEVICE, "cpu", ("triton",))
+    ell = torch.ones(3)
+    assert fused.serves(NVAMP(), ell, None, ALONE)
+    assert not fused.serves(NVAMP(), ell, "chunked", ALONE)
+    assert not fused.serves(NVAMP(), ell, None, Ranks(size=2))
+    for objective in (NVAMP(tail=0.1), Derived(), Focal()):
+        assert not fused.serves(objective, ell, None, ALONE)
+    served = []
+    torch.vmap(lambda x: (served.append(fused.serves(NVAMP(), x, None, ALONE)), x)[1])(ell[None])
+    assert served == [False]
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

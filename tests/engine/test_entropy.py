@@ -86,9 +86,7 @@ def test_gradcheck(backend: str) -> None:
     def results(nll: Tensor, metrics: TokenMetrics) -> tuple[Tensor, Tensor]:
         return nll, metrics.entropy
 
-    gradcheck(
-        lambda x: results(*token_nll(x, p.labels, **options)), p.logits.detach().requires_grad_()
-    )
+    gradcheck(lambda x: results(*token_nll(x, p.labels, **options)), p.logits.detach().requires_grad_())
     head = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias)]
     gradcheck(lambda h, w, b: results(*linear_token_nll(h, w, p.labels, b, **options)), head)
 

@@ -129,9 +129,7 @@ def test_gradcheck(backend: str) -> None:
     gradcheck(lambda h, w, b: linear_token_nll(h, w, p.labels, b, **options), inputs)
     gradcheck(lambda h, w, b: linear_nll_sum(h, w, p.labels, b, few=4, **options), inputs)
     for few in (0, 1):
-        gradcheck(
-            lambda h, w, b, few=few: linear_nll_sum(h, w, p.labels, b, few=few, **options)[0], inputs
-        )
+        gradcheck(lambda h, w, b, few=few: linear_nll_sum(h, w, p.labels, b, few=few, **options)[0], inputs)
 
 
 FEW = [0, 1, 5]

@@ -160,6 +160,13 @@ def test_the_number_of_tokens_and_their_weights_reach_the_criterion() -> None:
         model(**batch)
 
 
+def test_columns_go_with_the_labels_that_the_model_has_made() -> None:
+    """Those of all places, or without the first if it shifts them."""
+    column = torch.arange(6.0).view(2, 3)
+    assert patching._like(torch.zeros(6), column).tolist() == [0, 1, 2, 3, 4, 5]
+    assert patching._like(torch.zeros(4), column).tolist() == [1, 2, 4, 5]
+
+
 def test_a_bias_is_of_the_layer_and_of_the_model() -> None:
     """Added before the logits are scaled and capped."""
     torch.manual_seed(0)

@@ -82,9 +82,13 @@ def test_hardest(dtype: torch.dtype, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("count", range(5))
-def test_every_nan_is_as_large(count: int) -> None:
-    """Of either sign, and of any payload."""
-    losses = torch.tensor([2.0, -torch.nan, torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    ("losses", "order"),
+    [([2.0, -torch.nan, torch.inf, torch.nan], [1, 3, 2, 0]), ([-1.0, -0.0, 0.0, -0.0], [1, 2, 3, 0])],
+)
+def test_every_nan_is_as_large_and_every_zero(losses: Any, order: list[int], count: int) -> None:
+    """Of either sign, and a NaN of any payload."""
+    losses = torch.tensor(losses)
     valid = torch.ones(4, dtype=torch.bool)
 
     def among(ranks: Ranks) -> Tensor:
@@ -92,7 +96,7 @@ def test_every_nan_is_as_large(count: int) -> None:
         return hardest(Batch(losses[mine], valid[mine], ranks=ranks), torch.tensor(count)).among
 
     found = torch.cat(on_threads(2, among))
-    assert set(found.nonzero().flatten().tolist()) == set([1, 3, 2, 0][:count])
+    assert set(found.nonzero().flatten().tolist()) == set(order[:count])
 
 
 @pytest.mark.parametrize(

@@ -89,10 +89,8 @@ MUTANTS = [
     mutant("inplace", "extent = max(extent, stride * size)", "extent = stride", "ops", "overlap"),
     mutant("inplace", "x.is_leaf or (x._base is not None and x._base.is_leaf)", "x.is_leaf", "ops", "left_alone"),
     mutant("inplace", "return not _graph_is_kept() and not torch.is_grad_enabled()", "return not torch.is_grad_enabled()", "ops", "left_alone or backward_twice"),
-    mutant("inplace", "return not _graph_is_kept() and not torch.is_grad_enabled()", "return not _graph_is_kept()", "ops", "second_derivatives"),
     mutant("operator", "or x.is_neg()\n", "\n", "ops", "negative_views"),
     mutant("operator", "ctx.set_materialize_grads(False)\n", "pass\n", "entropy", "losses_alone"),
-    mutant("hugepages", 'fresh.device.type == "cpu" and', "", "hugepages", "left_alone"),
     # The oracle.
     mutant("reference", "torch.where(valid, weight * opt.z_loss * z.logsumexp(-1).square(), 0)", "weight * opt.z_loss * z.logsumexp(-1).square()", "engine", "token_nll and reference and z_loss and not linear"),
     mutant("reference", "log_p.clamp(min=lowest)", "log_p", "entropy", "masked_classes and reference"),
