@@ -64,7 +64,6 @@ MUTANTS = [
     mutant("start + best_row, index)", "best_row, index)", "engine", "one_pass and triton and 1-plain"),
     mutant("bu = tl.load(b_ptr).to(WIDE) * tl.load(u_ptr + row).to(WIDE)", "bu = tl.load(b_ptr).to(WIDE) * tl.load(u_ptr).to(WIDE)", "engine", "one_pass and triton and 1-plain"),
     # Launches.
-    launching("if rows <= FEW_ROWS else (8192, 256) if metrics", "if rows < 0 else (8192, 256) if metrics", "triton", "sizes_of_programs"),
     launching("if opt.class_weight is not None:  # the kernel", "if False:  # the kernel", "class_weight", "one_pass and triton"),
     launching("weights[..., 1].masked_fill(labels == opt.ignore_index, 0)", "weights[..., 1]", "class_weight", "both_paths and triton"),
     launching("weights = weights_of(labels, opt) if weights is None else weights", "weights = weights_of(labels, opt)", "class_weight", "vocabulary_in_parts and triton"),

@@ -81,7 +81,7 @@ MUTANTS = [
     mutant("apply", "return torch.where(some, extreme(padded), 0)", "return extreme(padded)", "test_losses", "nothing_to_learn"),
     mutant("apply", "return value.detach()  # an input", "return value  # an input", "objectives/test_nvamp", "changed_in_place"),
     mutant("apply", "torch.where(weight == 0, 0, x * weight).sum()", "(x * weight).sum()", "objectives/test_paths", "in_a_graph"),
-    mutant("apply", "torch.where(losses.valid, w, 0)) for x, w in terms]", "w) for x, w in terms]", "objectives/test_paths", "in_a_graph"),
+    mutant("apply", "torch.where(losses.valid, w, 0)) for x, w in terms]", "w) for x, w in terms]", "objectives/test_paths", "do_not_matter"),
     mutant("apply", "return torch.where(losses.valid, weights, 0).view(nll.shape)", "return weights.expand(nll.shape)", "objectives/test_values", ""),
     mutant("apply", "else torch.where(valid, x.to(dtype), 0)).flatten()", "else x.to(dtype)).flatten()", "test_losses", "elsewhere"),
     mutant("apply", "times = ranks.size if shared.of_mean else 1", "times = ranks.size", "test_sharded", "dtensors and 4"),
