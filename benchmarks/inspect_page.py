@@ -17,7 +17,7 @@ from time import perf_counter
 
 from playwright.sync_api import Browser, sync_playwright
 
-from nvamp.study.inspect.page import write_page
+from nvamp.study.inspect.page import Inspected, write_page
 from nvamp.study.inspect.score import inspect_text
 from nvamp.study.losses import MODES, parse_losses
 from nvamp.study.models import load_model, load_tokenizer
@@ -91,7 +91,7 @@ def main() -> None:
         begin = perf_counter()
         found = inspect_text(model, tokenizer, text, parse_losses(MODES))
         scored = perf_counter()
-        write_page(found, "model", "text", path)
+        write_page([Inspected("model", found)], "text", path)
         made = perf_counter()
         times, redraws = zip(*(opened(browser, path) for _ in range(REPEATS)), strict=True)
         print(f"{len(found.tokens.ids):,} tokens, {len(text):,} characters")

@@ -80,7 +80,7 @@ def main() -> None:
         # A batch is split over the processes.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
-    corpus = build_corpus(*read_documents(options.text, []), SEQUENCE)
+    corpus = build_corpus(*read_documents(options.text), SEQUENCE)
     transformers.set_seed(0)
     model = build_model(None, corpus)
     criterion = Loss(NVAMP(), process_group=dist.group.WORLD if accelerator.use_distributed else None)

@@ -65,7 +65,7 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.cuda.is_available():
         device = torch.device("cpu")
-    corpus = build_corpus(*read_documents(options.text, []), SEQUENCE)
+    corpus = build_corpus(*read_documents(options.text), SEQUENCE)
     transformers.set_seed(0)
     model = build_model(None, corpus).to(device)
     if not dist.is_torchelastic_launched():

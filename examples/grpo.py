@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--letter", default="e", help="the letter that is rewarded; default: e")
     parser.add_argument("--text", action="append", default=[], help="a file or directory of text; repeat it")
     options = parser.parse_args()
-    corpus = build_corpus(*read_documents(options.text, []), SEQUENCE)
+    corpus = build_corpus(*read_documents(options.text), SEQUENCE)
     end = corpus.tokenizer.eos_token_id
     names = map(corpus.tokenizer.decode, range(len(corpus.tokenizer)))
     rewarded = torch.tensor([options.letter in name for name in names])

@@ -82,7 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     if BATCH % options.devices:
         parser.error(f"{options.devices} processes cannot share a batch of {BATCH} blocks in equal parts")
-    corpus = build_corpus(*read_documents(options.text, []), SEQUENCE)
+    corpus = build_corpus(*read_documents(options.text), SEQUENCE)
     transformers.set_seed(0)
     module = LanguageModel(build_model(None, corpus), Loss(NVAMP()), corpus.train, BATCH)
     trainer = lightning.Trainer(

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="default: 20")
     parser.add_argument("--text", action="append", default=[], help="a file or directory of text; repeat it")
     options = parser.parse_args()
-    corpus = build_corpus(*read_documents(options.text, []), SEQUENCE)
+    corpus = build_corpus(*read_documents(options.text), SEQUENCE)
     transformers.set_seed(0)
     model = build_model(None, corpus)
     config = ChunkedLossWrapper.Config(num_chunks=CHUNKS, loss_fn=TitanLoss.Config(loss=options.loss))

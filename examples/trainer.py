@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--text", action="append", default=[], help="a file or directory of text; repeat it")
     options = parser.parse_args()
     quiet()
-    corpus = build_corpus(*read_documents(options.text, []), SEQUENCE)
+    corpus = build_corpus(*read_documents(options.text), SEQUENCE)
     with tempfile.TemporaryDirectory() as scratch:
         train(options.path, parse(options.loss), corpus, options.steps, scratch)
 

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/trl_sft"), help="default: runs/trl_sft")
     parser.add_argument("--text", action="append", default=[], help="a file or directory of text; repeat it")
     options = parser.parse_args()
-    corpus = build_corpus(*read_documents(options.text, []), SEQUENCE)
+    corpus = build_corpus(*read_documents(options.text), SEQUENCE)
     halves = (map(corpus.tokenizer.decode, block.split(SEQUENCE // 2)) for block in corpus.train[:ROWS])
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in halves]
     transformers.set_seed(0)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,3 +158,14 @@ def test_a_step_of_a_patched_model_is_one_of_nvamp() -> None:
         seen[name] = model(input_ids=tokens, labels=tokens).loss.detach()
     torch.testing.assert_close(seen["patch"], seen["loss_function"])
     assert seen["patch"] != seen["transformers' cross-entropy"]
+
+
+def test_the_memory_of_a_step_of_compare(tmp_path: Path) -> None:
+    toy = ["--vocab", "20000", "--hidden", "28", "--rows", "1", "--out", str(tmp_path)]
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks.study_memory", *toy], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    record = json.loads((tmp_path / "study_memory.json").read_text())
+    of_step = {way: found["peak"] - found["before"] for way, found in record["bytes"].items()}
+    assert of_step["logits"] - of_step["linear"] > 0.7 * 4 * 512 * 20000  # the logits, roughly

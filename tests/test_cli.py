@@ -39,7 +39,7 @@ def test_a_study_from_end_to_end(
     said = " ".join(captured.out.split())
     assert captured.err == ""
     assert f"Report: {out / 'report.html'}" in "".join(captured.out.splitlines())
-    assert "nvamp:gradient=token against ce: cross-entropy: " in said
+    assert "NVAMP with gradient token: tail " in said
     assert "ce, seed 1: held-out cross-entropy" in said
 
     results = json.loads((out / "results.json").read_text())
@@ -51,7 +51,7 @@ def test_a_study_from_end_to_end(
     assert [(run["loss"], run["seed"], run["steps"]) for run in results["runs"]] == [
         (loss, seed, 3) for loss in ("ce", "nvamp:gradient=token") for seed in (0, 1)
     ]
-    assert "nvamp:gradient=token against ce" in (out / "report.html").read_text()
+    assert "NVAMP with gradient token against cross-entropy" in (out / "report.html").read_text()
 
     assert run(monkeypatch, *arguments, "--noise", "0.1", "--text", text_dir, "--out", out) == 0
     assert "4 of 4 runs are already finished" in capsys.readouterr().out
@@ -64,7 +64,7 @@ def test_a_study_from_end_to_end(
     assert run(monkeypatch, *arguments, "--noise", "0.1", "--text", text_dir, "--out", out) == 2
     captured = capsys.readouterr()
     assert captured.err == f"nvamp: {out / 'report.html'}: Is a directory\n"
-    assert "nvamp:gradient=token against ce" in " ".join(captured.out.split())  # it is shown all the same
+    assert "NVAMP with gradient token: tail " in " ".join(captured.out.split())  # it is shown all the same
 
 
 def test_a_dataset_and_a_model_of_ones_own(
@@ -87,11 +87,35 @@ def test_a_dataset_and_a_model_of_ones_own(
     assert "±" not in capsys.readouterr().out.split("\n", 6)[-1]
 
 
+def test_options_from_a_file(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model_dir: Path,
+    text_dir: Path,
+) -> None:
+    config, out = tmp_path / "my.toml", tmp_path / "out"
+    config.write_text(
+        f'loss = ["ce", "nvamp@2e-4"]\nseeds = 1\nepochs = 3\nbatch-size = 4\nlr = 1e-3\nbf16 = true\n'
+        f'lora = 2\nmodel = "{model_dir}"\ntext = "{text_dir}"\n'
+    )
+    assert run(monkeypatch, "compare", "--config", config, "--steps", "2", "--loss", "ce", "--out", out) == 0
+    settings = json.loads((out / "results.json").read_text())["settings"]
+    assert (settings["losses"], settings["steps"], settings["epochs"]) == (["ce"], 2, None)
+    assert (settings["batch_size"], settings["lr"], settings["lora"]) == (4, 1e-3, "2")
+    assert settings["bf16"] is True
+    capsys.readouterr()
+    assert run(monkeypatch, "compare", "--config", out / "study.toml", "--out", out) == 0
+    assert "1 of 1 runs are already finished" in capsys.readouterr().out
+    assert run(monkeypatch, "compare", "--config", out / "study.toml", "--out", out, "--dataset", "x") == 2
+    assert "--dataset x: " in capsys.readouterr().err  # and not that it excludes --text
+
+
 def losses_on(page: Path) -> list[str]:
     """The names of the losses whose weights a page of `nvamp inspect` has."""
     data = re.search(r'<script type="application/json" id="data">(.*)</script>', page.read_text())
     assert data
-    return [loss["name"] for loss in json.loads(data[1])["losses"]]
+    return [loss["name"] for loss in json.loads(data[1])["models"][0]["losses"]]
 
 
 def test_a_model_of_a_study_can_be_inspected(
@@ -110,11 +134,14 @@ def test_a_model_of_a_study_can_be_inspected(
     size = (tmp_path / "page.html").stat().st_size / 1e6
     said = " ".join(captured.out.split())
     assert re.match(
-        r"\d+ tokens: mean \d\.\d{3} nats, sigma 0\.\d{3}, max \d\.\d\d, dispersion 0\.\d{3} ", said
+        r"nvamp, seed 0: \d+ tokens: mean \d\.\d{3} nats, sigma 0\.\d{3}, max \d\.\d\d, dispersion 0\.\d{3} ",
+        said,
     )
     assert f"Page ({size:.1f} MB): {tmp_path / 'page.html'}" in "".join(captured.out.splitlines())
     assert losses_on(tmp_path / "page.html") == [*MODES]
     assert losses_on(out / "inspect" / "nvamp-seed0.html") == [*MODES]
+    assert '<a href="out/report.html">' in (tmp_path / "page.html").read_text()
+    assert '<a href="../report.html">' in (out / "inspect" / "nvamp-seed0.html").read_text()
     more = ["--loss", "focal:gamma=2", "--loss", "ce:label_smoothing=0.1", "--out", tmp_path / "page.html"]
     assert run(monkeypatch, *inspect, *more) == 0
     assert losses_on(tmp_path / "page.html") == ["focal", "ce:label_smoothing=0.1"]
@@ -155,12 +182,13 @@ def test_ctrl_c_while_a_text_is_read(
         (["compare", "--no-overwrite"], "No such option: --no-overwrite"),
         (["compare", "--bogus"], "No such option: --bogus"),
         (["compare", "--lr"], "--lr"),
+        (["compare", "--config", "no.toml"], "--config no.toml: No such file or directory"),
         (["bogus"], "No such command 'bogus'."),
         (["inspect", "--text", "x"], "--model"),
         (["inspect", "--model", "x", "--text", "missing"], "--text missing: No such file or directory"),
         (["inspect", "--model", "./x", "--text", __file__], "--model ./x: no such directory"),
         (
-            ["inspect", "--model", "./x", "--text", __file__, "--loss", "bogus"],
+            ["inspect", "--model", "x", "--text", __file__, "--loss", "bogus"],
             "--loss bogus: unknown objective",
         ),
     ],
@@ -192,7 +220,7 @@ def test_a_console_that_is_not_utf_8(
     assert run(monkeypatch, "compare", *arguments, "--text", text_dir, "--out", out) == 0
     console.flush()
     shown = console.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
-    assert "dft against ce: cross-entropy: " in shown
+    assert "DFT: tail " in shown
     assert "out?" in "".join(shown.split())
     assert (out / "report.html").exists()
 
@@ -224,17 +252,41 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == f"nvamp {nvamp.__version__}\n"
 
 
-def test_help_does_not_wait_for_heavy_imports() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--version"], 0, f"nvamp {nvamp.__version__}\n"),
+        (["compare", "--help"], 0, "--noise"),
+        (["compare", "--bogus"], 2, "nvamp: No such option: --bogus"),
+        (["compare", "--steps", "many"], 2, "'--steps'"),
+        (["inspect", "--text", "x"], 2, "--model"),
+    ],
+)
+def test_messages_do_not_wait_for_heavy_imports(arguments: list[str], code: int, said: str) -> None:
+    heavy = {"torch", "numpy", "transformers", "datasets", "matplotlib", "jinja2"}
     shown = python(
         "-c",
-        "import sys; sys.argv = ['nvamp', 'compare', '--help']\n"
+        f"import sys; sys.argv = ['nvamp', *{arguments!r}]\n"
         "from nvamp.cli import main\n"
         "try: main()\n"
-        "finally: print('heavy:', {'transformers', 'datasets', 'matplotlib'} & set(sys.modules))",
+        f"finally: print('heavy:', {heavy!r} & set(sys.modules))",
     )
+    assert shown.returncode == code
+    assert said in shown.stdout + shown.stderr
+    assert shown.stdout.endswith("heavy: set()\n")
+
+
+def test_the_module_is_the_program() -> None:
+    shown = python("-m", "nvamp", "inspect", "-h")
     assert shown.returncode == 0
-    assert "--noise" in shown.stdout
-    assert "heavy: set()" in shown.stdout
+    assert "Usage: nvamp inspect " in shown.stdout
+
+
+def test_shells_complete() -> None:
+    """As bash asks, which the script of `--show-completion` makes it do."""
+    asked = {"_NVAMP_COMPLETE": "complete_bash", "COMP_WORDS": "nvamp compare --ov", "COMP_CWORD": "2"}
+    shown = python("-m", "nvamp", **asked)
+    assert (shown.returncode, shown.stdout) == (0, "--overwrite\n")
 
 
 @pytest.mark.parametrize("command", ["compare", "inspect"])
@@ -287,9 +339,8 @@ def test_without_the_extra_packages(missing: str) -> None:
         "from nvamp.cli import main; main()",
     )
     assert ended.returncode == 2
-    told = (
-        f"nvamp: the command line needs {missing}, which is not installed: pip install 'nvamp-loss[study]'\n"
-    )
+    command = f"pip install -e '{Path(__file__).parents[1]}[study]'"
+    told = f"nvamp: the command line needs {missing}, which is not installed: {command}\n"
     assert ended.stderr == told
 
 

@@ -143,9 +143,9 @@ def test_settings_are_of_the_plugin() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_no_code_is_left_out(page: str) -> None:
-    """Every fence is Python, a shell's or YAML, and what is merely indented is no Python: formulas are in Greek."""
+    """Every fence is Python, a shell's, YAML or TOML, and what is merely indented is no Python: formulas are in Greek."""
     text = PAGES[page]
-    assert {language for language, _, _ in blocks(text)} <= {"python", "sh", "yaml"}
+    assert {language for language, _, _ in blocks(text)} <= {"python", "sh", "yaml", "toml"}
     assert text.count("```") == 2 * len(list(blocks(text)))
     for block in re.findall(r"(?<=\n\n)(?:    .*\n|\n)+", FENCE.sub("", text)):
         if block.isascii() and block.strip():
@@ -213,6 +213,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             name, *options = arguments
             command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
             if options:
+                monkeypatch.setattr("nvamp.study.config.read_config", lambda path, known: {})
                 found = command.make_context(name, options).params
                 for spec in found.get("loss", ()):
                     parse_loss(spec)
@@ -238,11 +239,12 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             install, *names = [word for word in arguments if not word.startswith("--")]
             assert install == "install"
             for name in names:
-                extra = re.fullmatch(r"(?:nvamp-loss|\.)(?:\[(\w+)\])?", name)
+                extra = re.fullmatch(r"(?:nvamp-loss|\.)(?:\[([\w,]+)\])?", name)
                 if extra is None:
                     assert re.search(rf"[\"']{re.escape(name)}[\"';>=\[]", others), name
                 else:
-                    assert extra[1] is None or re.search(rf"^{extra[1]} = \[", project, re.MULTILINE)
+                    for one in filter(None, (extra[1] or "").split(",")):
+                        assert re.search(rf"^{one} = \[", project, re.MULTILINE)
         case _:
             raise AssertionError(f"a command that no test knows: {words}")
 
@@ -254,6 +256,20 @@ def test_commands_are_understood(page: str, monkeypatch: pytest.MonkeyPatch) -> 
             check(words, monkeypatch)
         except (Exception, SystemExit) as error:
             raise AssertionError(f"{shlex.join(words)}: {error!r}") from error
+
+
+def test_files_of_options_are_understood(tmp_path: Path) -> None:
+    contents = [
+        content for text in PAGES.values() for language, _, content in blocks(text) if language == "toml"
+    ]
+    assert contents
+    for content in contents:
+        path = tmp_path / "study.toml"
+        path.write_text(content)
+        command = typer.main.get_command(app).commands["compare"]  # type: ignore[attr-defined]
+        found = command.make_context("compare", ["--config", str(path)]).params
+        assert [parse_loss(loss) for loss in found["loss"]]
+        assert found["epochs"] or found["steps"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("[!_]*.py")), ids=lambda path: path.stem)

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 from nvamp.cli import main as nvamp_main
 from nvamp.study.corpus import train_tokenizer
 from nvamp.study.losses import KNOWN
-from tests.study.conftest import HELD_OUT, small_llama, words
+from nvamp.study.metrics import HELD_OUT
+from tests.study.conftest import small_llama, words
 
 TRIES = 20  # commands until a study must be finished
 LONGEST = 3.0  # seconds until a kill, at most

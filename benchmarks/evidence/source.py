@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvamp.study.corpus import HELD_OUT_TOKENS, Corpus, pack, split, spread
+from nvamp.study.corpus import HELD_OUT_TOKENS, Corpus, split
+from nvamp.study.packing import pack, spread
 
 KINDS = (
     "layout",

@@ -4,14 +4,14 @@ import io
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from nvamp import __version__
 from nvamp.study import StudyError
-from nvamp.study.losses import KNOWN, MODES
+from nvamp.study.extra import install_command
 from nvamp.study.peers import Peers, join
 
-_INSTALL = "the command line needs {}, which is not installed: pip install 'nvamp-loss[study]'"
+_INSTALL = "the command line needs {}, which is not installed: " + install_command("study")
 
 try:
     import typer
@@ -22,12 +22,15 @@ except ModuleNotFoundError as error:
 except KeyboardInterrupt:
     raise SystemExit(130) from None
 
-_LOSSES = f"One of {', '.join(KNOWN)}, with options after a colon: focal:gamma=3, ce:label_smoothing=0.1."
+# Spelled out: asking the library would import PyTorch, and a wrong option would wait for it.
+_LOSSES = (
+    "One of ce, nvamp, tail, tilted, truncated, focal, gce, dft, entropy, "
+    "with options after a colon: focal:gamma=3, ce:label_smoothing=0.1."
+)
 
 app = typer.Typer(
     name="nvamp",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -43,7 +46,7 @@ def main() -> None:
         elif isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # not every console knows ± and the names of all files
         _check_encoding(sys.argv[1:])
-        code = app(standalone_mode=False, obj=peers)
+        code = app(prog_name="nvamp", standalone_mode=False, obj=peers)
     except typer.TyperException as error:
         # Without arguments the help is shown, and the error has no message.
         if message := error.format_message():
@@ -82,6 +85,41 @@ def _named(value: str | Path) -> Path:
     return Path(value)
 
 
+def _read_config(context: typer.Context, path: Path | None) -> None:
+    """Make the values of a file the defaults of the other options."""
+    if path is None:
+        return
+    from nvamp.study.config import read_config
+
+    options = {
+        name.removeprefix("--"): option
+        for option in context.command.params
+        for name in option.opts
+        if name not in ("--config", "--help", "-h")
+    }
+    context.default_map = {
+        options[key].name: _as_typed(value, options[key].multiple)
+        for key, value in read_config(path, options).items()
+    }
+
+
+def _as_typed(value: Any, repeated: bool) -> Any:
+    """A value of a file as on the command line, where all but flags are text."""
+    if repeated:
+        return [str(one) for one in (value if isinstance(value, list) else [value])]
+    return value if isinstance(value, bool) else str(value)
+
+
+def _chosen(context: typer.Context, name: str, rival: str) -> Any:
+    """The value of an option, or `None` if it is from a file and its rival is on the command line."""
+    given = {
+        option
+        for option in (name, rival)
+        if (source := context.get_parameter_source(option)) is not None and source.name == "COMMANDLINE"
+    }
+    return None if given == {rival} else context.params[name]
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"nvamp {__version__}")
@@ -109,11 +147,40 @@ def compare(
         ),
     ] = ["ce", "nvamp", "nvamp:gradient=token"],  # noqa: B006  # typer copies it
     seeds: Annotated[int, typer.Option(help="How many seeds, at least 1; they are 0, 1, 2, ...")] = 3,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 240,
-    batch_size: Annotated[int, typer.Option(help="Blocks of tokens in a step.")] = 8,
-    lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate.", show_default="0.002; with --model 5e-05")
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of each run.", show_default="240")
     ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Instead of --steps: how often each run sees the training text.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Blocks of tokens in a step.")] = 8,
+    accumulate: Annotated[
+        int, typer.Option(help="Batches in a step, which has so many times as many blocks.")
+    ] = 1,
+    sequence: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a block.", show_default="64; with --model or chats 256"),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate of the losses without one of their own.",
+            show_default="0.002; with --model 5e-05; with --lora 0.0002",
+        ),
+    ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(
+            help="Train adapters of rank r instead of all weights, scaled by alpha/r.",
+            metavar="R[,ALPHA]",
+            show_default="off; alpha is 2r",
+        ),
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute matrix products in bfloat16.")] = False,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Compute activations twice instead of keeping them."),
+    ] = False,
     noise: Annotated[float, typer.Option(help="Share of training labels replaced at random.")] = 0.0,
     model: Annotated[
         str | None,
@@ -132,14 +199,49 @@ def compare(
     dataset: Annotated[
         list[str] | None,
         typer.Option(
-            help="Instead of --text: the name or name:configuration of a dataset, or a local file of one, "
-            "which can be repeated. Append #column if there are several text columns."
+            help="Instead of --text: chats (messages), prompt and completion, or text. The name or "
+            "name:configuration of a dataset, one saved with save_to_disk, or a local file, which can be "
+            "repeated. Append #column to name the one to read."
         ),
     ] = None,
+    loss_on: Annotated[
+        str | None,
+        typer.Option(
+            help="What is learned of chats, prompts and completions: all, or completions alone, which are "
+            "the assistant's turns.",
+            show_default="completions",
+        ),
+    ] = None,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens", help="Read special tokens that are spelled out in the text as such."
+        ),
+    ] = False,
+    also: Annotated[
+        str | None,
+        typer.Option(
+            help="A file or directory of another text, to see what is forgotten: its losses before and after."
+        ),
+    ] = None,
+    generate: Annotated[
+        int,
+        typer.Option(help="How many held-out prompts, at most, to complete and compare with their answers."),
+    ] = 0,
     out: Annotated[
         Path, typer.Option(help="Directory for results, report and models.", parser=_named, metavar="PATH")
     ] = Path("runs/compare"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the study in --out first.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A TOML file of options, such as the study.toml of an earlier study; those given here win.",
+            is_eager=True,
+            callback=_read_config,
+            parser=_named,
+            metavar="PATH",
+        ),
+    ] = None,
 ) -> None:
     """Train the same model from the same seeds under several losses, and report what differs.
 
@@ -152,12 +254,30 @@ def compare(
     from nvamp.study.terminal import Terminal, show_results
 
     settings = Settings(
-        tuple(loss), seeds, steps, batch_size, lr, noise, model, tuple(text or ()), tuple(dataset or ())
+        losses=tuple(loss),
+        seeds=seeds,
+        steps=_chosen(context, "steps", "epochs"),
+        batch_size=batch_size,
+        lr=lr,
+        noise=noise,
+        model=model,
+        text=tuple(_chosen(context, "text", "dataset") or ()),
+        dataset=tuple(_chosen(context, "dataset", "text") or ()),
+        epochs=_chosen(context, "epochs", "steps"),
+        accumulate=accumulate,
+        sequence=sequence,
+        lora=lora,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        loss_on=loss_on,
+        special_tokens=special_tokens,
+        also=also,
+        generate=generate,
     )
     console = Console()
     try:
         with Store(out) as store:
-            with Terminal(console, steps) as terminal:
+            with Terminal(console) as terminal:
                 command = shlex.join(["nvamp", *sys.argv[1:]])
                 results = compare(settings, store, command, terminal, overwrite, peers)
             if results is None:  # gathered by another rank
@@ -175,31 +295,48 @@ def compare(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Option(help="A causal language model: a directory or hub id.")],
-    text: Annotated[Path, typer.Option(help="A UTF-8 file.", parser=_named, metavar="PATH")],
-    loss: Annotated[
+    model: Annotated[
         list[str],
         typer.Option(
-            help="A loss whose weights the page shows; can be repeated. " + _LOSSES,
-            show_default="nvamp in each gradient mode",
+            help="A causal language model: a directory or hub id; can be repeated, the first one is what the "
+            "others are compared to. A study's directory means the first model of each of its losses."
         ),
-    ] = list(MODES),  # noqa: B006  # typer copies it
+    ],
+    text: Annotated[Path, typer.Option(help="A UTF-8 file.", parser=_named, metavar="PATH")],
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A loss whose weights the page shows; can be repeated. " + _LOSSES,
+            show_default="the loss that the model was trained with, and nvamp in each gradient mode",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The page to write.", parser=_named, metavar="PATH")] = Path(
         "inspect.html"
     ),
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens", help="Read special tokens that the text spells out as such, not as text."
+        ),
+    ] = False,
 ) -> None:
     """Show a text on one page, each token coloured by its loss or by the weight a loss function gives it."""
-    from nvamp.study.inspect.page import inspect_file
+    from nvamp.study.inspect.inputs import read_inputs
+
+    inputs = read_inputs(model, text, out, special_tokens)  # its mistakes do not wait for PyTorch
+    from nvamp.study.inspect.page import inspect_models
     from nvamp.study.terminal import counting
 
     console = Console()
     with counting(console, "windows of the text") as progress:
-        found = inspect_file(model, text, out, loss, progress)
-    s = found.statistics
-    console.print(
-        f"{s.num_tokens:,.0f} tokens: mean {s.mean:.3f} nats, sigma {s.std:.3f}, max {s.max:.2f}, "
-        f"dispersion {s.dispersion:.3f}",
-        highlight=False,
-    )
+        inspected = inspect_models(inputs, loss or [], progress)
+    for it in inspected:
+        s = it.found.statistics
+        console.print(
+            f"{it.name}: {s.num_tokens:,.0f} tokens: mean {s.mean:.3f} nats, sigma {s.std:.3f}, "
+            f"max {s.max:.2f}, dispersion {s.dispersion:.3f}",
+            highlight=False,
+            markup=False,
+        )
     size = out.stat().st_size / 1e6
     console.print(f"Page ({size:.1f} MB): {out}", highlight=False, markup=False)

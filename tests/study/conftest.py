@@ -13,10 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from nvamp.study.compare import Settings, compare
 from nvamp.study.corpus import Corpus, build_corpus, train_tokenizer
-from nvamp.study.metrics import METRICS
+from nvamp.study.metrics import HELD_OUT, METRICS, TIMES
 from nvamp.study.models import quiet
 from nvamp.study.store import Store
-from nvamp.study.training import Progress
+from nvamp.study.watching import Progress
 
 
 def words(seed: int, count: int) -> str:
@@ -99,6 +99,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A local model of a few thousand parameters, with its tokenizer."""
     quiet()
     directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)  # the same one, whatever tests came before
     small_llama(tokenizer, positions=16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -109,9 +110,6 @@ def corpus(documents: list[str], tokenizer: Any) -> Corpus:
     return build_corpus(documents, "words", 16, tokenizer)
 
 
-HELD_OUT = [metric.key for metric in METRICS if metric.key not in ("tokens_per_second", "loss_share")]
-
-
 class Silent:
     """A display that remembers what it was told."""
 
@@ -120,7 +118,7 @@ class Silent:
         self.trained: list[tuple[str, int]] = []
         self.left_out = 0
 
-    def prepared(self, corpus: Any, runs: int, kept: int) -> None:
+    def prepared(self, corpus: Any, steps: int, runs: int, kept: int) -> None:
         self.kept = kept
 
     def run(self, loss: str, seed: int) -> Progress:
@@ -157,18 +155,83 @@ def study(settings: Settings, out: Path, **options: Any) -> tuple[dict[str, Any]
 
 def without_times(results: dict[str, Any]) -> dict[str, Any]:
     """All results but those that differ from run to run."""
-    losses = [
-        {
-            **loss,
-            **{
-                kind: {key: loss[kind].get(key) for key in HELD_OUT}
-                for kind in ("metrics", "differences", "verdicts")
-            },
-        }
-        for loss in results["losses"]
-    ]
+    losses = [{**loss, "times": None} for loss in results["losses"]]
     runs = [
         {**run, "seconds": None, "metrics": {key: run["metrics"][key] for key in HELD_OUT}}
         for run in results["runs"]
     ]
     return {**results, "created": None, "settings": None, "losses": losses, "runs": runs}
+
+
+def loss_of(name: str, index: int, baseline: bool) -> dict[str, Any]:
+    estimates = {metric.key: {"mean": 4.0 + index, "half_width": 0.5} for metric in METRICS}
+    differences = {key: {"mean": -float(index), "half_width": 0.5} for key in estimates}
+    clauses = [
+        {"text": f"tail {index}% lighter", "verdict": "better"},
+        {"text": "mean alike", "verdict": "-"},
+    ]
+    return {
+        "name": name,
+        "title": f"the loss {name}",
+        "diverged_seeds": [],
+        "metrics": estimates,
+        "differences": {} if baseline else differences,
+        "changes": {} if baseline else differences,
+        "verdicts": {} if baseline else dict.fromkeys(estimates, "better"),
+        "times": {time.key: {"median": 7000.0, "low": 6000.0, "high": 8000.0} for time in TIMES},
+        "clauses": clauses,
+        "sentence": f"{name}, in plain words",
+        "curve": [{"step": s, "mean": 7.0 - s, "half_width": 0.5} for s in range(4)],
+        "density": {"mean": [0.25, 0.25, 0.0], "half_width": [0.1, 0.0, 0.0]},
+        "survival": {"mean": [1.0, 0.5, 0.0], "half_width": [0.0, 0.6, 0.0]},
+    }
+
+
+def diverge(results: dict[str, Any], index: int) -> None:
+    """Let a loss diverge on one seed."""
+    lost = results["losses"][index]
+    lost.update(density=None, survival=None, curve=[], diverged_seeds=[0], times=dict.fromkeys(lost["times"]))
+    lost["clauses"] = [{"text": "diverged on seed 0 of 3", "verdict": "worse"}]
+    for kind in ("metrics", "differences", "changes"):
+        lost[kind] = dict.fromkeys(lost[kind])
+    lost["verdicts"] = dict.fromkeys(lost["verdicts"], "no value")
+
+
+def three_losses() -> dict[str, Any]:
+    """Made-up results of a study."""
+    names = ["ce", "nvamp", "nvamp:gamma=0.05,gradient=token"]
+    return {
+        "command": "nvamp compare --text '<script>' --seeds 3",
+        "created": "2026-01-01T00:00:00+00:00",
+        "versions": {"nvamp": "0.1.0", "torch": "2.13.0"},
+        "settings": {
+            "losses": names,
+            "seeds": 3,
+            "steps": 3,
+            "text": ["<script>"],
+            "model": None,
+            "generate": 4,
+            "also": "other.txt",
+        },
+        "text": {
+            "source": "<script>",
+            "sequence": 64,
+            "vocabulary": 2048,
+            "train_tokens": 1234567,
+            "held_out_tokens": 32256,
+            "worst_tokens": 1613,
+            "unigram_cross_entropy": 6.35,
+        },
+        "tokens_seen": 122880,
+        "baseline": "ce",
+        "parameters": 2_000_000,
+        "grid": {"bin_edges": [0.0, 2.0, 4.0, 6.0], "thresholds": [0.0, 3.0, 6.0]},
+        "losses": [loss_of(name, index, index == 0) for index, name in enumerate(names)],
+        "pages": {},
+        "runs": [],
+    }
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    return three_losses()

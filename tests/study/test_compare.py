@@ -1,5 +1,5 @@
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import pytest
 import nvamp.study.compare
 from nvamp.study import StudyError
 from nvamp.study.compare import Settings
+from nvamp.study.config import read_config
 from nvamp.study.training import train
 from tests.study.conftest import study, without_times
 
@@ -76,6 +77,14 @@ def test_what_a_study_writes_is_not_its_text(one: Settings, tmp_path: Path, text
         ({"batch_size": -1}, "--batch-size must be at least 1, got -1"),
         ({"lr": 0.0}, "--lr must be finite and positive, got 0"),
         ({"lr": float("nan")}, "--lr must be finite and positive, got nan"),
+        ({"steps": 2, "epochs": 1.0}, "--steps and --epochs exclude each other"),
+        ({"steps": None, "epochs": 0.0}, "--epochs must be finite and positive, got 0"),
+        ({"accumulate": 0}, "--accumulate must be at least 1, got 0"),
+        ({"sequence": 1}, "--sequence must be at least 2, got 1"),
+        ({"sequence": 17}, "--sequence 17: the model takes at most 16 tokens"),
+        ({"lora": "x"}, "--lora x: expected r or r,alpha"),
+        ({"lora": "8", "model": None}, "--lora adapts a trained model: name one with --model"),
+        ({"losses": ("ce@",)}, "--loss ce@: expected a positive learning rate after @, got ''"),
         ({"noise": 1.5}, "--noise must be between 0 and 1, got 1.5"),
         ({"losses": ()}, "--loss: expected at least one"),
         ({"dataset": ("some",)}, "--text and --dataset exclude each other"),
@@ -96,3 +105,70 @@ def test_bad_settings_are_told_in_one_line(
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"steps": None}, 240),
+        ({"steps": 7}, 7),
+        ({"steps": None, "epochs": 1.0}, 4),  # 33 examples in batches of 8; the last one is dropped
+        ({"steps": None, "epochs": 2.5}, 10),
+        ({"steps": None, "epochs": 0.01}, 1),
+        ({"steps": None, "epochs": 2.0, "accumulate": 3}, 4),
+    ],
+)
+def test_epochs_are_steps(settings: Settings, changes: dict[str, Any], steps: int) -> None:
+    assert replace(settings, **changes).recipe(33).steps == steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "lr"),
+    [
+        ({"model": None}, 2e-3),
+        ({}, 5e-5),
+        ({"lora": "8"}, 2e-4),
+        ({"lora": "8", "lr": 1e-3}, 1e-3),
+    ],
+)
+def test_learning_rates(settings: Settings, changes: dict[str, Any], lr: float) -> None:
+    assert replace(settings, **{"lr": None, **changes}).recipe(33).lr == lr
+
+
+def test_adapters_need_their_package(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvamp.study.compare, "find_spec", lambda name: None)
+    with pytest.raises(StudyError, match=r"^--lora needs peft, .* pip install -e '.*\[lora\]'$"):
+        replace(settings, lora="8").check()
+
+
+def test_a_study_with_every_option(one: Settings, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "losses": ("ce", "nvamp@0.001"),
+        "steps": None,
+        "epochs": 0.5,
+        "batch_size": 2,
+        "accumulate": 2,
+        "sequence": 8,
+        "lora": "2",
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "loss_on": "all",
+        "special_tokens": True,
+    }
+    everything = replace(one, **changes)
+    results, _ = study(everything, tmp_path)
+    assert [run["loss"] for run in results["runs"]] == ["ce", "nvamp@0.001"]
+    assert {run["logits_because"] for run in results["runs"]} == {None}
+    assert results["text"]["sequence"] == 8
+    assert (tmp_path / "models" / "nvamp@0.001-seed0" / "model.safetensors").exists()
+    assert results["pages"]["nvamp@0.001"] == "inspect/nvamp@0.001-seed0.html"
+    for name, plain in (("accumulate", 1), ("sequence", None), ("lora", None), ("bf16", False)):
+        with pytest.raises(StudyError, match=f"another study: .*--{name} "):
+            study(replace(everything, **{name: plain}), tmp_path)
+    with pytest.raises(StudyError, match=r"another study: --gradient-checkpointing True \(now False\); "):
+        study(replace(everything, gradient_checkpointing=False), tmp_path)
+    fields = {**asdict(everything), "losses": ["ce", "nvamp@0.001"], "text": [*everything.text]}
+    written = read_config(tmp_path / "study.toml", [name.replace("_", "-") for name in fields] + ["loss"])
+    assert written == {
+        {"losses": "loss"}.get(name, name.replace("_", "-")): value for name, value in fields.items() if value
+    }

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvamp.study import StudyError
-from nvamp.study.corpus import EXCERPT, build_corpus, frequency_classes, pack, split, spread, tokenize
+from nvamp.study.corpus import EXCERPT, build_corpus, frequency_classes, split, tokenize
 from tests.study.conftest import words
 
 
@@ -29,22 +29,6 @@ def test_about_a_tenth_is_held_out(lengths: list[int]) -> None:
 
 def test_a_single_document_is_split_by_position() -> None:
     assert split(["a" * 90 + "b" * 10]) == (["a" * 90], ["b" * 10])
-
-
-@given(st.lists(st.lists(st.integers(0, 9), max_size=20), max_size=10), st.integers(1, 7))
-def test_pack_keeps_the_stream(documents: list[list[int]], sequence: int) -> None:
-    blocks = pack(documents, sequence)
-    stream = [token for document in documents for token in document]
-    assert blocks.shape == (len(stream) // sequence, sequence)
-    assert blocks.flatten().tolist() == stream[: blocks.numel()]
-
-
-@given(st.integers(1, 50), st.integers(1, 60))
-def test_spread_takes_distinct_blocks_from_end_to_end(blocks: int, limit: int) -> None:
-    taken = spread(torch.arange(blocks), limit).tolist()
-    assert len(set(taken)) == len(taken) == min(blocks, limit)
-    assert taken[0] == 0
-    assert limit == 1 or taken[-1] == blocks - 1
 
 
 def test_tokenize_gives_back_the_text_and_ends_each_document(tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ import nvamp
 from nvamp.objectives import CrossEntropy
 from nvamp.objectives.nvamp import NVAMP
 from nvamp.study import StudyError
-from nvamp.study.losses import KNOWN, MODES, parse_loss, parse_losses
+from nvamp.study.losses import KNOWN, MODES, in_words, parse_loss, parse_losses
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -172,3 +172,22 @@ def test_a_bad_spec_is_reported_in_one_line(spec: str, message: str) -> None:
 def test_a_loss_named_twice() -> None:
     with pytest.raises(StudyError, match=r"^--loss nvamp:gamma=0.10,alpha=1: named twice$"):
         parse_losses(["nvamp:gamma=0.1", "ce", "nvamp:gamma=0.10,alpha=1"])
+
+
+def test_a_learning_rate_after_the_loss() -> None:
+    loss = parse_loss("nvamp:tail=0.05,gamma=0.04@2e-4")
+    assert (loss.lr, loss.name) == (2e-4, "nvamp:gamma=0.04,tail=0.05@0.0002")
+    assert loss.spec == parse_loss("nvamp:gamma=0.04,tail=0.05").spec
+    assert len(parse_losses(["nvamp", "nvamp@1e-4", "nvamp@2e-4"])) == 3
+    with pytest.raises(StudyError, match=r"^--loss ce@1e-3: named twice$"):
+        parse_losses(["ce@0.001", "ce@1e-3"])
+    for rate in ("", "x", "0", "-1", "nan", "inf"):
+        with pytest.raises(StudyError, match=f"^--loss ce@{rate}: expected a positive learning rate after @"):
+            parse_loss(f"ce@{rate}")
+
+
+def test_the_name_of_a_loss_in_words() -> None:
+    assert in_words("ce") == "cross-entropy"
+    assert in_words("nvamp:gamma=0.04,tail=0.05") == "NVAMP with gamma 0.04, tail 0.05"
+    assert in_words("dft@0.001") == "DFT at a learning rate of 0.001"
+    assert in_words("focal:label_smoothing=0.1") == "focal with label smoothing 0.1"

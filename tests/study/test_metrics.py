@@ -1,26 +1,56 @@
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from nvamp.study.metrics import (
+    HEADLINES,
+    HELD_OUT,
     METRICS,
+    TIMES,
     Estimate,
+    Headline,
+    Range,
+    calibration_error,
+    change,
+    change_in_words,
+    change_unit,
     cvar,
     difference,
     estimate,
     held_out_metrics,
+    measured,
+    range_of,
     verdict,
 )
 
 LOSSES = st.lists(st.floats(0, 50, width=32), min_size=1, max_size=200)
 
 
+class Made(NamedTuple):
+    """Scores of held-out tokens."""
+
+    nll: NDArray[Any]
+    correct: NDArray[np.bool_]
+    confidence: NDArray[np.float32]
+
+
+def made(nll: NDArray[Any], correct: NDArray[np.bool_]) -> Made:
+    return Made(nll, correct, np.full(len(nll), 0.5, np.float32))
+
+
+def zeros(nll: NDArray[Any]) -> NDArray[np.int64]:
+    return np.zeros(len(nll), np.int64)
+
+
 def test_held_out_metrics_by_hand() -> None:
     nll = np.array([1.0, 2.0, 3.0, 6.0], dtype=np.float32)
-    metrics = held_out_metrics(nll, np.array([True, False, True, True]), np.array([0, 0, 1, 1]))
+    scores = Made(nll, np.array([True, False, True, True]), np.array([0.9, 0.2, 0.9, 0.95], np.float32))
+    metrics = held_out_metrics(scores, np.array([0, 0, 1, 1]), np.array([7, 7, 7, 2]))
     assert metrics == {
         "cross_entropy": 3.0,
         "perplexity": pytest.approx(math.exp(3)),
@@ -31,7 +61,19 @@ def test_held_out_metrics_by_hand() -> None:
         "mid": 4.5,
         "rare": None,
         "accuracy": 75.0,
+        # Bins of 0.2, of 0.9 twice and of 0.95: |0.2 - 0| + |1.8 - 2| + |0.95 - 1|
+        "calibration_error": pytest.approx(100 * (0.2 + 0.2 + 0.05) / 4),
+        "example_mean": 4.0,
+        "worst_example": 6.0,
     }
+
+
+def test_calibration_error() -> None:
+    right = np.array([True, False, False, True])
+    assert calibration_error(np.full(4, 0.5, np.float32), right) == 0
+    assert calibration_error(np.ones(4, np.float32), right) == 0.5  # the last bin holds 1
+    confidence = np.array([0.97, 0.97, 0.02, 0.02], np.float32)
+    assert calibration_error(confidence, right) == pytest.approx((2 * 0.97 - 1 + 1 - 2 * 0.02) / 4)
 
 
 @given(LOSSES)
@@ -43,7 +85,7 @@ def test_cvar_is_the_mean_of_the_worst_twentieth(losses: list[float]) -> None:
 def test_metrics_are_computed_in_float64() -> None:
     nll = np.random.default_rng(0).exponential(3, 100_001).astype(np.float32)
     exact = nll.astype(np.float64)
-    found = held_out_metrics(nll, nll > 1, np.zeros(len(nll), np.int64))
+    found = held_out_metrics(made(nll, nll > 1), zeros(nll), zeros(nll))
     assert (
         found["cross_entropy"] == found["frequent"] == pytest.approx(math.fsum(exact) / len(exact), rel=1e-12)
     )
@@ -59,7 +101,7 @@ def test_cvar_of_a_hundred_is_of_five() -> None:
 def test_classes_add_up_to_the_whole() -> None:
     rng = np.random.default_rng(0)
     nll, classes = rng.exponential(2, 5000), rng.integers(0, 3, 5000)
-    metrics = held_out_metrics(nll, nll < 1, classes)
+    metrics = held_out_metrics(made(nll, nll < 1), classes, zeros(nll))
     shares = np.bincount(classes) / 5000
     of_classes = np.array([metrics["frequent"], metrics["mid"], metrics["rare"]], dtype=float)
     assert (shares * of_classes).sum() == pytest.approx(metrics["cross_entropy"])
@@ -67,13 +109,15 @@ def test_classes_add_up_to_the_whole() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_diverged_run_has_no_metrics(bad: float) -> None:
-    metrics = held_out_metrics(np.array([1.0, bad]), np.array([True, True]), np.array([0, 0]))
+    nll = np.array([1.0, bad])
+    metrics = held_out_metrics(made(nll, nll > 0), zeros(nll), zeros(nll))
     assert set(metrics.values()) == {None}
-    assert set(metrics) == {metric.key for metric in METRICS} - {"tokens_per_second", "loss_share"}
+    assert set(metrics) == set(HELD_OUT)
 
 
 def test_perplexity_beyond_floats_has_no_value() -> None:
-    metrics = held_out_metrics(np.array([800.0]), np.array([True]), np.array([0]))
+    nll = np.array([800.0])
+    metrics = held_out_metrics(made(nll, nll > 0), zeros(nll), zeros(nll))
     assert metrics["perplexity"] is None
     assert metrics["cross_entropy"] == 800
 
@@ -141,8 +185,68 @@ def test_verdicts(found: Estimate | None, lower: str, higher: str) -> None:
     assert verdict(found, lower_is_better=False) == higher
 
 
-def test_how_a_number_is_shown() -> None:
-    metric = METRICS[0]
-    assert metric.shown({"mean": -1.23456, "half_width": 0.1}) == "−1.235 ± 0.100"
-    assert metric.shown({"mean": 0.5, "half_width": None}, "+") == "+0.500"
-    assert metric.shown(None) == "–"
+@pytest.mark.parametrize(
+    ("mean", "half", "sign", "text"),
+    [
+        (-1.23456, 0.1, "", "−1.23 ± 0.10"),
+        (5.1, 0.0123, "", "5.100 ± 0.012"),
+        (0.00012, 0.00034, "+", "+0.00012 ± 0.00034"),
+        (-0.00001, 0.5, "+", "0.00 ± 0.50"),
+        (-2e-9, 1e-9, "+", "−2.0e−09 ± 1.0e−09"),
+        (0.0, 0.0, "+", "0.000 ± 0.000"),
+        (12345.6, 234.5, "", "12,346 ± 234"),
+        (0.5, None, "+", "+0.500"),
+        (-0.000123, None, "+", "−0.00012"),
+        (5.12345, None, "", "5.123"),
+    ],
+)
+def test_how_a_number_is_shown(mean: float, half: float | None, sign: str, text: str) -> None:
+    assert METRICS[0].shown({"mean": mean, "half_width": half}, sign) == text
+
+
+def test_what_has_no_value_is_shown_as_a_dash() -> None:
+    assert METRICS[0].shown(None) == TIMES[0].shown_range(None) == "–"
+
+
+def test_a_range_is_shown() -> None:
+    found = range_of([7300.0, 7100.4, 9000.0])
+    assert found == Range(7300.0, 7100.4, 9000.0)
+    assert TIMES[0].shown_range(found.as_json()) == "7,300 (7,100 to 9,000)"
+    assert TIMES[0].shown_range({"median": 3.0, "low": 3.0, "high": 3.0}) == "3"
+    assert range_of([1.0, None]) is None
+
+
+TAIL, MEAN, ACCURACY, *_ = HEADLINES
+ESTIMATES = {metric.key: metric for metric in METRICS}
+
+
+def test_a_change_is_in_percent_or_points() -> None:
+    assert change(ESTIMATES["cvar"], Estimate(-0.5, 0.1), Estimate(10.0, 1.0)) == Estimate(-5.0, 1.0)
+    assert change(ESTIMATES["cvar"], Estimate(-0.5, None), Estimate(10.0, None)) == Estimate(-5.0, None)
+    assert change(ESTIMATES["accuracy"], Estimate(2.0, 1.0), Estimate(50.0, 1.0)) == Estimate(2.0, 1.0)
+    assert change(ESTIMATES["cvar"], None, Estimate(10.0, 1.0)) is None
+    assert change(ESTIMATES["cvar"], Estimate(1.0, 1.0), Estimate(0.0, 1.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("headline", "found", "word", "text"),
+    [
+        (TAIL, Estimate(-4.81, 1.0), "better", "tail 4.8% lighter"),
+        (TAIL, Estimate(12.3, 1.0), "worse", "tail 12% heavier"),
+        (MEAN, Estimate(0.834, 0.1), "worse", "mean 0.83% higher"),
+        (ACCURACY, Estimate(-0.1, 0.2), "no clear difference", "accuracy the same within 0.30 points"),
+        (MEAN, Estimate(0.5, 0.5), "no clear difference", "mean the same within 1.0%"),
+        (MEAN, Estimate(1.0, 3.0), "no clear difference", "mean unclear (−2.0 to +4.0%)"),
+        (MEAN, Estimate(-1.0, None), "one seed, no interval", "mean 1.0% lower"),
+        (MEAN, Estimate(0.0, None), "one seed, no interval", "mean the same"),
+        (MEAN, None, "no value", "mean without a value"),
+    ],
+)
+def test_a_change_in_words(headline: Headline, found: Estimate | None, word: str, text: str) -> None:
+    assert change_in_words(headline, found, word, change_unit(ESTIMATES[headline.metric])) == text
+
+
+def test_every_metric_is_known() -> None:
+    keys = [metric.key for metric in METRICS]
+    assert set(HELD_OUT) < set(keys)
+    assert measured(METRICS, dict.fromkeys(HELD_OUT)) == [ESTIMATES[key] for key in keys if key in HELD_OUT]

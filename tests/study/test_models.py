@@ -1,15 +1,24 @@
 """The built-in model, and models from anywhere: no code that comes with one is run."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, processors
+from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
 
-from nvamp.study import StudyError
+from nvamp.study import StudyError, compare
+from nvamp.study.chats import prefix_of
 from nvamp.study.corpus import Corpus
+from nvamp.study.inspect.inputs import read_inputs
+from nvamp.study.inspect.page import inspect_models
 from nvamp.study.models import build_model, load_model, load_tokenizer, max_positions
 
 LOADERS = {"model": load_model, "tokenizer": load_tokenizer, "configuration": max_positions}
@@ -22,7 +31,7 @@ def test_the_built_in_model_has_about_two_million_parameters(corpus: Corpus) -> 
         def __len__(self) -> int:
             return 2048
 
-    model = build_model(None, Corpus(Tokenizer(), corpus.train, corpus.held_out, "", ""))
+    model = build_model(None, Corpus(Tokenizer(), corpus.training, corpus.evaluation, "", ""))
     assert 1.8e6 < model.num_parameters() < 2.3e6
 
 
@@ -63,6 +72,104 @@ def test_code_in_the_directory_is_not_run(
         with pytest.raises(StudyError, match=f"--model {directory}: "):
             LOADERS[kind](str(directory))
     assert not ran.exists()
+
+
+def rewrite(directory: Path, key: str, value: torch.Tensor | None) -> None:
+    """Replace one of the weights, or leave it out."""
+    weights = load_file(directory / "model.safetensors")
+    del weights[key]
+    save_file(weights if value is None else {**weights, key: value}, directory / "model.safetensors")
+
+
+def bert(directory: Path) -> None:
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    BertLMHeadModel(config).save_pretrained(directory)
+
+
+def without_tokenizer(directory: Path) -> None:
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+
+
+def nested(directory: Path) -> None:
+    shutil.copytree(directory, directory / "models" / "ce-seed0")
+    (directory / "config.json").unlink()
+
+
+NORM = "model.norm.weight"
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no weights": (lambda path: rewrite(path, NORM, None), "weights are missing: model.norm.weight"),
+    "other shapes": (
+        lambda path: rewrite(path, NORM, torch.ones(8)),
+        "model.norm.weight has shape [8], its configuration expects [16]",
+    ),
+    "one position": (
+        lambda path: change(path / "config.json", max_position_embeddings=1),
+        "takes 1 position, expected at least 2",
+    ),
+    "bidirectional": (bert, "not causal: its predictions change with the tokens after them"),
+    "encoder-decoder": (
+        lambda path: change(path / "config.json", is_encoder_decoder=True),
+        "an encoder-decoder, expected a causal language model",
+    ),
+    "no tokenizer": (without_tokenizer, "no tokenizer in it: save the model's own there"),
+    "a folder of models": (
+        nested,
+        "a folder of models, name one of them: {path}/models/ce-seed0",
+    ),
+    "nothing": (lambda path: (path / "config.json").unlink(), "no model in it: expected a config.json"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_model_that_would_give_wrong_numbers_is_refused(
+    kind: str, directory: Path, text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By both commands, before `compare` reads the text."""
+    make, message = REFUSED[kind]
+    make(directory)
+    said = re.escape(f"--model {directory}: {message.format(path=directory)}")
+    monkeypatch.setattr(compare, "read_documents", None)
+    with pytest.raises(StudyError, match=said):
+        compare.prepare(compare.Settings(("ce",), 1, 1, 1, model=str(directory), text=(str(text_dir),)))
+    (text := tmp_path / "text").write_text("alpha beta")
+    with pytest.raises(StudyError, match=said):
+        inspect_models(read_inputs([str(directory)], text, tmp_path / "page.html"), ["ce"], lambda *_: None)
+
+
+def test_an_adapter_is_as_good_as_what_it_adapts(directory: Path, tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(load_model(str(directory)), config).save_pretrained(tmp_path / "adapter")
+    assert max_positions(str(tmp_path / "adapter")) == 16
+    load_model(str(tmp_path / "adapter"))
+    rewrite(directory, NORM, None)
+    with pytest.raises(StudyError, match=f"--model {directory}: weights are missing: {NORM}"):
+        load_model(str(tmp_path / "adapter"))
+
+
+def test_a_text_beyond_the_embedding(directory: Path, text_dir: Path) -> None:
+    model = load_model(str(directory))
+    model.resize_token_embeddings(20)
+    model.save_pretrained(directory)
+    settings = compare.Settings(("ce",), 1, 1, 1, model=str(directory), text=(str(text_dir),))
+    with pytest.raises(
+        StudyError, match=r"^--text: the tokenizer gives token \d+, but the model has 20 tokens$"
+    ):
+        compare.prepare(settings)
+
+
+@pytest.mark.parametrize(
+    ("template", "prefix"),
+    [("$A", []), ("[CLS] $A [SEP]", [0]), ("$A [SEP]", []), ("[CLS] [SEP] $A", [0, 1])],
+)
+def test_the_prefix_is_what_the_tokenizer_puts_before_a_text(template: str, prefix: list[int]) -> None:
+    backend = Tokenizer(models.WordLevel({"[CLS]": 0, "[SEP]": 1, "a": 2, "?": 3}, unk_token="?"))
+    backend.post_processor = processors.TemplateProcessing(
+        template, special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+    )
+    assert prefix_of(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")) == prefix
 
 
 class Bomb:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from nvamp.study import StudyError
-from nvamp.study.metrics import METRICS
-from nvamp.study.report import write_report
+from nvamp.study.metrics import METRICS, TIMES
+from nvamp.study.report import GLANCE, curves, panels, settings, styled, write_report
+from tests.study.conftest import diverge
 
-VOID = {"meta", "br", "img", "link", "input"}
+VOID = {"meta", "wbr", "br", "img", "link", "input"}
 
 
 class Page(HTMLParser):
@@ -37,48 +38,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
-
-
-def loss(name: str, index: int, baseline: bool) -> dict[str, Any]:
-    estimates = {metric.key: {"mean": 4.0 + index, "half_width": 0.5} for metric in METRICS}
-    return {
-        "name": name,
-        "diverged_seeds": [],
-        "metrics": estimates,
-        "differences": {}
-        if baseline
-        else {key: {"mean": -float(index), "half_width": 0.5} for key in estimates},
-        "verdicts": {} if baseline else dict.fromkeys(estimates, "better"),
-        "sentence": f"{name}, in plain words.",
-        "curve": [{"step": s, "mean": 7.0 - s, "low": 6.5 - s, "high": 7.5 - s} for s in range(4)],
-        "density": [0.25, 0.25, 0.0],
-        "survival": [1.0, 0.5, 0.0],
-    }
-
-
-@pytest.fixture
-def results() -> dict[str, Any]:
-    names = ["ce", "nvamp", "nvamp:gamma=0.05,gradient=token"]
-    return {
-        "command": "nvamp compare --text '<script>' --seeds 3",
-        "created": "2026-01-01T00:00:00+00:00",
-        "versions": {"nvamp": "0.1.0", "torch": "2.13.0"},
-        "settings": {"losses": names, "seeds": 3, "steps": 3, "text": ["<script>"], "model": None},
-        "text": {
-            "source": "<script>",
-            "sequence": 64,
-            "vocabulary": 2048,
-            "train_tokens": 1234567,
-            "held_out_tokens": 32256,
-            "unigram_cross_entropy": 6.35,
-        },
-        "baseline": "ce",
-        "parameters": 2_000_000,
-        "grid": {"bin_edges": [0.0, 2.0, 4.0, 6.0], "thresholds": [0.0, 3.0, 6.0]},
-        "losses": [loss(name, index, index == 0) for index, name in enumerate(names)],
-        "pages": {},
-        "runs": [],
-    }
 
 
 def render(results: dict[str, Any], tmp_path: Path) -> str:
@@ -110,24 +69,67 @@ def test_figures_refer_to_their_own_parts(results: dict[str, Any], tmp_path: Pat
 
 def test_the_page_says_it_all(results: dict[str, Any], tmp_path: Path) -> None:
     page = Page(render(results, tmp_path))
-    assert sum(tag == "svg" for tag, _ in page.elements) == 4
     labels = [
         attributes.get("aria-label") for _, attributes in page.elements if attributes.get("role") == "img"
     ]
-    assert len(labels) == 4
+    assert len(labels) == 5
     assert all(labels)
+    text = " ".join(page.text.split())
     for expected in (
-        "nvamp, in plain words.",
-        "nvamp:gamma=0.05,gradient=token, in plain words.",
-        "4.000 ± 0.500",
-        "−2.000 ± 0.500",
+        "The loss nvamp and the loss nvamp:gamma=0.05,gradient=token against the loss ce",
+        "the loss nvamp: tail 1% lighter, mean alike.",
+        "the loss nvamp:gamma=0.05,gradient=token: tail 2% lighter, mean alike.",
+        "4.00 ± 0.50",
+        "−2.00 ± 0.50",
+        "7,000 (6,000 to 8,000)",
+        "1,234,567 tokens, of which each run sees 122,880: 0.1 passes over the text",
         "nvamp compare --text '<script>' --seeds 3",
         "2.13.0",
-        "1,234,567",
-        *(metric.label for metric in METRICS),
+        "the built-in Llama, from scratch",
+        *(metric.label for metric in (*METRICS, *TIMES)),
     ):
-        assert expected in page.text
-    assert page.text.count("better\n") == 2 * len(METRICS)
+        assert expected in text, expected
+    assert page.text.partition("Held-out metrics")[2].count("better\n") == 2 * len(METRICS)
+    assert "default" not in text
+    assert "Caution" not in text
+
+
+def test_the_plot_of_intervals(results: dict[str, Any]) -> None:
+    tail, _, _, accuracy, *_ = found = panels(results)
+    assert [panel.metric.key for panel in found] == list(GLANCE)
+    assert (tail.reach, accuracy.reach) == ("2.5%", "2.5 points")
+    first, second = tail.rows
+    assert (first["low"], first["middle"], first["high"]) == ("23.00", "32.00", "41.00")
+    assert (second["low"], second["high"], second["text"]) == ("5.00", "23.00", "−2.00 ± 0.50%")
+
+
+def test_a_default_is_shown_as_what_it_was(results: dict[str, Any]) -> None:
+    given = {
+        "lora": None,
+        "bf16": False,
+        "text": [],
+        "dataset": [],
+        "model": None,
+        "lr": 5e-5,
+        "loss": ["a", "b"],
+    }
+    assert dict(settings({**results, "settings": given})) == {
+        "lora": "none",
+        "bf16": "no",
+        "text": "<script>",
+        "dataset": "none",
+        "model": "the built-in Llama, from scratch",
+        "lr": "5e-05",
+        "loss": "a, b",
+    }
+    given["dataset"] = ["rows.csv"]
+    assert dict(settings({**results, "settings": given}))["text"] == "none"
+
+
+def test_little_held_out_text_is_said(results: dict[str, Any], tmp_path: Path) -> None:
+    results["text"].update(held_out_tokens=252, worst_tokens=13)
+    text = " ".join(Page(render(results, tmp_path)).text.split())
+    assert "Caution: the held-out text is small, 252 tokens. Its worst 5% are 13 tokens" in text
 
 
 HOSTILE = "<b onx='1'>\"&lt;"
@@ -154,7 +156,8 @@ def test_no_text_is_markup(results: dict[str, Any], tmp_path: Path) -> None:
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     for expected in (
         "ce",
-        "nvamp, in plain words.",
+        "the loss nvamp",
+        "tail 1% lighter",
         "nvamp compare --text '<script>' --seeds 3",
         "2.13.0",
         "a/model",
@@ -177,14 +180,14 @@ def test_the_page_asks_for_nothing_and_runs_nothing(results: dict[str, Any], tmp
     assert not {"script", "img", "image", "link", "iframe"} & {tag for tag, _ in page.elements}
 
 
-def test_one_loss_has_no_list_of_verdicts(results: dict[str, Any], tmp_path: Path) -> None:
-    def lists() -> int:
-        page = Page(write_report(results, tmp_path / "report.html").read_text())
-        return sum(tag == "ul" for tag, _ in page.elements)
-
-    assert lists() == 1
+def test_one_loss_is_compared_to_nothing(results: dict[str, Any], tmp_path: Path) -> None:
     del results["losses"][1:]
-    assert lists() == 0
+    page = Page(render(results, tmp_path))
+    _, title, text = " ".join(page.text.split()).partition("The loss ce on held-out text")
+    assert title
+    for word in ("differen", "better or worse", "against"):
+        assert word not in text, word
+    assert sum(attributes.get("role") == "img" for _, attributes in page.elements) == 4
 
 
 def test_a_page_that_cannot_be_written(results: dict[str, Any], tmp_path: Path) -> None:
@@ -201,16 +204,45 @@ def test_one_seed_is_said(results: dict[str, Any], tmp_path: Path) -> None:
     assert note in render(results, tmp_path)
 
 
+def test_one_seed_has_no_bands(results: dict[str, Any], tmp_path: Path) -> None:
+    def bare(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: (blank(v) if k == "half_width" else bare(v)) for k, v in x.items()}
+        return [bare(v) for v in x] if isinstance(x, list) else x
+
+    def blank(x: Any) -> Any:
+        return [None] * len(x) if isinstance(x, list) else None
+
+    with_bands = curves(results)
+    one = bare(results)
+    one["settings"]["seeds"] = 1
+    without = curves(one)
+    assert with_bands is not None
+    assert without is not None
+    assert with_bands.count("FillBetween") == len(results["losses"])
+    assert without.count("FillBetween") == 0
+    assert "there are no bands" in render(one, tmp_path)
+
+
 def test_a_diverged_loss_and_many_losses_are_drawn(results: dict[str, Any], tmp_path: Path) -> None:
-    gone = copy.deepcopy(results["losses"][1])
-    gone.update(
-        name="gone", density=None, survival=None, curve=[], diverged_seeds=[0], sentence="gone diverged."
-    )
-    gone["metrics"] = dict.fromkeys(gone["metrics"])
-    gone["differences"] = dict.fromkeys(gone["differences"])
-    gone["verdicts"] = dict.fromkeys(gone["verdicts"], "no value")
     more = [{**copy.deepcopy(results["losses"][1]), "name": f"focal:gamma={i}"} for i in range(6)]
-    page = Page(render({**results, "losses": [*results["losses"], gone, *more]}, tmp_path))
-    assert "gone diverged." in page.text
+    results["losses"] += more
+    diverge(results, 1)
+    page = Page(render(results, tmp_path))
+    text = " ".join(page.text.split())
+    assert "8 losses against the loss ce" in text
+    assert "the loss nvamp: diverged on seed 0 of 3." in text
     assert "–" in page.text
-    assert sum(tag == "svg" for tag, _ in page.elements) == 4
+    assert sum(attributes.get("role") == "img" for _, attributes in page.elements) == 5
+    styles = [style for _, style in styled(results)]
+    assert len(set(styles)) == len(styles)
+
+
+def test_if_every_loss_diverges_all_are_named(results: dict[str, Any], tmp_path: Path) -> None:
+    for index in range(3):
+        diverge(results, index)
+    page = Page(render(results, tmp_path))
+    text = " ".join(page.text.split())
+    assert text.count("diverged on seed 0 of 3.") == 3
+    assert "There are no figures: every loss diverged." in text
+    assert not any(attributes.get("role") == "img" for _, attributes in page.elements)

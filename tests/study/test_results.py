@@ -1,5 +1,5 @@
 import json
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import nvamp.study.compare
+from nvamp.study import StudyError
 from nvamp.study.compare import Settings
-from nvamp.study.metrics import METRICS
-from nvamp.study.results import sentence
+from nvamp.study.metrics import METRICS, TIMES, measured
 from nvamp.study.training import train
-from tests.study.conftest import HELD_OUT, study
+from tests.study.conftest import study
 
 
 def test_results_are_those_of_the_runs(settings: Settings, tmp_path: Path) -> None:
@@ -20,51 +20,51 @@ def test_results_are_those_of_the_runs(settings: Settings, tmp_path: Path) -> No
     assert results["baseline"] == "ce"
     ce, dft = results["losses"]
     runs = {(run["loss"], run["seed"]): run["metrics"] for run in results["runs"]}
-    for metric in METRICS:
+    for metric in measured(METRICS, runs["ce", 0]):
         values = [runs["dft", seed][metric.key] for seed in (0, 1)]
         differences = [runs["dft", seed][metric.key] - runs["ce", seed][metric.key] for seed in (0, 1)]
         assert dft["metrics"][metric.key]["mean"] == pytest.approx(np.mean(values))
         assert dft["differences"][metric.key]["mean"] == pytest.approx(np.mean(differences))
         half = 12.7062 * np.std(differences, ddof=1) / np.sqrt(2)
         assert dft["differences"][metric.key]["half_width"] == pytest.approx(half, abs=1e-9)
-    assert ce["differences"] == {}
+        reference = ce["metrics"][metric.key]["mean"] if metric.unit != "%" else 100
+        assert dft["changes"][metric.key]["mean"] == pytest.approx(np.mean(differences) * 100 / reference)
+    assert ce["differences"] == ce["changes"] == {}
+    for time in measured(TIMES, runs["ce", 0]):
+        values = [runs["dft", seed][time.key] for seed in (0, 1)]
+        expected = {"median": np.mean(values), "low": min(values), "high": max(values)}
+        assert dft["times"][time.key] == pytest.approx(expected)
+    assert results["tokens_seen"] == 6 * 8 * 16
+    assert results["text"]["worst_tokens"] == -(-results["text"]["held_out_tokens"] // 20)
 
-    nll = np.concatenate([np.load(tmp_path / "runs" / f"dft-seed{seed}.npy") for seed in (0, 1)])
+    nll = np.stack([np.load(tmp_path / "runs" / f"dft-seed{seed}.npy") for seed in (0, 1)])
     assert nll.mean() == pytest.approx(dft["metrics"]["cross_entropy"]["mean"], rel=1e-5)
     edges, thresholds = np.array(results["grid"]["bin_edges"]), np.array(results["grid"]["thresholds"])
-    assert (np.diff(edges) * dft["density"]).sum() == pytest.approx(1)
-    np.testing.assert_allclose(dft["survival"], [(nll > x).mean() for x in thresholds], atol=1e-6)
+    assert (np.diff(edges) * dft["density"]["mean"]).sum() == pytest.approx(1)
+    shares = np.array([(nll > x).mean(1) for x in thresholds])
+    np.testing.assert_allclose(dft["survival"]["mean"], shares.mean(1), atol=1e-6)
+    spread = 12.7062 * shares.std(1, ddof=1) / np.sqrt(2)
+    np.testing.assert_allclose(dft["survival"]["half_width"], spread, atol=1e-6)
     largest = max(loss["metrics"]["max"]["mean"] for loss in results["losses"])
     assert edges[-1] >= largest
     curve = {point["step"]: point for point in dft["curve"]}
     assert list(curve) == [0, 1, 2, 3, 4, 5, 6]
-    assert curve[6]["low"] <= curve[6]["mean"] <= curve[6]["high"] < curve[0]["mean"]
+    assert curve[6]["mean"] < curve[0]["mean"]
+    ends = [run["curve"][-1][1] for run in results["runs"] if run["loss"] == "dft"]
+    assert curve[6]["half_width"] == pytest.approx(12.7062 * np.std(ends, ddof=1) / np.sqrt(2))
 
 
-def records(losses: str, diverged: Sequence[int] = ()) -> list[dict[str, Any]]:
-    return [{"loss": losses, "seed": seed, "diverged": seed in diverged} for seed in range(3)]
-
-
-def test_sentences() -> None:
-    ce, nvamp = records("ce"), records("nvamp")
-    differences = {
-        "cross_entropy": {"mean": -0.01, "half_width": 0.02},
-        "cvar": {"mean": -0.3, "half_width": 0.1},
-        "max": {"mean": 0.5, "half_width": None},
-    }
-    verdicts = {"cross_entropy": "no clear difference", "cvar": "better", "max": "one seed, no interval"}
-    assert sentence("nvamp", nvamp, ce, differences, verdicts) == (
-        "nvamp against ce: cross-entropy: no clear difference (−0.010 nats, 95% interval −0.030 to +0.010); "
-        "worst-5% mean (CVaR): better (−0.300 nats, 95% interval −0.400 to −0.200); "
-        "largest token loss: one seed, no interval (+0.500 nats)."
-    )
-    assert sentence("nvamp", records("nvamp", [1]), ce, {}, {}) == (
-        "nvamp diverged on seed 1 of 3: no verdict on nvamp."
-    )
-    assert sentence("nvamp", nvamp, records("ce", [0, 2]), {}, {}) == (
-        "ce diverged on seed 0, 2 of 3: no verdict on nvamp."
-    )
-    assert "compared to" in sentence("ce", ce, ce, {}, {})
+def test_what_a_loss_did_in_words(settings: Settings, tmp_path: Path) -> None:
+    results, _ = study(settings, tmp_path)
+    ce, dft = results["losses"]
+    assert ce["sentence"] == "cross-entropy: the baseline"
+    assert [clause["text"].split()[0] for clause in dft["clauses"]] == ["tail", "mean", "accuracy"]
+    assert dft["sentence"] == "DFT: " + ", ".join(clause["text"] for clause in dft["clauses"])
+    assert [clause["verdict"] for clause in dft["clauses"]] == [
+        dft["verdicts"][key] for key in ("cvar", "cross_entropy", "accuracy")
+    ]
+    alone, _ = study(replace(settings, seeds=1), tmp_path)
+    assert alone["losses"][1]["sentence"].endswith("may be chance: one seed gives no interval")
 
 
 def test_a_diverged_loss_has_no_numbers_and_no_verdict(
@@ -80,11 +80,69 @@ def test_a_diverged_loss_has_no_numbers_and_no_verdict(
     monkeypatch.setattr(nvamp.study.compare, "train", one_diverges)
     results, _ = study(settings, tmp_path)
     ce, dft = results["losses"]
-    assert {dft["metrics"][key] for key in HELD_OUT} == {None}
-    assert dft["metrics"]["tokens_per_second"] is not None
+    assert set(dft["metrics"].values()) == {None}
+    assert dft["times"]["tokens_per_second"] is not None
     assert dft["diverged_seeds"] == [0]
     assert list(results["pages"]) == ["ce"]
     assert dft["density"] is dft["survival"] is None
     assert [point["step"] for point in dft["curve"]] == [0, 1, 2, 3, 4, 5]
-    assert dft["sentence"] == "dft diverged on seed 0 of 2: no verdict on dft."
+    assert dft["sentence"] == "DFT: diverged on seed 0 of 2"
     assert ce["metrics"]["cross_entropy"]["mean"] > 0
+
+
+def test_a_diverged_baseline_is_named(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def baseline_diverges(loss: Any, seed: int, *rest: Any) -> Any:
+        run = train(loss, seed, *rest)
+        if loss.name == "ce":
+            run.scores.nll[3] = np.nan
+        return run
+
+    monkeypatch.setattr(nvamp.study.compare, "train", baseline_diverges)
+    results, _ = study(settings, tmp_path)
+    ce, dft = results["losses"]
+    assert ce["sentence"] == "cross-entropy: diverged on seeds 0, 1 of 2"
+    assert dft["sentence"] == "DFT: no comparison, because ce diverged on seeds 0, 1 of 2"
+    assert dft["density"] is not None
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    rows = ({"prompt": f"{i} and", "completion": " beta gamma"} for i in range(300))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_completions_and_another_text(settings: Settings, chats: Path, tmp_path: Path) -> None:
+    asked = replace(
+        settings, losses=("ce", "dft"), text=(), dataset=(str(chats),), also=settings.text[0], generate=3
+    )
+    results, _ = study(asked, tmp_path / "out")
+    keys = {"exact_match", "token_f1", "also", "forgotten"}
+    ce, dft = (loss["metrics"] for loss in results["losses"])
+    assert keys < ce.keys() == dft.keys()
+    assert [clause["text"].split()[0] for clause in results["losses"][1]["clauses"]] == [
+        "tail", "mean", "accuracy", "exact", "other",
+    ]  # fmt: skip
+    assert 0 <= ce["exact_match"]["mean"] <= ce["token_f1"]["mean"] <= 100
+    runs = {(run["loss"], run["seed"]): run["metrics"] for run in results["runs"]}
+    # From one model, with one seed, all losses start at the same number.
+    for seed in (0, 1):
+        before = [runs[loss, seed]["also"] - runs[loss, seed]["forgotten"] for loss in ("ce", "dft")]
+        assert before[0] == pytest.approx(before[1], abs=1e-6)
+    assert runs["ce", 0]["forgotten"] != 0
+    with pytest.raises(StudyError, match=r"--generate 3 \(now 2\)"):
+        study(replace(asked, generate=2), tmp_path / "out")
+
+
+def test_what_cannot_be_asked(settings: Settings, tmp_path: Path) -> None:
+    for change, message in (
+        ({"generate": -1}, "--generate must be at least 0, got -1"),
+        ({"generate": 1}, "--generate: expected prompts with answers to complete: --dataset with"),
+        ({"also": "/no/such"}, "--also /no/such: no such file or directory"),
+        ({"also": __file__ + "/.."}, "--also"),
+    ):
+        with pytest.raises(StudyError, match=f"^{message}"):
+            study(replace(settings, **change), tmp_path / "out")

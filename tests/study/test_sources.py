@@ -1,4 +1,3 @@
-import json
 import os
 from pathlib import Path
 
@@ -17,10 +16,10 @@ def test_files_and_directories(tmp_path: Path) -> None:
     (tmp_path / "in" / ".git").mkdir()
     (tmp_path / "in" / ".git" / "config").write_text("hidden")
     (tmp_path / "c").write_text("c")
-    documents, source = read_documents([str(tmp_path / "in"), str(tmp_path / "c")], [])
+    documents, source = read_documents([str(tmp_path / "in"), str(tmp_path / "c")])
     assert sorted(documents) == ["b", "c", "ä"]
     unread = "1 hidden: .git; 1 not UTF-8: binary; 1 binary: zeros"
-    assert source.startswith(f"{tmp_path / 'in'}, {tmp_path / 'c'} (not read: ")
+    assert source.startswith(f"{tmp_path / 'in'}, {tmp_path / 'c'} (3 files read; not read: ")
     assert sorted(source[:-1].partition(": ")[2].split("; ")) == sorted(unread.split("; "))
 
 
@@ -32,9 +31,9 @@ def test_files_that_are_not_read_are_counted_and_named(
         (tmp_path / name).write_bytes(b"\xff")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe")  # to open it would be to wait for ever
-    documents, source = read_documents([str(tmp_path)], [])
+    documents, source = read_documents([str(tmp_path)])
     assert documents == ["a"]
-    assert source.startswith(f"{tmp_path} (not read: 2 unreadable: ")
+    assert source.startswith(f"{tmp_path} (1 file read; not read: 2 unreadable: ")
     assert {"gone", "pipe"} <= set(source.replace(";", ",").replace(": ", ", ").split(", "))
     assert "; 5 not UTF-8: " in source
     assert source.endswith(", ...)")
@@ -47,14 +46,14 @@ def test_files_that_are_not_read_are_counted_and_named(
     with pytest.raises(
         StudyError, match=f"no readable UTF-8 text in it, not read: 1 unreadable: {tmp_path.name}$"
     ):
-        read_documents([str(tmp_path)], [])
+        read_documents([str(tmp_path)])
 
 
 def test_names_of_files_that_are_not_read_fit_on_a_line_and_a_page(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("a")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n\xe2\x80\xae")).write_bytes(b"\xff")
-    _, source = read_documents([str(tmp_path)], [])
-    assert source == f"{tmp_path} (not read: 1 not UTF-8: ⟨U+DCFF⟩⟨U+000A⟩⟨U+202E⟩)"
+    _, source = read_documents([str(tmp_path)])
+    assert source == f"{tmp_path} (1 file read; not read: 1 not UTF-8: ⟨U+DCFF⟩⟨U+000A⟩⟨U+202E⟩)"
 
 
 def test_what_nvamp_writes_is_no_text(tmp_path: Path) -> None:
@@ -68,25 +67,25 @@ def test_what_nvamp_writes_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(page)
     (tmp_path / "prose.html").write_text("prose on " + page)
     (tmp_path / "link").symlink_to(study / "runs" / "ce-seed0.json")
-    documents, source = read_documents([str(tmp_path)], [])
+    documents, source = read_documents([str(tmp_path)])
     assert sorted(documents) == ["prose on " + page, "{}"]
-    assert source.startswith(f"{tmp_path} (not read: 3 written by nvamp: ")
+    assert source.startswith(f"{tmp_path} (2 files read; not read: 3 written by nvamp: ")
     for path in (study, study / "runs", study / "runs" / "ce-seed0.json", tmp_path / "link"):
         with pytest.raises(StudyError, match=f"^--text {path}: in the directory of a study"):
-            read_documents([str(path)], [])
+            read_documents([str(path)])
     (study / "settings.json").write_text("{}")
-    assert len(read_documents([str(tmp_path)], [])[0]) == 5
-    assert len(read_documents([str(tmp_path)], [], study)[0]) == 2
+    assert len(read_documents([str(tmp_path)])[0]) == 5
+    assert len(read_documents([str(tmp_path)], study)[0]) == 2
 
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["json", "JSONL", "csv", "parquet", "tsv", "jsonl.gz"])
 def test_rows_are_a_dataset(tmp_path: Path, suffix: str) -> None:
     rows = tmp_path / f"rows.{suffix}"
     rows.write_text('{"text": "a"}')
     with pytest.raises(StudyError) as error:
-        read_documents([str(rows)], [])
+        read_documents([str(rows)])
     assert str(error.value) == f"--text {rows}: expected text, got rows: use --dataset {rows}"
-    assert read_documents([str(tmp_path)], [])[0] == ['{"text": "a"}']  # among other files it may be text
+    assert read_documents([str(tmp_path)])[0] == ['{"text": "a"}']  # among other files it may be text
 
 
 def test_text_is_read_up_to_the_limit_and_not_beyond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,25 +100,18 @@ def test_text_is_read_up_to_the_limit_and_not_beyond(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sources, "_read_text", read)
     for index in range(20):
         (tmp_path / str(index)).write_text(f"{index:07}")
-    documents, source = read_documents([str(tmp_path)], [])
+    documents, source = read_documents([str(tmp_path)])
     assert [len(text) for text in documents] == [7, 3]
     assert len(opened) == 2
-    assert source == f"{tmp_path} (up to 10 characters: 18 more files)"
+    assert source == f"{tmp_path} (2 files read; 18 more lie beyond 10 characters)"
     long = tmp_path / "long"
     long.write_bytes(b"a" * 100_000 + b"\xff")  # its end is not looked at
-    assert read_documents([str(long)], [])[0] == ["a" * 10]
+    assert read_documents([str(long)])[0] == ["a" * 10]
     # What lies beyond the limit is still checked for some text.
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "x").write_bytes(b"\xff")
     with pytest.raises(StudyError, match=f"^--text {tmp_path / 'more'}: no readable UTF-8 text in it"):
-        read_documents([str(long), str(tmp_path / "more")], [])
-
-
-def test_datasets_are_cut_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_CHARACTERS", 10)
-    (tmp_path / "lines.txt").write_text("a" * 7 + "\n" + "b" * 7 + "\n" + "c" * 7)
-    documents, _ = read_documents([], [str(tmp_path / "lines.txt")])
-    assert sum(map(len, documents)) == 10
+        read_documents([str(long), str(tmp_path / "more")])
 
 
 def test_documents_are_shuffled_the_same_way_always(tmp_path: Path) -> None:
@@ -127,12 +119,10 @@ def test_documents_are_shuffled_the_same_way_always(tmp_path: Path) -> None:
     names = [f"{index:02}" for index in range(40)]
     for name in names:
         (tmp_path / f"{name}.txt").write_text(name)
-    (tmp_path.parent / "rows.txt").write_text("\n".join(names))
-    for arguments in (([str(tmp_path)], []), ([], [str(tmp_path.parent / "rows.txt")])):
-        documents, _ = read_documents(*arguments)
-        assert sorted(documents) == names
-        assert documents != names
-        assert documents == read_documents(*arguments)[0]
+    documents, _ = read_documents([str(tmp_path)])
+    assert sorted(documents) == names
+    assert documents != names
+    assert documents == read_documents([str(tmp_path)])[0]
 
 
 def test_unreadable_text_is_told_in_one_line(tmp_path: Path) -> None:
@@ -148,61 +138,11 @@ def test_unreadable_text_is_told_in_one_line(tmp_path: Path) -> None:
         ("directory", "no readable UTF-8 text in it"),
     ):
         with pytest.raises(StudyError) as error:
-            read_documents([str(tmp_path / name)], [])
+            read_documents([str(tmp_path / name)])
         assert str(error.value) == f"--text {tmp_path / name}: {reason}"
 
 
 def test_the_default_text_is_the_standard_library() -> None:
-    documents, source = read_documents([], [])
+    documents, source = read_documents([])
     assert any("class JSONEncoder" in document for document in documents)
     assert "Python" in source
-
-
-def test_local_dataset_files(tmp_path: Path) -> None:
-    rows = [{"id": 1, "text": "one"}, {"id": 2, "text": "two"}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "prose.csv").write_text("n,prose\n1,eins\n2,zwei\n")
-    (tmp_path / "lines.txt").write_text("uno\ndos\n")
-    for name, expected in (
-        ("rows.jsonl", ["one", "two"]),
-        ("prose.csv", ["eins", "zwei"]),
-        ("lines.txt", ["dos", "uno"]),
-    ):
-        documents, _ = read_documents([], [str(tmp_path / name)])
-        assert sorted(documents) == expected
-
-
-def test_a_column_of_several_is_named(tmp_path: Path) -> None:
-    rows = tmp_path / "rows.csv"
-    rows.write_text("n,question,answer\n1,what,that\n2,where,there\n")
-    with pytest.raises(
-        StudyError, match=f"^--dataset {rows}: several text columns: question, answer; .* #question"
-    ):
-        read_documents([], [str(rows)])
-    documents, source = read_documents([], [f"{rows}#answer"])
-    assert sorted(documents) == ["that", "there"]
-    assert source == f"{rows}#answer"
-    with pytest.raises(StudyError, match=r"#n: no text column 'n', the text columns are question, answer$"):
-        read_documents([], [f"{rows}#n"])
-    with pytest.raises(StudyError, match=r"expected one column, got answer, question$"):
-        read_documents([], [f"{rows}#answer", f"{rows}#question"])
-
-
-def test_a_bad_dataset_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    (tmp_path / "numbers.csv").write_text("n\n1\n2\n")
-    (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "rows.xyz").write_text("")
-    for name, reason in (
-        ("numbers.csv", "no text column among n"),
-        ("broken.json", ""),
-        ("rows.xyz", "expected files of one format, of .json, .jsonl, .csv, .parquet, .txt"),
-        ("no-such-dataset", ""),
-    ):
-        with pytest.raises(StudyError) as error:
-            read_documents([], [str(tmp_path / name)])
-        assert str(error.value).startswith(f"--dataset {tmp_path / name}: {reason}")
-        assert "\n" not in str(error.value)
-        assert str(error.value).endswith("(no such file here either)") == (name == "no-such-dataset")
-    with pytest.raises(StudyError, match=f"no such file: {tmp_path / 'missing.csv'}$"):
-        read_documents([], [str(tmp_path / "numbers.csv"), str(tmp_path / "missing.csv")])

@@ -22,7 +22,8 @@ from nvamp.study.inspect.score import inspect_text
 from nvamp.study.losses import MODES, parse_losses
 from nvamp.study.models import build_model, load_model
 from nvamp.study.store import Store, _canonical, _checksum, conditions, finite, versions, write_json
-from nvamp.study.training import Progress, train
+from nvamp.study.training import train
+from nvamp.study.watching import Progress
 from tests.study.conftest import Silent, study
 
 
@@ -74,7 +75,7 @@ def test_held_out_text_is_read_by_the_first_model_of_each_loss(settings: Setting
 def test_text_that_makes_no_page_is_no_failed_run(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_page(*args: Any) -> None:
+    def no_page(*args: Any, **options: Any) -> None:
         raise StudyError("expected at least 2 tokens, got 1")
 
     monkeypatch.setattr(nvamp.study.store, "inspect_text", no_page)
@@ -316,7 +317,7 @@ def test_space_is_checked_before_training(
 def test_other_versions_and_devices_are_another_study(
     one: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    corpus, recipe = prepare(one), one.recipe()
+    corpus, recipe = prepare(one), one.recipe(1)
     with Store(tmp_path) as store:
         store.claim(conditions(recipe, corpus), overwrite=False)
     monkeypatch.setattr(nvamp.study.store, "versions", lambda: {**here, name: "another"})

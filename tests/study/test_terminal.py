@@ -1,11 +1,14 @@
 """What a study prints."""
 
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from nvamp.study.terminal import Terminal
+from nvamp.study.metrics import METRICS
+from nvamp.study.terminal import Terminal, show_results
+from tests.study.conftest import diverge
 
 
 @pytest.fixture
@@ -18,12 +21,57 @@ def shown(console: Console) -> str:
     return console.file.getvalue()
 
 
+RECORD = {"loss": "ce", "seed": 0, "seconds": 1.0, "metrics": {"cross_entropy": 2.0}, "logits_because": None}
+
+
 def test_names_are_not_markup(console: Console) -> None:
-    record = {"loss": "x[/b] [red]y", "seed": 0, "seconds": 1.0, "metrics": {"cross_entropy": 2.0}}
-    Terminal(console, 1).finished(record)
+    Terminal(console).finished({**RECORD, "loss": "x[/b] [red]y"})
     assert shown(console) == "x[/b] [red]y, seed 0: held-out cross-entropy 2.000 nats (1 s)\n"
 
 
 def test_a_report_that_is_replaced(console: Console) -> None:
-    Terminal(console, 1).replacing(3)
+    Terminal(console).replacing(3)
     assert shown(console) == "results and report replace earlier ones of 3 runs more; these runs are kept\n"
+
+
+def test_logits_in_memory_are_reported_once(console: Console) -> None:
+    terminal = Terminal(console)
+    for seed in range(2):
+        terminal.finished({**RECORD, "seed": seed, "logits_because": "of [this]"})
+    assert shown(console).splitlines()[1:] == [
+        "this model trains with all of its logits in memory: of [this]",
+        "ce, seed 1: held-out cross-entropy 2.000 nats (1 s)",
+    ]
+
+
+@pytest.mark.parametrize(("width", "tables"), [(40, 3), (50, 3), (60, 2), (70, 1)])
+def test_a_narrow_terminal_keeps_every_number(results: dict[str, Any], width: int, tables: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    show_results(console, results)
+    text = shown(console)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert text.count("0 ± 0.50") == 3 * len(METRICS)
+    assert text.count("perplexity") == tables
+    for expected in ("Nvamp:gamma=0.05,gradient=token, in plain words.", "ce 7,000 (6,000 to 8,000)"):
+        assert expected in " ".join(text.split())
+    assert "Ce, in plain words" not in text
+    assert "…" not in text
+
+
+def test_the_terminal_names_all_that_diverged_and_little_text(results: dict[str, Any]) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    for index in range(3):
+        diverge(results, index)
+    results["text"].update(held_out_tokens=252, worst_tokens=13)
+    show_results(console, results)
+    text = shown(console)
+    assert text.count(", in plain words.") == 3
+    assert "Caution: the held-out text is small, 252 tokens; its worst 5% are 13 tokens." in text
+
+
+@pytest.mark.parametrize("width", [50, 70, 120])
+def test_progress_on_a_narrow_terminal(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    with Terminal(console) as terminal:
+        terminal.run("nvamp:gradient=token,label_smoothing=0.1", 1)(30, 6.1234)
+    assert "30/? loss 6.123 " in shown(console)

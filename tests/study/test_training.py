@@ -8,19 +8,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from nvamp.integrations.transformers import compute_loss_func
+import nvamp.study.training
+from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
+from nvamp.study.held_out import as_examples, score
 from nvamp.study.losses import parse_loss
-from nvamp.study.models import build_model
-from nvamp.study.training import (
-    LabelledBlocks,
-    Recipe,
-    Run,
-    TimedLoss,
-    held_out_nll,
-    train,
-    training_arguments,
-)
+from nvamp.study.models import Lora, build_model, load_model
+from nvamp.study.training import LabelledBlocks, Recipe, Run, install, train, training_arguments
 from tests.study.conftest import dropping
 
 CPU = torch.device("cpu")
@@ -36,8 +30,26 @@ def run(spec: str, recipe: Recipe, corpus: Corpus, seed: int = 0) -> tuple[Run, 
     return result, values
 
 
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the model is called with in training."""
+    seen: list[dict[str, Any]] = []
+
+    def watched(*args: Any) -> Any:
+        model = build_model(*args)
+        model.register_forward_pre_hook(
+            lambda module, _, batch: seen.append({**batch}) if torch.is_grad_enabled() else None,
+            with_kwargs=True,
+        )
+        return model
+
+    monkeypatch.setattr(nvamp.study.training, "build_model", watched)
+    return seen
+
+
 def test_ce_is_what_the_trainer_does_by_itself(corpus: Corpus, model_dir: Any) -> None:
     ours, values = run("ce", recipe(model_dir), corpus)
+    assert ours.logits_because is None
 
     transformers.set_seed(0)
     model = build_model(str(model_dir), corpus)
@@ -51,24 +63,110 @@ def test_ce_is_what_the_trainer_does_by_itself(corpus: Corpus, model_dir: Any) -
     plain = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     np.testing.assert_allclose(values, plain, rtol=1e-5)
     assert values[-1] < values[0] - 0.1
-    np.testing.assert_allclose(ours.nll, held_out_nll(model, corpus.held_out)[0], rtol=1e-4, atol=1e-4)
+    expected = score(model, as_examples(corpus.held_out)).nll
+    np.testing.assert_allclose(ours.nll, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(ours.scores.labels, corpus.held_out[:, 1:].reshape(-1))
 
 
-def test_held_out_losses_by_definition(corpus: Corpus, model_dir: Any) -> None:
+def test_no_logits_exist_in_a_run(corpus: Corpus, model_dir: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = len(corpus.tokenizer)
+    linear, seen = torch.nn.functional.linear, []
+
+    def recorded(hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        seen.append(len(weight))
+        return linear(hidden, weight, *rest)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", recorded)
+    monkeypatch.setattr(
+        nvamp.study.training,
+        "own_loss",
+        lambda model: nvamp.integrations.transformers.alignment.OwnLoss(True, True),
+    )
+    result, _ = run("nvamp", recipe(model_dir, steps=2), corpus)
+    assert seen
+    assert classes not in seen
+    assert type(result.model).__module__.startswith("transformers.")
+    result.model(input_ids=corpus.held_out[:1])
+    assert classes in seen
+
+
+def test_a_model_that_needs_its_logits_trains_with_them(
+    corpus: Corpus, model_dir: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(*args: Any) -> Any:
+        model = build_model(*args)
+        layer = model.lm_head
+
+        class Softened(torch.nn.Linear):
+            def forward(self, hidden: Tensor) -> Tensor:
+                return super().forward(hidden) + 0 * hidden.sum()
+
+        layer.__class__ = Softened
+        return model
+
+    linear, values = run("nvamp:gradient=token", recipe(model_dir), corpus)
+    monkeypatch.setattr(nvamp.study.training, "build_model", odd)
+    logits, others = run("nvamp:gradient=token", recipe(model_dir), corpus)
+    assert logits.logits_because is not None
+    assert logits.logits_because.startswith("the output layer of LlamaForCausalLM must be a plain torch.nn.")
+    assert logits.logits_because.endswith(".Softened")
+    np.testing.assert_allclose(values, others, rtol=1e-4)
+    np.testing.assert_allclose(linear.nll, logits.nll, rtol=1e-3, atol=1e-3)
+    assert 0 < logits.loss_share < 1
+
+
+def test_a_model_whose_labels_are_not_the_next_tokens_is_not_patched(corpus: Corpus) -> None:
+    config = transformers.BartConfig(
+        vocab_size=len(corpus.tokenizer), d_model=16, decoder_layers=1, decoder_attention_heads=2,
+        decoder_ffn_dim=16, max_position_embeddings=32, is_decoder=True, is_encoder_decoder=False,
+    )  # fmt: skip
+    model = transformers.BartForCausalLM(config)
+    assert install(parse_loss("ce"), model) == "the loss of BartForCausalLM is not that of the next token"
+    assert type(model) is transformers.BartForCausalLM
+
+
+def test_held_out_scores_by_definition(corpus: Corpus, model_dir: Any) -> None:
     model = build_model(str(model_dir), corpus)
-    nll, correct = held_out_nll(model, corpus.held_out)
+    blocks = corpus.held_out.clone()
+    labels = blocks.clone()
+    labels[:, 5:9] = -100
+    examples = [{"input_ids": x, "labels": y} for x, y in zip(blocks, labels, strict=True)]
     with torch.no_grad():
-        logits = model(input_ids=corpus.held_out).logits[:, :-1].double()
-    labels = corpus.held_out[:, 1:, None]
-    expected = -logits.log_softmax(-1).gather(2, labels).flatten()
-    np.testing.assert_allclose(nll, expected, rtol=1e-5)
-    np.testing.assert_array_equal(correct, (logits.argmax(-1) == labels[..., 0]).flatten())
+        log_p = model(input_ids=blocks).logits[:, :-1].double().log_softmax(-1)
+    counted = labels[:, 1:] != -100
+    log_p, expected = log_p[counted], labels[:, 1:][counted]
+    for patched in (False, True):
+        if patched:
+            assert install(parse_loss("dft:label_smoothing=0.1"), model) is None
+        found = score(model, examples)
+        np.testing.assert_allclose(found.nll, -log_p.gather(1, expected[:, None])[:, 0], rtol=1e-5)
+        np.testing.assert_array_equal(found.prediction, log_p.argmax(-1))
+        np.testing.assert_array_equal(found.correct, log_p.argmax(-1) == expected)
+        np.testing.assert_array_equal(found.labels, expected)
+        np.testing.assert_allclose(found.confidence, log_p.exp().amax(-1), rtol=1e-5)
+        np.testing.assert_allclose(found.entropy, -(log_p.exp() * log_p).sum(-1), rtol=1e-5)
 
 
-def test_dropout_does_not_touch_held_out_losses(corpus: Corpus) -> None:
+def test_position_ids_reach_the_model(corpus: Corpus, model_dir: Any) -> None:
+    model = build_model(str(model_dir), corpus)
+    block = corpus.held_out[0]
+    twice = {"input_ids": torch.cat((block[:8], block[:8])), "labels": torch.cat((block[:8], block[:8]))}
+    packed = {**twice, "position_ids": torch.arange(8).repeat(2)}
+    alone = score(model, as_examples(block[None, :8])).nll
+    np.testing.assert_allclose(score(model, [packed]).nll[8:], alone, rtol=1e-5)
+    assert np.abs(score(model, [twice]).nll[8:] - alone).max() > 1e-4
+
+
+def test_scoring_leaves_random_numbers_and_modes_alone(corpus: Corpus) -> None:
     model = dropping(len(corpus.tokenizer))
-    nll, _ = held_out_nll(model, corpus.held_out)
-    np.testing.assert_array_equal(nll, held_out_nll(model.eval(), corpus.held_out)[0])
+    before = torch.random.get_rng_state()
+    found = score(model, as_examples(corpus.held_out)).nll
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert model.training
+    np.testing.assert_array_equal(found, score(model.eval(), as_examples(corpus.held_out)).nll)
+    model.train()
+    assert install(parse_loss("ce"), model) is None
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_the_recipe(tmp_path: Path) -> None:
@@ -84,7 +182,8 @@ def test_the_recipe(tmp_path: Path) -> None:
 def test_held_out_losses_are_plain_whatever_the_training(corpus: Corpus, model_dir: Any) -> None:
     ours, values = run("ce:label_smoothing=0.5", recipe(model_dir), corpus)
     plain, _ = run("ce", recipe(model_dir), corpus)
-    np.testing.assert_array_equal(ours.nll, held_out_nll(ours.model, corpus.held_out)[0])
+    expected = score(ours.model, as_examples(corpus.held_out)).nll
+    np.testing.assert_allclose(ours.nll, expected, rtol=1e-5)
     assert ours.curve[0] == plain.curve[0]  # before the first step
     assert ours.curve[-1] != plain.curve[-1]
     assert values[0] != pytest.approx(ours.curve[0][1], abs=1e-3)
@@ -104,26 +203,17 @@ def test_another_seed_is_another_run(corpus: Corpus, model_dir: Any) -> None:
     assert run("ce", recipe(model_dir), corpus, seed=0)[1] != run("ce", recipe(model_dir), corpus, seed=1)[1]
 
 
-def test_only_the_loss_differs_between_losses(corpus: Corpus, model_dir: Any) -> None:
+def test_only_the_loss_differs_between_losses(
+    corpus: Corpus, model_dir: Any, batches: list[dict[str, Any]]
+) -> None:
     # Enough steps for a second pass over the blocks, where a drifting random state would show.
     epoch = len(corpus.train) // 8
-
-    def labels_under(spec: str) -> list[Tensor]:
-        loss = parse_loss(spec)
-        seen: list[Tensor] = []
-
-        def criterion(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-            seen.append(labels.clone())
-            return loss.criterion(logits, labels, num_items_in_batch=num_items_in_batch)
-
-        how = recipe(model_dir, steps=2 * epoch, noise=0.5)
-        train(replace(loss, criterion=criterion), 3, how, corpus, lambda *_: None)
-        return seen
-
-    first, second = labels_under("ce"), labels_under("nvamp:gradient=token")
-    assert len(first) == 2 * epoch
-    assert torch.equal(torch.stack(first), torch.stack(second))
-    assert not torch.equal(first[0], first[epoch])
+    for spec in ("ce", "nvamp:gradient=token"):
+        run(spec, recipe(model_dir, steps=2 * epoch, noise=0.5), corpus, seed=3)
+    labels = torch.stack([batch["labels"] for batch in batches])
+    assert len(labels) == 4 * epoch
+    assert torch.equal(labels[: 2 * epoch], labels[2 * epoch :])
+    assert not torch.equal(labels[0], labels[epoch])
 
 
 def test_the_built_in_model_starts_from_the_seed(corpus: Corpus) -> None:
@@ -152,49 +242,99 @@ def test_noise_replaces_its_share_of_labels_and_no_input(noise: float) -> None:
 
 
 def test_a_diverged_run_stops_and_says_so(corpus: Corpus, model_dir: Any) -> None:
-    def criterion(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        return logits.sum() * torch.nan
-
-    loss = replace(parse_loss("ce"), criterion=criterion)
-    result = train(loss, 0, recipe(model_dir), corpus, lambda *_: None)
+    huge = recipe(model_dir, lr=1e30)
+    result, values = run("ce", huge, corpus)
     assert result.diverged
-    assert result.steps == 1
+    assert 1 < result.steps < 12
+    assert len(values) == result.steps
+    assert not np.isfinite(values[-1])
     assert not run("ce", recipe(model_dir), corpus)[0].diverged
 
 
-def test_the_clock_counts_the_loss_and_its_gradient_once_each() -> None:
-    class Counting:
-        def __init__(self) -> None:
-            self.now = 0
-
-        def mark(self) -> int:
-            self.now += 1
-            return self.now
-
-    order: list[str] = []
-
-    class Slow(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            order.append(f"model backward at {clock.now}")
-            return grad
-
-    clock = Counting()
-    timed = TimedLoss(compute_loss_func(lambda logits, labels, num_items_in_batch: logits.sum()), clock)  # type: ignore[arg-type]
-    for _ in range(2):
-        logits = Slow.apply(torch.ones(1, 2, 3, requires_grad=True))
-        timed({"logits": logits}, torch.zeros(1, 2)).backward()
-    # Four marks a step; the model's own backward comes after the last of them.
-    assert timed.forward == [(1, 2), (5, 6)]
-    assert timed.backward == [(3, 4), (7, 8)]
-    assert order == ["model backward at 4", "model backward at 8"]
-
-
-def test_measured_times_are_sane(corpus: Corpus, model_dir: Any) -> None:
-    result, _ = run("ce", recipe(model_dir), corpus)
+def test_accumulated_batches_are_one_step(corpus: Corpus, model_dir: Any) -> None:
+    _, expected = run("ce", recipe(model_dir), corpus)
+    result, values = run("ce", recipe(model_dir, batch_size=4, accumulate=2), corpus)
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+    assert result.steps == 12
     assert 0 < result.loss_share < 1
-    assert 0 < 12 * 8 * 16 / result.tokens_per_second < result.seconds
+
+
+def test_checkpointed_activations_are_computed_again(
+    corpus: Corpus, model_dir: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        model = build_model(*args)
+        model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda module, *_: calls.append(1) if module.training else None
+        )
+        return model
+
+    monkeypatch.setattr(nvamp.study.training, "build_model", counted)
+    _, expected = run("nvamp", recipe(model_dir, steps=3), corpus)
+    without = len(calls)
+    _, values = run("nvamp", recipe(model_dir, steps=3, gradient_checkpointing=True), corpus)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    assert len(calls) - without == without + 3
+
+
+def test_a_model_that_cannot_checkpoint(
+    corpus: Corpus, model_dir: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(StudyError, match=r"^--gradient-checkpointing: LlamaForCausalLM does not support it$"):
+        run("ce", recipe(model_dir, gradient_checkpointing=True), corpus)
+
+
+def test_adapters_are_trained_alone_and_merged(corpus: Corpus, model_dir: Any, tmp_path: Path) -> None:
+    result, values = run("nvamp", recipe(model_dir, steps=30, lora=Lora(2, 8)), corpus)
+    assert result.logits_because is None
+    assert values[-1] < values[0]
+    before = build_model(str(model_dir), corpus).state_dict()
+    changed = {name for name, x in result.model.state_dict().items() if not torch.equal(x, before[name])}
+    assert {name.split(".")[-2] for name in changed} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+    difference = result.model.model.layers[0].mlp.up_proj.weight - before["model.layers.0.mlp.up_proj.weight"]
+    assert torch.linalg.matrix_rank(difference.detach(), rtol=1e-3) == 2
+    result.model.save_pretrained(tmp_path)
+    saved = score(load_model(str(tmp_path)), as_examples(corpus.held_out)).nll
+    np.testing.assert_allclose(saved, result.nll, rtol=1e-5, atol=1e-6)
+    assert result.curve[-1][1] == pytest.approx(saved.mean(), rel=1e-4)  # adapters, before they were merged
+
+
+def test_adapters_start_from_the_seed(corpus: Corpus, model_dir: Any) -> None:
+    lora = recipe(model_dir, lora=Lora(2, 4))
+    first, again, other = (run("ce", lora, corpus, seed)[1] for seed in (0, 0, 1))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("text", "lora"), [("8", Lora(8, 16)), ("8,4", Lora(8, 4)), ("16, 16", Lora(16, 16))]
+)
+def test_adapters_from_text(text: str, lora: Lora) -> None:
+    assert Lora.parse(text) == lora == Lora.parse(str(lora))
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "8,", "8,0", "a", "8,8,8", "1.5"])
+def test_no_adapters(text: str) -> None:
+    with pytest.raises(StudyError, match=rf"^--lora {text}: expected r or r,alpha, such as 8 or 8,16$"):
+        Lora.parse(text)
+
+
+def test_a_learning_rate_of_the_losses_own(corpus: Corpus, model_dir: Any) -> None:
+    _, expected = run("dft", recipe(model_dir), corpus)
+    _, values = run("dft@0.01", recipe(model_dir, lr=1.0), corpus)
+    assert values == expected
+
+
+def test_a_criterion_of_ones_own(corpus: Corpus, model_dir: Any) -> None:
+    loss = parse_loss("dft")
+    _, expected = run("dft", recipe(model_dir), corpus)
+    values: list[float] = []
+    own = replace(loss, own=loss.criterion)
+    result = train(own, 0, recipe(model_dir), corpus, lambda step, value: values.append(value))
+    assert result.logits_because == "the criterion is one of logits"
+    np.testing.assert_allclose(values, expected, rtol=1e-5)

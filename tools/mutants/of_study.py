@@ -5,7 +5,13 @@ from tools.mutants.mutant import Mutant
 STUDY, TESTS = "src/nvamp/study", "tests/study"
 
 MUTANTS = [
-    Mutant(f"{STUDY}/metrics.py", "    nll = nll.astype(np.float64)\n", "", f"{TESTS}/test_metrics.py", ""),
+    Mutant(
+        f"{STUDY}/metrics.py",
+        "    nll = scores.nll.astype(np.float64)\n",
+        "    nll = scores.nll\n",
+        f"{TESTS}/test_metrics.py",
+        "",
+    ),
     Mutant(
         f"{STUDY}/sources.py",
         "        kept.append(document[:left])",

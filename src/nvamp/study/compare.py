@@ -3,26 +3,49 @@
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from math import inf
+from importlib.util import find_spec
+from math import ceil, inf
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from nvamp.study import StudyError
-from nvamp.study.corpus import Corpus, build_corpus, frequency_classes
+from nvamp.study.chats import prefix_of
+from nvamp.study.config import CONFIG, write_config
+from nvamp.study.corpus import HELD_OUT_TOKENS, Corpus, build_corpus, frequency_classes, tokenize
+from nvamp.study.examples import build_examples
+from nvamp.study.extra import install_command
 from nvamp.study.losses import Loss, parse_losses
-from nvamp.study.models import load_tokenizer, max_positions, model_bytes, quiet
+from nvamp.study.models import (
+    Lora,
+    check_tokens,
+    keeps_apart,
+    load_config,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    model_bytes,
+    quiet,
+)
+from nvamp.study.packing import Blocks, pack_text
 from nvamp.study.peers import POLL, Peers
 from nvamp.study.results import describe, describe_corpus, gather
-from nvamp.study.sources import read_documents
+from nvamp.study.rows import Rows, read_rows
+from nvamp.study.sources import bounded, read_documents, shuffled
 from nvamp.study.store import Json, Store, conditions, finite, kept_runs, versions
-from nvamp.study.training import Progress, Recipe, train
+from nvamp.study.training import Recipe, train
+from nvamp.study.watching import Progress
 
-SEQUENCE = 64  # tokens in a block, for the built-in model
-SEQUENCE_PRETRAINED = 256
+SEQUENCE = 64  # tokens in a block, for the built-in model on text
+SEQUENCE_LONG = 256  # for pretrained ones, and for examples
+LOSS_ON = ("all", "completions")
+STEPS = 240
 LR = 2e-3
 LR_PRETRAINED = 5e-5
+LR_LORA = 2e-4
 
 Pair = tuple[Loss, int]  # the loss and the seed of a run
 
@@ -34,43 +57,96 @@ class Settings:
     Attributes:
         losses: specs; the first one is the baseline.
         seeds: the number of seeds, which are 0, 1, ...
-        lr: `None` for the model's default.
+        steps: `None` for the default, or if there are epochs.
+        lr: of a loss without one of its own; `None` for the default.
+        sequence: `None` for the default.
+        lora: "r" or "r,alpha".
+        loss_on: which tokens of examples are learned, of `LOSS_ON`; `None` for the default.
+        special_tokens: whether special tokens that the text spells out are such, or else text.
+        also: a file or directory of another text, on which models are evaluated before and after training.
+        generate: the most held-out prompts to complete.
     """
 
     losses: tuple[str, ...]
     seeds: int
-    steps: int
+    steps: int | None
     batch_size: int
     lr: float | None = None
     noise: float = 0.0
     model: str | None = None
     text: tuple[str, ...] = ()
     dataset: tuple[str, ...] = ()
+    epochs: float | None = None
+    accumulate: int = 1
+    sequence: int | None = None
+    lora: str | None = None
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    loss_on: str | None = None
+    special_tokens: bool = False
+    also: str | None = None
+    generate: int = 0
 
     def check(self) -> None:
         """Raise a `StudyError` if an option is out of range."""
-        for option, value in (("seeds", self.seeds), ("steps", self.steps), ("batch-size", self.batch_size)):
-            if value < 1:
-                raise StudyError(f"--{option} must be at least 1, got {value}")
-        if self.lr is not None and not 0 < self.lr < inf:
-            raise StudyError(f"--lr must be finite and positive, got {self.lr:g}")
+        counts = {"seeds": 1, "steps": 1, "batch_size": 1, "accumulate": 1, "sequence": 2}
+        for name, least in counts.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise StudyError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        for name in ("lr", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < inf:
+                raise StudyError(f"--{name} must be finite and positive, got {value:g}")
+        if self.steps is not None and self.epochs is not None:
+            raise StudyError("--steps and --epochs exclude each other")
         if not 0 <= self.noise <= 1:
             raise StudyError(f"--noise must be between 0 and 1, got {self.noise:g}")
+        if self.generate < 0:
+            raise StudyError(f"--generate must be at least 0, got {self.generate}")
         if not self.losses:
             raise StudyError("--loss: expected at least one")
+        if self.loss_on not in (None, *LOSS_ON):
+            raise StudyError(f"--loss-on: expected {' or '.join(LOSS_ON)}, got {self.loss_on}")
         if self.text and self.dataset:
             raise StudyError("--text and --dataset exclude each other")
+        if self.lora is not None:
+            Lora.parse(self.lora)
+            if self.model is None:
+                raise StudyError("--lora adapts a trained model: name one with --model")
+            if find_spec("peft") is None:
+                raise StudyError(f"--lora needs peft, which is not installed: {install_command('lora')}")
+        if self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+            raise StudyError(f"--bf16: {torch.cuda.get_device_name()} does not compute in bfloat16")
 
-    def recipe(self) -> Recipe:
-        lr = self.lr or (LR if self.model is None else LR_PRETRAINED)
-        return Recipe(self.steps, self.batch_size, lr, self.noise, self.model)
+    def recipe(self, examples: int) -> Recipe:
+        """How each model is trained on so many examples."""
+        lr = LR if self.model is None else LR_PRETRAINED if self.lora is None else LR_LORA
+        return Recipe(
+            steps=self._steps(examples),
+            batch_size=self.batch_size,
+            lr=self.lr or lr,
+            noise=self.noise,
+            model=self.model,
+            bf16=self.bf16,
+            accumulate=self.accumulate,
+            gradient_checkpointing=self.gradient_checkpointing,
+            generate=self.generate,
+            lora=None if self.lora is None else Lora.parse(self.lora),
+        )
+
+    def _steps(self, examples: int) -> int:
+        if self.epochs is None:
+            return self.steps or STEPS
+        in_epoch = ceil(examples // self.batch_size / self.accumulate)  # the last step may be a smaller one
+        return ceil(self.epochs * in_epoch)
 
 
 class Display(Protocol):
     """Shows the progress of a study."""
 
-    def prepared(self, corpus: Corpus, runs: int, kept: int) -> None:
-        """The text is ready; `kept` of the `runs` runs are already finished."""
+    def prepared(self, corpus: Corpus, steps: int, runs: int, kept: int) -> None:
+        """The text is ready; each run takes so many steps, and `kept` of the `runs` are already finished."""
 
     def run(self, loss: str, seed: int) -> Progress:
         """A run of this process starts."""
@@ -103,17 +179,19 @@ def compare(
     quiet()
     settings.check()
     losses = parse_losses(list(settings.losses))
-    recipe, out = settings.recipe(), store.out
+    out = store.out
     if overwrite and settings.model and out.resolve() in Path(settings.model).resolve().parents:
         raise StudyError(f"--model {settings.model} is in --out, which --overwrite would drop")
     if peers.rank == 0:  # another rank might see the directory while the first one is creating it
         store.check()
     corpus = prepare(settings, out)
+    recipe = settings.recipe(len(corpus.train))
     # Seed by seed: an interrupted study then has its first seeds under every loss.
     pairs = [(loss, seed) for seed in range(settings.seeds) for loss in losses]
 
     def claim() -> list[int]:
         store.claim(conditions(recipe, corpus), overwrite)
+        write_config(asdict(settings), out / CONFIG)
         missing = [index for index, pair in enumerate(pairs) if store.load(*pair) is None]
         _check_space(len(missing), recipe, corpus, out)
         return missing
@@ -121,11 +199,11 @@ def compare(
     missing = [pairs[index] for index in peers.of_first(claim)]
     if peers.rank > 0:
         store.join(conditions(recipe, corpus), peers.rank)
-    display.prepared(corpus, len(pairs), len(pairs) - len(missing))
+    display.prepared(corpus, recipe.steps, len(pairs), len(pairs) - len(missing))
     _train_missing(missing, recipe, corpus, store, display, peers)
     if peers.rank > 0:
         return None
-    results = _results(settings, command, losses, corpus, store)
+    results = _results(settings, recipe, command, losses, corpus, store)
     if left_out := store.reported() - {(loss.name, seed) for loss, seed in pairs}:
         display.replacing(len(left_out))
     store.save_results(results)
@@ -147,11 +225,12 @@ def _train_missing(
     missing: Sequence[Pair], recipe: Recipe, corpus: Corpus, store: Store, display: Display, peers: Peers
 ) -> None:
     """Train this rank's share of the missing runs. The first rank then waits for the others."""
-    classes = frequency_classes(corpus.train, len(corpus.tokenizer))
+    classes = frequency_classes(corpus.training.labels, len(corpus.tokenizer))
     awaited = missing
     for loss, seed in missing[peers.rank :: peers.world]:
         run = train(loss, seed, recipe, corpus, display.run(loss.name, seed))
-        store.save(loss, seed, describe(loss, seed, run, classes), run, corpus)
+        store.save(loss, seed, describe(loss, seed, run, classes, corpus.evaluation.owners), run, corpus)
+        del run  # the model of the next run takes its place in memory
         awaited = _show_finished(awaited, store, display)
     if peers.rank == 0 and awaited:
         display.waiting()
@@ -171,15 +250,18 @@ def _show_finished(awaited: Sequence[Pair], store: Store, display: Display) -> l
     return left
 
 
-def _results(settings: Settings, command: str, losses: Sequence[Loss], corpus: Corpus, store: Store) -> Json:
+def _results(
+    settings: Settings, recipe: Recipe, command: str, losses: Sequence[Loss], corpus: Corpus, store: Store
+) -> Json:
     """The contents of results.json, with `None` in place of numbers that are not finite."""
     results: Json = finite(
         {
             "command": command,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
-            "settings": {**asdict(settings), "lr": settings.recipe().lr, "out": str(store.out)},
+            "settings": {**asdict(settings), "steps": recipe.steps, "lr": recipe.lr, "out": str(store.out)},
             "text": describe_corpus(corpus),
+            "tokens_seen": recipe.steps * recipe.accumulate * recipe.batch_size * corpus.train.shape[1],
             **gather(losses, settings.seeds, store),
         }
     )
@@ -188,18 +270,64 @@ def _results(settings: Settings, command: str, losses: Sequence[Loss], corpus: C
 
 def prepare(settings: Settings, out: Path | None = None) -> Corpus:
     """Read, split, tokenize and pack the text; files in the directory `out` are ignored."""
-    sequence, tokenizer = SEQUENCE, None
+    tokenizer, together, most = None, True, inf
     if settings.model is not None:
         tokenizer = load_tokenizer(settings.model)
-        sequence = min(SEQUENCE_PRETRAINED, max_positions(settings.model) or SEQUENCE_PRETRAINED)
-    documents, source = read_documents(settings.text, settings.dataset, out)
+        most = max_positions(settings.model) or inf
+        if settings.sequence is not None and settings.sequence > most:
+            raise StudyError(f"--sequence {settings.sequence}: the model takes at most {most} tokens")
+        # What is wrong with the model is reported before the text is read.
+        together = keeps_apart(load_model(settings.model))
+    rows, source = _read(settings, out)
+    short = settings.model is None and not rows.examples
+    sequence = settings.sequence or int(min(SEQUENCE if short else SEQUENCE_LONG, most))
     try:
-        corpus = build_corpus(documents, source, sequence, tokenizer)
+        if rows.examples:
+            completions, special = settings.loss_on != "all", settings.special_tokens
+            corpus = build_examples(rows, source, sequence, tokenizer, completions, special, together)
+        else:
+            corpus = build_corpus(rows.texts, source, sequence, tokenizer, settings.special_tokens)
         if len(corpus.train) < settings.batch_size:
             raise StudyError(
                 f"the text is too short: {len(corpus.train)} training blocks of {sequence} tokens "
                 f"do not fill a batch of {settings.batch_size}"
             )
+        if settings.model is not None:
+            check_tokens(load_config(settings.model), int(max(corpus.train.max(), corpus.held_out.max())))
     except StudyError as error:
         raise StudyError(f"{'--dataset' if settings.dataset else '--text'}: {error}") from error
-    return corpus
+    if settings.generate and not corpus.prompts:
+        raise StudyError(
+            "--generate: expected prompts with answers to complete: --dataset with messages, or with prompt "
+            "and completion"
+        )
+    return corpus if settings.also is None else replace(corpus, also=_also(settings, corpus, out))
+
+
+def _also(settings: Settings, corpus: Corpus, out: Path | None) -> Blocks:
+    """The blocks of the other text to evaluate on."""
+    sequence = corpus.train.shape[1]
+    try:
+        documents, _ = read_documents((settings.also or "",), out)
+    except StudyError as error:
+        raise StudyError(str(error).replace("--text", "--also", 1)) from error
+    tokens = tokenize(documents, corpus.tokenizer, settings.special_tokens)
+    blocks = pack_text(tokens, sequence, prefix_of(corpus.tokenizer))
+    if not len(blocks):
+        raise StudyError(f"--also {settings.also}: the text is too short: not one block of {sequence} tokens")
+    return blocks.spread(HELD_OUT_TOKENS // sequence)
+
+
+def _read(settings: Settings, out: Path | None) -> tuple[Rows, str]:
+    """The text or the examples, and what they are in words."""
+    if not settings.dataset:
+        documents, source = read_documents(settings.text, out)
+        return Rows(documents), source
+    rows, source = read_rows(settings.dataset), ", ".join(settings.dataset)
+    if rows.examples:
+        return rows, source
+    if settings.loss_on == "completions":
+        raise StudyError("--loss-on completions: expected messages, or prompt and completion, got text")
+    if empty := rows.dropped.total():
+        source += f" ({empty:,} empty rows dropped)"
+    return Rows(bounded(shuffled(rows.texts))), source

@@ -1,10 +1,9 @@
 """From documents to token blocks: the split, the tokenizer, and the frequency of each token."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nvamp.study import StudyError
+from nvamp.study.chats import end_of, prefix_of
+from nvamp.study.packing import IGNORED, Blocks, pack_text
 
 VOCABULARY = 2048  # tokens of the built-in tokenizer
 END_OF_TEXT = "<|endoftext|>"
@@ -24,49 +25,89 @@ CLASSES = ("frequent", "mid", "rare")
 CLASS_BOUNDS = (0.5, 0.9)
 
 
+class Prompt(NamedTuple):
+    """A held-out prompt: its tokens, and the answer of its example as text."""
+
+    ids: list[int]
+    answer: str
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Token blocks to train and to evaluate on.
 
     Attributes:
         tokenizer: a `PreTrainedTokenizerBase`.
-        train: [blocks, sequence] int64.
-        held_out: [blocks, sequence] int64, from documents (or ends of documents) that are not in `train`.
+        training: the blocks to train on.
+        evaluation: blocks of documents (or ends of documents), or of examples, that are not in `training`.
         source: what the text is, for the report.
-        excerpt: the beginning of the longest held-out document; if that is short, of the next ones too.
+        excerpt: the beginning of the longest held-out document or example; if that is short, of the next
+            ones too.
+        prompts: of the held-out examples that are whole; empty for text.
+        counts: what became of the rows of a dataset, in numbers.
+        also: blocks of another text to evaluate on, before and after training; `None` for none.
     """
 
     tokenizer: Any
-    train: Tensor
-    held_out: Tensor
+    training: Blocks
+    evaluation: Blocks
     source: str
     excerpt: str
+    prompts: tuple[Prompt, ...] = ()
+    counts: Mapping[str, Any] = field(default_factory=dict)
+    also: Blocks | None = None
+
+    @property
+    def train(self) -> Tensor:
+        """The tokens of `training`, [blocks, sequence] int64."""
+        return self.training.inputs
+
+    @property
+    def held_out(self) -> Tensor:
+        """The tokens of `evaluation`, [blocks, sequence] int64."""
+        return self.evaluation.inputs
 
     def fingerprint(self) -> str:
         """A hash of the blocks."""
         digest = hashlib.sha256()
-        for blocks in (self.train, self.held_out):
-            digest.update(str(tuple(blocks.shape)).encode())
-            digest.update(blocks.numpy().tobytes())
+        for blocks in filter(None, (self.training, self.evaluation, self.also)):
+            digest.update(str(tuple(blocks.inputs.shape)).encode())
+            digest.update(blocks.inputs.numpy().tobytes())
+            if not torch.equal(blocks.labels, blocks.inputs):
+                digest.update(blocks.labels.numpy().tobytes())
+            if blocks.positions is not None:
+                digest.update(blocks.positions.numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
-def build_corpus(documents: Sequence[str], source: str, sequence: int, tokenizer: Any = None) -> Corpus:
+def build_corpus(
+    documents: Sequence[str], source: str, sequence: int, tokenizer: Any = None, special: bool = False
+) -> Corpus:
     """Split `documents`, tokenize them and pack them into blocks of `sequence` tokens.
 
     Args:
         documents: texts, in an order that is the same in every run.
         tokenizer: a `PreTrainedTokenizerBase`; `None` to train one on the training documents.
+        special: whether special tokens that a text spells out are such, or else text.
     """
     train, held_out = split(documents)
     if tokenizer is None:
         tokenizer = train_tokenizer(train)
-    blocks = pack(tokenize(train, tokenizer), sequence)
-    held_out_blocks = pack(tokenize(held_out, tokenizer), sequence)
-    if not len(blocks) or not len(held_out_blocks):
+    prefix = prefix_of(tokenizer)
+    if sequence < len(prefix) + 2:
+        raise StudyError(f"expected blocks of at least {len(prefix) + 2} tokens, got {sequence}")
+    training = pack_text(tokenize(train, tokenizer, special), sequence, prefix)
+    evaluation = pack_text(tokenize(held_out, tokenizer, special), sequence, prefix)
+    if not len(training) or not len(evaluation):
         raise StudyError(f"the text is too short: not one held-out block of {sequence} tokens in {source}")
-    excerpt = "\n\n".join(sorted(held_out, key=len, reverse=True))[:EXCERPT]
-    return Corpus(tokenizer, blocks, spread(held_out_blocks, HELD_OUT_TOKENS // sequence), source, excerpt)
+    return Corpus(
+        tokenizer, training, evaluation.spread(HELD_OUT_TOKENS // sequence), source, excerpt_of(held_out)
+    )
+
+
+def excerpt_of(held_out: Sequence[str]) -> str:
+    """The beginning of the longest text; if that is short, of the next ones too."""
+    return "\n\n".join(sorted(held_out, key=len, reverse=True))[:EXCERPT]
 
 
 def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -94,28 +135,21 @@ def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def tokenize(documents: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
-    """The token ids of each document, followed by the end-of-text token if the tokenizer has one."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def tokenize(documents: Sequence[str], tokenizer: Any, special: bool = False) -> Iterator[list[int]]:
+    """The token ids of each document, followed by the end-of-text token if the tokenizer has one.
+
+    Args:
+        special: whether special tokens that a text spells out are such, or else text.
+    """
+    end = end_of(tokenizer)
     # Some tokenizers fail on empty documents; tokenizing all documents at once would double the memory.
     kept = [document for document in documents if document]
     for start in range(0, len(kept), 256):
-        for ids in tokenizer(kept[start : start + 256], add_special_tokens=False)["input_ids"]:
+        found = tokenizer(
+            kept[start : start + 256], add_special_tokens=False, split_special_tokens=not special
+        )
+        for ids in found["input_ids"]:
             yield ids + end
-
-
-def pack(documents: Iterable[list[int]], sequence: int) -> Tensor:
-    """Join the token ids and cut them into blocks [blocks, sequence] int64; an incomplete one is dropped."""
-    ids = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
-    blocks = len(ids) // sequence
-    return torch.from_numpy(ids[: blocks * sequence].reshape(blocks, sequence))
-
-
-def spread(blocks: Tensor, limit: int) -> Tensor:
-    """At most `limit` of the blocks, evenly spaced."""
-    if len(blocks) <= limit:
-        return blocks
-    return blocks[torch.linspace(0, len(blocks) - 1, max(limit, 1)).round().long()]
 
 
 def frequency_classes(train: Tensor, vocabulary: int) -> NDArray[np.int64]:
@@ -123,9 +157,10 @@ def frequency_classes(train: Tensor, vocabulary: int) -> NDArray[np.int64]:
 
     Sort the tokens of `train` by the frequency of their type, most frequent first: the place of a type's
     first token, as a share of all tokens, decides its class by `CLASS_BOUNDS`. Types that do not occur are
-    rare.
+    rare. Labels of -100 are no tokens.
     """
-    counts = np.bincount(train.numpy().ravel(), minlength=vocabulary)
+    tokens = train.numpy().ravel()
+    counts = np.bincount(tokens[tokens != IGNORED], minlength=vocabulary)
     order = np.argsort(-counts, kind="stable")
     before = np.cumsum(counts[order]) - counts[order]
     classes = np.empty(len(counts), dtype=np.int64)

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from nvamp.integrations.transformers import logits_of
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
+from nvamp.study.model_files import ENCODER_DECODER, adapted, check_model
+
+PROBED = 8  # tokens of the two inputs that differ in the last one
+
+APART = 4  # tokens of each example that shows whether a model keeps them apart
+ROUNDING = 1e-4  # how much logits that must be the same may differ, as a share of the largest
 
 
 def build_model(name: str | None, corpus: Corpus, scale: int = 1) -> Any:
@@ -34,9 +42,108 @@ def build_model(name: str | None, corpus: Corpus, scale: int = 1) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of the linear layers, except the output layer.
+
+    Attributes:
+        r: their rank.
+        alpha: what they add is scaled by alpha / r.
+    """
+
+    r: int
+    alpha: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Lora":
+        """From `r` or `r,alpha`; alpha is twice the rank if it is left out."""
+        r, comma, alpha = text.partition(",")
+        numbers = (r, alpha) if comma else (r,)
+        if not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
+            raise StudyError(f"--lora {text}: expected r or r,alpha, such as 8 or 8,16")
+        return cls(int(r), int(alpha) if comma else 2 * int(r))
+
+    def __str__(self) -> str:
+        return f"{self.r},{self.alpha}"
+
+    def adapt(self, model: Any) -> Any:
+        """The model with fresh adapters, a `PeftModel`; the rest of it is frozen."""
+        import peft  # an extra
+
+        config = peft.LoraConfig(
+            r=self.r, lora_alpha=self.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        return peft.get_peft_model(model, config)
+
+
 def load_model(name: str) -> Any:
-    """A pretrained model in float32."""
-    return _load(AutoModelForCausalLM, name, dtype=torch.float32)
+    """A pretrained model in float32.
+
+    Raises:
+        StudyError: there is none, some of its weights are missing or have another shape, it takes fewer than
+            two tokens, or it is not causal.
+    """
+    check_config(name, load_config(name))
+    if base := adapted(name):
+        load_model(base)  # the adapter's own loading does not report what it lacks
+    model, info = _load(
+        AutoModelForCausalLM,
+        name,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they are reported, by the next line
+    )
+    _check_weights(name, info)
+    _check_causal(name, model)
+    return model
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a pretrained model; if it is an adapter, of the model that it adapts."""
+    return _load(transformers.AutoConfig, adapted(name) or name)
+
+
+def check_config(name: str, config: Any) -> None:
+    """Raise a `StudyError` if a model of this configuration predicts no next token."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise StudyError(f"--model {name}: {ENCODER_DECODER}")
+    if (longest := positions(config)) is not None and longest < 2:
+        raise StudyError(f"--model {name}: takes {longest} position, expected at least 2")
+
+
+def _check_weights(name: str, info: dict[str, Any]) -> None:
+    """Raise a `StudyError` if transformers has filled some weights with random numbers."""
+    for key, saved, wanted in sorted(info["mismatched_keys"]):
+        raise StudyError(
+            f"--model {name}: {key} has shape {list(saved)}, its configuration expects {list(wanted)}"
+        )
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise StudyError(f"--model {name}: weights are missing: {missing[0]}{more}")
+
+
+@torch.no_grad()
+def _check_causal(name: str, model: Any) -> None:
+    """Raise a `StudyError` if the last token of an input changes what is predicted before it."""
+    length = min(PROBED, positions(model.config) or PROBED)
+    vocabulary = model.config.get_text_config().vocab_size
+    inputs = (torch.arange(length) % vocabulary).repeat(2, 1)
+    inputs[1, -1] = length % vocabulary
+    try:
+        first, second = logits_of(model(input_ids=inputs, use_cache=False))[:, :-1].float()
+    except Exception as error:  # a model can raise any error
+        raise StudyError(f"--model {name}: fails on {length} tokens: {_reason(error)}") from error
+    if (first - second).abs().max() > ROUNDING * first.abs().max():
+        raise StudyError(
+            f"--model {name}: not causal: its predictions change with the tokens after them, "
+            "as those of BERT with is_decoder=False do"
+        )
+
+
+def check_tokens(config: Any, largest: int) -> None:
+    """Raise a `StudyError` if the largest token of a text is beyond the embedding of a model."""
+    if largest >= (vocabulary := config.get_text_config().vocab_size):
+        raise StudyError(f"the tokenizer gives token {largest}, but the model has {vocabulary} tokens")
 
 
 def model_bytes(name: str | None, corpus: Corpus) -> int:
@@ -46,28 +153,44 @@ def model_bytes(name: str | None, corpus: Corpus) -> int:
             if name is None:
                 model = build_model(None, corpus)
             else:
-                config = _load(transformers.AutoConfig, name)
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_config(load_config(name), trust_remote_code=False)
     except Exception:  # an adapter, or a model that cannot be built without its weights
         return 0
     return 4 * int(model.num_parameters())
 
 
+@torch.no_grad()
+def keeps_apart(model: Any) -> bool:
+    """Whether positions that start again keep the examples of a block apart: the second is as if alone."""
+    length = max(1, min(APART, (positions(model.config) or 2 * APART) // 2))
+    tokens = torch.arange(2 * length) % model.config.get_text_config().vocab_size
+    places = torch.arange(length).repeat(2)
+    try:
+        both = logits_of(model(input_ids=tokens[None], position_ids=places[None], use_cache=False))[
+            0, length:
+        ]
+        alone = logits_of(model(input_ids=tokens[None, length:], use_cache=False))[0]
+    except Exception:  # not every model takes positions, and one that does not can raise any error
+        return False
+    return bool((both - alone).abs().max() <= ROUNDING * alone.abs().max())
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a pretrained model."""
+    check_model(name)
     return _load(AutoTokenizer, name)
 
 
 def max_positions(name: str) -> int | None:
     """The longest sequence that a pretrained model takes; `None` if its configuration does not say."""
-    return positions(_load(transformers.AutoConfig, name))
+    return positions(load_config(name))
 
 
 def model_fingerprint(name: str) -> str:
     """Identifies configuration and weights: the hub's commit, or a hash of the files in a directory."""
     directory = Path(name)
     if not directory.is_dir():
-        return str(_load(transformers.AutoConfig, name)._commit_hash)
+        return str(load_config(name)._commit_hash)
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
         known = path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json")
@@ -81,23 +204,29 @@ def model_fingerprint(name: str) -> str:
 
 def positions(config: Any) -> int | None:
     """The longest sequence that a model of this configuration takes; `None` if it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if found == -1 else found  # as XLNet's says
 
 
 def _load(kind: Any, name: str, **kwargs: Any) -> Any:
     quiet()
-    if not name:
-        raise StudyError("--model: expected a directory or hub id, got an empty name")
-    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1  # hub ids are not
-    if is_path and not Path(name).is_dir():
-        raise StudyError(f"--model {name}: no such directory")
+    check_model(name, tokenizer=False)
     try:
         # Never run code that comes with a model. The default would ask the user on the terminal.
         return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
     except Exception as error:  # a hub or a model's files can raise any error of any library
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            raise StudyError(
+                f"--model {name}: needs custom code that comes with it, which nvamp never runs: "
+                "expected a model of a kind that transformers knows"
+            ) from error
         nor = "" if os.path.exists(name) else " (no such directory here either)"
-        raise StudyError(f"--model {name}: {reason}{nor}") from error
+        raise StudyError(f"--model {name}: {_reason(error)}{nor}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def quiet() -> None:
@@ -105,4 +234,4 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch\.utils\.data)")
+    warnings.filterwarnings("ignore", module=r"(transformers|accelerate|peft|torch\.utils\.data)")

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import torch.distributed as dist
-
 from nvamp.study import StudyError
 
 POLL = 0.1  # seconds; a blocking call of the store would delay signals
@@ -68,6 +66,8 @@ def join() -> Peers:
     world = _number(os.environ, "WORLD_SIZE", 1)
     rank = _number(os.environ, "RANK", 0, world - 1)
     port = _number(os.environ, "MASTER_PORT", 1, 65535)
+    import torch.distributed as dist  # a process on its own can say what is wrong without PyTorch
+
     try:
         # mypy: both are public, but not explicitly re-exported.
         store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]

@@ -1,10 +1,11 @@
 """The report of a study: one self-contained page."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
@@ -13,18 +14,22 @@ from matplotlib.figure import Figure
 
 from nvamp.study.corpus import CLASSES
 from nvamp.study.files import replacing
-from nvamp.study.metrics import METRICS
+from nvamp.study.metrics import METRICS, SMALL_TAIL, TIMES, Metric, change_unit, measured, short
 from nvamp.study.store import Json
 
 # Okabe and Ito's palette, which the colour-blind can distinguish; dashes distinguish losses without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+_SVG_DASHES = ("none", "6 3", "8 3 2 3", "2 3", "8 2 2 2 2 2", "2 2")  # the same in the page's own drawings
+
+# The metrics of the small plot of intervals at the top.
+GLANCE = ("cvar", "cross_entropy", "rare", "accuracy", "exact_match", "also")
 
 # Placeholders for the colours of the page, which has a light and a dark scheme.
 _TEXT, _RULE = "#010203", "#040506"
 _STYLE = {
     "svg.fonttype": "none",
-    "font.size": 11,
+    "font.size": 10,
     "text.color": _TEXT,
     "axes.labelcolor": _TEXT,
     "axes.edgecolor": _RULE,
@@ -36,9 +41,27 @@ _STYLE = {
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
+_BAND = {"alpha": 0.2, "linewidth": 0}
+
+
+class Style(NamedTuple):
+    """How a loss is drawn."""
+
+    colour: str
+    dashes: Any  # for matplotlib
+    svg_dashes: str
+
+
+class Panel(NamedTuple):
+    """One metric of the plot of intervals."""
+
+    metric: Metric
+    reach: str  # what the axis reaches on both sides of zero, with its unit
+    rows: list[
+        Json
+    ]  # of a loss each: its title and style, its change in words, and where to draw it in percent
 
 
 def write_report(results: Json, path: Path) -> Path:
@@ -51,116 +74,196 @@ def write_report(results: Json, path: Path) -> Path:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["emphasized"] = _emphasized
+    environment.filters["breakable"] = _breakable
+    drawn = {
+        "curves": curves(results),
+        "classes": classes(results, "metrics", "cross-entropy (nats)"),
+        "class_differences": classes(results, "differences", f"difference to {results['baseline']} (nats)"),
+        "density": density(results),
+        "tail": tail(results),
+    }
     page = environment.from_string(template).render(
         results=results,
-        metrics=METRICS,
-        colours={loss["name"]: colour for loss, colour, _ in _styled(results)},
-        figures={
-            "curves": curves(results),
-            "classes": classes(results),
-            "density": density(results),
-            "tail": tail(results),
-        },
+        title=title(results),
+        metrics=measured(METRICS, results["losses"][0]["metrics"]),
+        times=measured(TIMES, results["losses"][0]["times"]),
+        small_tail=SMALL_TAIL,
+        styles={loss["name"]: style for loss, style in styled(results)},
+        panels=panels(results),
+        settings=settings(results),
+        figures={name: figure for name, figure in drawn.items() if figure},
     )
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
 
-def _emphasized(sentence: str) -> Markup:
-    """A sentence of the results, its verdicts in bold."""
-    verdicts = r": (better|worse)\b"
-    return Markup(re.sub(verdicts, r': <strong class="\1">\1</strong>', str(escape(sentence))))
+def _breakable(name: str) -> Markup:
+    """The name of a loss, which may break after its colon and its commas."""
+    return Markup(re.sub("([:,])", r"\1<wbr>", str(escape(name))))
 
 
-def curves(results: Json) -> Markup:
-    """Held-out cross-entropy over steps: the mean of the seeds and the band between them."""
+def title(results: Json) -> str:
+    """The question of the study: `NVAMP and DFT against cross-entropy`."""
+    baseline, *others = (loss["title"] for loss in results["losses"])
+    if not others:
+        text = f"{baseline} on held-out text"
+    elif len(others) > 2:
+        text = f"{len(others)} losses against {baseline}"
+    else:
+        text = f"{' and '.join(others)} against {baseline}"
+    return text[0].upper() + text[1:]
+
+
+def settings(results: Json) -> Iterator[tuple[str, str]]:
+    """The name and the value of each option of the study; a default is named as what it was."""
+    defaults = {
+        "model": "the built-in Llama, from scratch",
+        "text": "none" if results["settings"].get("dataset") else results["text"]["source"],
+    }
+    for name, value in results["settings"].items():
+        if value is None or value in ([], ()):
+            shown = defaults.get(name, "none")
+        elif isinstance(value, bool):
+            shown = "yes" if value else "no"
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        yield name.replace("_", "-"), shown
+
+
+def panels(results: Json) -> list[Panel]:
+    """The changes against the baseline, metric by metric; none if no loss has one."""
+    metrics = {metric.key: metric for metric in METRICS}
+    found = [_panel(metrics[key], results) for key in GLANCE]
+    return [panel for panel in found if panel.rows]
+
+
+def _panel(metric: Metric, results: Json) -> Panel:
+    changes = [(loss, style, loss["changes"].get(metric.key)) for loss, style in styled(results)]
+    drawn = [(loss, style, change) for loss, style, change in changes if change]
+    reach = max((abs(change["mean"]) + (change["half_width"] or 0) for _, _, change in drawn), default=0) or 1
+    unit = change_unit(metric)
+    rows = []
+    for loss, style, change in drawn:
+        middle, half = 50 + 45 * change["mean"] / reach, 45 * (change["half_width"] or 0) / reach
+        rows.append(
+            {
+                "title": loss["title"],
+                "style": style,
+                "verdict": loss["verdicts"][metric.key],
+                "text": metric.shown(change, "+") + unit,
+                "low": f"{middle - half:.2f}",
+                "middle": f"{middle:.2f}",
+                "high": f"{middle + half:.2f}",
+            }
+        )
+    return Panel(metric, short(reach) + unit, rows)
+
+
+def curves(results: Json) -> Markup | None:
+    """Held-out cross-entropy over steps, with its interval over the seeds."""
+    drawn = [(loss["curve"], style) for loss, style in styled(results) if loss["curve"]]
     with rc_context(_STYLE):
         figure, axes = _figure()
-        for loss, colour, dashes in _styled(results):
-            steps = [point["step"] for point in loss["curve"]]
-            low, high = ([point[key] for point in loss["curve"]] for key in ("low", "high"))
-            axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-            means = [point["mean"] for point in loss["curve"]]
-            axes.plot(steps, means, color=colour, linestyle=dashes, label=loss["name"])
+        for points, style in drawn:
+            columns = {key: [point[key] for point in points] for key in points[0]}
+            _draw(axes, columns.pop("step"), columns, style)
         axes.set(xlabel="optimizer step", ylabel="held-out cross-entropy (nats)")
-        axes.legend()
-        return _svg(figure, "curves")
+        return _svg(figure, "curves") if drawn else None
 
 
-def classes(results: Json) -> Markup:
-    """Cross-entropy of frequent, mid and rare tokens, and its paired difference to the baseline's."""
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(6, 3.7), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        _bars(left, _styled(results), "metrics")
-        left.set_ylabel("cross-entropy (nats)")
-        others = list(_styled(results))[1:]
-        _bars(right, others, "differences")
-        right.set_ylabel(f"difference to {results['baseline']} (nats)")
-        right.axhline(0, color=_TEXT, linewidth=0.8)
-        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-        return _svg(figure, "classes")
+def classes(results: Json, kind: str, label: str) -> Markup | None:
+    """Cross-entropy of frequent, mid and rare tokens, with its interval.
 
-
-def density(results: Json) -> Markup:
-    """Density of the held-out token losses."""
+    Args:
+        kind: "metrics", or "differences" for those to the baseline.
+    """
+    drawn = [
+        (loss[kind], style)
+        for loss, style in styled(results)
+        if any(loss[kind].get(name) for name in CLASSES)
+    ]
     with rc_context(_STYLE):
         figure, axes = _figure()
-        edges = results["grid"]["bin_edges"]
-        for loss, colour, dashes in _styled(results):
-            if loss["density"] is not None:
-                axes.stairs(
-                    loss["density"], edges, color=colour, linestyle=dashes, linewidth=1.6, label=loss["name"]
-                )
-        axes.set(xlabel="token loss (nats)", ylabel="density")
-        axes.legend()
-        return _svg(figure, "density")
+        width = 0.8 / max(len(drawn), 1)
+        for index, (values, style) in enumerate(drawn):
+            found = [(x, values[name]) for x, name in enumerate(CLASSES) if values[name] is not None]
+            axes.errorbar(
+                [x + (index - (len(drawn) - 1) / 2) * width for x, _ in found],
+                [estimate["mean"] for _, estimate in found],
+                _half_widths([estimate["half_width"] for _, estimate in found]),
+                color=style.colour,
+                fmt="o",
+                markersize=4,
+                elinewidth=1.8,
+                capsize=3,
+            )
+        axes.set_xticks(range(len(CLASSES)), CLASSES)
+        axes.set_ylabel(label)
+        if kind == "differences":
+            axes.axhline(0, color=_TEXT, linewidth=0.8)
+        return _svg(figure, f"classes-{kind}") if drawn else None
 
 
-def tail(results: Json) -> Markup:
-    """The share of held-out tokens whose loss exceeds a threshold, on a logarithmic axis."""
+def density(results: Json) -> Markup | None:
+    """Density of the held-out token losses, with its interval over the seeds."""
+    edges = results["grid"]["bin_edges"]
+    middles = [(low + high) / 2 for low, high in pairwise(edges)]
+    drawn = [(loss["density"], style) for loss, style in styled(results) if loss["density"]]
     with rc_context(_STYLE):
         figure, axes = _figure()
-        thresholds = results["grid"]["thresholds"]
-        for loss, colour, dashes in _styled(results):
-            points = [(x, p) for x, p in zip(thresholds, loss["survival"] or (), strict=False) if p > 0]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, label=loss["name"])
-        axes.set(xlabel="threshold x (nats)", ylabel="share of tokens with loss > x", yscale="log")
-        axes.legend()
-        return _svg(figure, "tail")
+        for values, style in drawn:
+            _draw(axes, middles, values, style)
+        axes.set(xlabel="token loss (nats)", ylabel="density", ylim=(0, None))
+        return _svg(figure, "density") if drawn else None
 
 
-def _styled(results: Json) -> Iterator[tuple[Json, str, Any]]:
-    """Each loss with its colour and dashes."""
+def tail(results: Json) -> Markup | None:
+    """The share of held-out tokens whose loss exceeds a threshold, logarithmic, with its interval."""
+    drawn = [(loss["survival"], style) for loss, style in styled(results) if loss["survival"]]
+    with rc_context(_STYLE):
+        figure, axes = _figure()
+        axes.set_yscale("log")
+        for values, style in drawn:
+            shares = [(i, share) for i, share in enumerate(values["mean"]) if share > 0]
+            _draw(
+                axes,
+                [results["grid"]["thresholds"][i] for i, _ in shares],
+                {key: [column[i] for i, _ in shares] for key, column in values.items()},
+                style,
+            )
+        smallest = min((share for values, _ in drawn for share in values["mean"] if share > 0), default=0.1)
+        axes.set(
+            xlabel="threshold x (nats)", ylabel="share of tokens with loss > x", ylim=(smallest / 2, 1.1)
+        )
+        return _svg(figure, "tail") if drawn else None
+
+
+def _draw(axes: Any, x: list[float], values: Mapping[str, Any], style: Style) -> None:
+    """A line through the means and a band of their 95% intervals; no band if one seed gives no interval."""
+    means, halves = values["mean"], _half_widths(values["half_width"])
+    if halves:
+        low, high = zip(*((m - h, m + h) for m, h in zip(means, halves, strict=True)), strict=True)
+        axes.fill_between(x, low, high, color=style.colour, **_BAND)
+    axes.plot(x, means, color=style.colour, linestyle=style.dashes)
+
+
+def _half_widths(found: list[float | None]) -> list[float] | None:
+    """The half widths of intervals; `None` if they have none, as with a single seed."""
+    widths = [width for width in found if width is not None]
+    return widths if len(widths) == len(found) else None
+
+
+def styled(results: Json) -> Iterator[tuple[Json, Style]]:
+    """Each loss with its style; 36 losses have one of their own."""
     for index, loss in enumerate(results["losses"]):
-        yield loss, COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+        dash = (index + index // len(COLOURS)) % len(DASHES)
+        yield loss, Style(COLOURS[index % len(COLOURS)], DASHES[dash], _SVG_DASHES[dash])
 
 
 def _figure() -> tuple[Any, Any]:
-    figure = Figure(figsize=(6, 3.7), layout="constrained")
+    figure = Figure(figsize=(5, 3.3), layout="constrained")
     return figure, figure.subplots()
-
-
-def _bars(axes: Any, losses: Any, kind: str) -> None:
-    """Draw one bar for each class and loss, with its interval; `kind` is "metrics" or "differences"."""
-    losses = list(losses)
-    width = 0.8 / max(len(losses), 1)
-    for index, (loss, colour, _) in enumerate(losses):
-        found = [(x, loss[kind][name]) for x, name in enumerate(CLASSES) if loss[kind][name] is not None]
-        axes.bar(
-            [x + (index - (len(losses) - 1) / 2) * width for x, _ in found],
-            [estimate["mean"] for _, estimate in found],
-            0.9 * width,
-            yerr=[estimate["half_width"] or 0 for _, estimate in found],
-            color=colour,
-            ecolor=_TEXT,
-            error_kw={"linewidth": 1},
-            label=loss["name"],
-        )
-    axes.set_xticks(range(len(CLASSES)), CLASSES)
 
 
 def _svg(figure: Any, name: str) -> Markup:

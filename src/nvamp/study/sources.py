@@ -1,4 +1,4 @@
-"""The documents of a study: files and directories, a dataset, or the standard library."""
+"""The text of a study: files and directories, or the standard library."""
 
 import os
 import random
@@ -7,10 +7,11 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from nvamp.study import StudyError
 from nvamp.study.files import visible
+from nvamp.study.rows import FORMATS, ending
 from nvamp.study.store import is_study
 
 T = TypeVar("T")
@@ -28,20 +29,16 @@ _NOT_SOURCE = {
     "lib2to3",
     "idlelib",
 }
-_DATASET_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 NAMED = 3  # so many of the files that are not read are named
 # The pages of `nvamp compare` and `nvamp inspect`.
 _PAGE = re.compile(r"<!doctype html>.{,1000}<title>nvamp (compare|inspect): ", re.DOTALL)
 
 
-def read_documents(
-    text: Sequence[str], dataset: Sequence[str], out: Path | None = None
-) -> tuple[list[str], str]:
-    """Read files and directories, or a dataset, or else the source of the standard library.
+def read_documents(text: Sequence[str], out: Path | None = None) -> tuple[list[str], str]:
+    """Read files and directories, or without any the source of the standard library.
 
     Args:
         text: files and directories.
-        dataset: the name of a dataset, or local files of one.
         out: a directory that is not read, as if it were a study's.
 
     Returns:
@@ -51,23 +48,21 @@ def read_documents(
     Raises:
         StudyError: there is no text to read.
     """
-    for option, names in (("text", text), ("dataset", dataset)):
-        if "" in names:
-            raise StudyError(f"--{option}: expected a name, got an empty one")
+    if "" in text:
+        raise StudyError("--text: expected a name, got an empty one")
     if text:
         return _read_paths(text, out)
-    if dataset:
-        return _bounded(_shuffled(_read_dataset(dataset))), ", ".join(dataset)
     version = sysconfig.get_python_version()
     return _read_standard_library(), f"the standard library source of Python {version}"
 
 
-def _shuffled(items: list[T]) -> list[T]:
+def shuffled(items: list[T]) -> list[T]:
+    """The items in an order that is always the same; it is the list itself."""
     random.Random(0).shuffle(items)
     return items
 
 
-def _bounded(documents: Iterable[str]) -> list[str]:
+def bounded(documents: Iterable[str]) -> list[str]:
     """The documents up to `MAX_CHARACTERS` in total; what lies beyond is not asked for."""
     kept: list[str] = []
     left = MAX_CHARACTERS
@@ -79,13 +74,18 @@ def _bounded(documents: Iterable[str]) -> list[str]:
     return kept
 
 
-def _read_standard_library() -> list[str]:
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(
+def standard_library(root: Path) -> list[Path]:
+    """The source files of the standard library in `root`, sorted, without tests and others' code."""
+    return sorted(
         path for path in root.rglob("*.py") if not _NOT_SOURCE.intersection(path.relative_to(root).parts)
     )
-    read = map(_read_text, _shuffled(paths))
-    documents = _bounded(text for text in read if isinstance(text, str))
+
+
+def _read_standard_library() -> list[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = standard_library(root)
+    read = map(_read_text, shuffled(paths))
+    documents = bounded(text for text in read if isinstance(text, str))
     if not documents:
         raise StudyError(f"this Python has no standard library source in {root}: name some text with --text")
     return documents
@@ -93,7 +93,7 @@ def _read_standard_library() -> list[str]:
 
 def _read_paths(names: Sequence[str], out: Path | None) -> tuple[list[str], str]:
     found = _Files(out)
-    files = _shuffled([(name, path) for name in names for path in found.under(name)])
+    files = shuffled([(name, path) for name in names for path in found.under(name)])
     read: set[str] = set()
     reading = iter(files)
 
@@ -103,15 +103,19 @@ def _read_paths(names: Sequence[str], out: Path | None) -> tuple[list[str], str]
                 read.add(name)
                 yield text
 
-    documents = _bounded(texts())
+    documents = bounded(texts())
     beyond = list(reading)
     for name in names:
         # Each name must have some text, within the limit or beyond it.
         if name not in read and not any(found.text(path) for of, path in beyond if of == name):
             raise StudyError(f"--text {name}: {found.why_not(name)}")
-    source = ", ".join(names) + found.unread(" (not read: ", ")")
+    notes = list(filter(None, [found.unread("not read: ")]))
     if beyond:
-        source += f" (up to {MAX_CHARACTERS:,} characters: {len(beyond):,} more files)"
+        notes.append(f"{len(beyond):,} more lie beyond {MAX_CHARACTERS:,} characters")
+    source = ", ".join(names)
+    if notes or len(documents) > len(names):
+        count = f"{len(documents):,} file{'s' if len(documents) > 1 else ''} read"
+        source += f" ({'; '.join([count, *notes])})"
     return documents, source
 
 
@@ -145,7 +149,7 @@ class _Files:
             raise StudyError(f"--text {name}: in the directory of a study, which is no text to train on")
         if path.is_dir():
             return sorted(self._walk(path))
-        if _DATASET_FORMATS.get(path.suffix, "text") != "text":
+        if FORMATS.get(ending(path), FORMATS[".txt"]) != FORMATS[".txt"]:
             raise StudyError(f"--text {name}: expected text, got rows: use --dataset {name}")
         return [path]
 
@@ -200,14 +204,14 @@ class _Files:
             return "no readable UTF-8 text in it" + self.unread(", not read: ")
         return next((why.value for why, paths in self._unread.items() if path in paths), "empty")
 
-    def unread(self, before: str, after: str = "") -> str:
-        """What was not read, in words between `before` and `after`; empty if all was."""
+    def unread(self, before: str) -> str:
+        """What was not read, in words after `before`; empty if all was."""
         kinds = [
             f"{len(paths):,} {why.value}: {', '.join(visible(path.name) for path in sorted(paths)[:NAMED])}"
             + (", ..." if len(paths) > NAMED else "")
             for why, paths in self._unread.items()
         ]
-        return before + "; ".join(kinds) + after if kinds else ""
+        return before + "; ".join(kinds) if kinds else ""
 
 
 def _read_text(path: Path) -> str | Unread:
@@ -222,63 +226,3 @@ def _read_text(path: Path) -> str | Unread:
     if "\0" in text:
         return Unread.BINARY
     return Unread.OWN if _PAGE.match(text) else text
-
-
-def _read_dataset(names: Sequence[str]) -> list[str]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    option = f"--dataset {' '.join(names)}"
-    names, column = _named_column(names)
-    try:
-        rows = _load_dataset(names)
-        return [text for text in rows[_text_column(rows, column)] if text]
-    except StudyError as error:
-        raise StudyError(f"{option}: {error}") from error
-    except Exception as error:  # a loader can raise any error of any library
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        nor = "" if all(map(os.path.exists, names)) else " (no such file here either)"
-        raise StudyError(f"{option}: {reason}{nor}") from error
-
-
-def _named_column(names: Sequence[str]) -> tuple[list[str], str]:
-    """The name of each `name#column`, and the one column; empty if no column is named."""
-    parts = [(name, "") if os.path.exists(name) else name.partition("#")[::2] for name in names]
-    columns = sorted({column for _, column in parts if column})
-    if len(columns) > 1:
-        raise StudyError(f"--dataset {' '.join(names)}: expected one column, got {', '.join(columns)}")
-    return [name for name, _ in parts], "".join(columns)
-
-
-def _load_dataset(names: Sequence[str]) -> Any:
-    from datasets import load_dataset
-
-    if all(Path(name).is_file() for name in names):
-        suffixes = {Path(name).suffix for name in names}
-        formats = {_DATASET_FORMATS.get(suffix) for suffix in suffixes}
-        if len(formats) != 1 or None in formats:
-            raise StudyError(f"expected files of one format, of {', '.join(_DATASET_FORMATS)}")
-        return load_dataset(formats.pop(), data_files=list(names), split="train")
-    if len(names) > 1:
-        missing = ", ".join(name for name in names if not Path(name).is_file())
-        raise StudyError(f"expected one dataset, or local files; no such file: {missing}")
-    name, _, configuration = names[0].partition(":")
-    return load_dataset(name, configuration or None, split="train")
-
-
-def _text_column(rows: Any, wanted: str) -> str:
-    """The column of strings to read: `wanted`, or if that is empty "text", or the only one."""
-    columns = [
-        name
-        for name, feature in rows.features.items()
-        if getattr(feature, "dtype", "") in ("string", "large_string")
-    ]
-    if not columns:
-        raise StudyError(f"no text column among {', '.join(rows.features)}")
-    if wanted and wanted not in columns:
-        raise StudyError(f"no text column {wanted!r}, the text columns are {', '.join(columns)}")
-    if not wanted and "text" not in columns and len(columns) > 1:
-        raise StudyError(
-            f"several text columns: {', '.join(columns)}; append the one to read, as in #{columns[0]}"
-        )
-    return wanted or ("text" if "text" in columns else columns[0])

@@ -21,7 +21,8 @@ import nvamp
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
 from nvamp.study.files import hold, remove, replacing
-from nvamp.study.inspect.page import write_page
+from nvamp.study.inspect.inputs import REPORT
+from nvamp.study.inspect.page import Inspected, write_page
 from nvamp.study.inspect.score import inspect_text
 from nvamp.study.losses import MODES, Loss, parse_losses
 from nvamp.study.models import model_fingerprint
@@ -223,11 +224,15 @@ class Store:
                 raise OSError(str(error).partition("\n")[0]) from error
 
     def _save_page(self, loss: Loss, run: Run, corpus: Corpus) -> None:
-        found, losses = None, [loss, *(mode for mode in parse_losses(MODES) if mode.name != loss.name)]
+        modes = (mode for mode in parse_losses(MODES) if str(mode.spec) != str(loss.spec))
+        found, losses = None, [loss, *modes]
         with suppress(StudyError):  # a text of one token, say, has no page, and the run is fine
-            found = inspect_text(run.model, corpus.tokenizer, corpus.excerpt, losses)
+            found = inspect_text(
+                run.model, corpus.tokenizer, corpus.excerpt, losses, special_tokens=bool(corpus.counts)
+            )
         if found:
-            write_page(found, f"{loss.name}, seed 0", "Held-out text", self.page(loss))
+            it = Inspected(f"{loss.name}, seed 0", found, str(loss.spec), f"../{REPORT}")
+            write_page([it], "Held-out text", self.page(loss))
 
     def page(self, loss: Loss) -> Path:
         """The path of the page of held-out text under the loss's model from seed 0; it may not exist."""
@@ -247,7 +252,13 @@ def conditions(recipe: Recipe, corpus: Corpus) -> Json:
         "--steps": recipe.steps,
         "--batch-size": recipe.batch_size,
         "--lr": recipe.lr,
+        "--accumulate": recipe.accumulate,
+        "--bf16": recipe.bf16,
+        "--gradient-checkpointing": recipe.gradient_checkpointing,
+        "--lora": recipe.lora and str(recipe.lora),
+        "--sequence": corpus.train.shape[1],
         "--noise": recipe.noise,
+        "--generate": recipe.generate,
         "--model": recipe.model,
         "content of --model": recipe.model and model_fingerprint(recipe.model),
         "text": corpus.fingerprint(),

@@ -1,34 +1,44 @@
 """A study on the terminal: its progress and its results."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
-from nvamp.study import training
+from nvamp.study import watching
 from nvamp.study.corpus import Corpus
-from nvamp.study.metrics import METRICS
+from nvamp.study.metrics import METRICS, SMALL_TAIL, TIMES, measured
 from nvamp.study.store import Json
 
 _STYLES = {"better": "green", "worse": "red"}
+LABELS = 24  # the least width for the names of the metrics
+WIDE = 100  # columns that a bar, a name and the numbers beside them take
+SPEED = TIMES[0]
 
 
 class Terminal:
     """Shows a study's progress: the bar counts the optimizer steps of all runs that are left to train."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, console: Console) -> None:
+        self._steps = 0  # of a run
+        # In a narrow terminal the bar goes first, then the end of the loss's name.
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+            TextColumn(
+                "{task.description}",
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
+            *([BarColumn()] if console.width >= WIDE else []),
             MofNCompleteColumn(),
             TextColumn("{task.fields[loss]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("left"),
+            expand=console.width < WIDE,
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -36,6 +46,7 @@ class Terminal:
         )
         self._task = self._progress.add_task("reading the text", total=None, loss="")
         self._done = 0  # runs finished in this session
+        self._with_logits = False  # whether it has been said
 
     def __enter__(self) -> "Terminal":
         self._progress.start()
@@ -46,17 +57,20 @@ class Terminal:
     ) -> None:
         self._progress.stop()
 
-    def prepared(self, corpus: Corpus, runs: int, kept: int) -> None:
+    def prepared(self, corpus: Corpus, steps: int, runs: int, kept: int) -> None:
         """See `nvamp.study.compare.Display`."""
+        self._steps = steps
         self._progress.update(self._task, total=(runs - kept) * self._steps, completed=0)
+        learned = len(corpus.training.learned)
+        some = f" ({learned:,} of them to learn)" if corpus.counts else ""
         self._print(
-            f"{corpus.source}: {corpus.train.numel():,} tokens to train on, "
-            f"{corpus.held_out[:, 1:].numel():,} held out; {len(corpus.tokenizer):,} token types"
+            f"{corpus.source}: {corpus.train.numel():,} tokens to train on{some}, "
+            f"{len(corpus.evaluation.learned):,} held out; {len(corpus.tokenizer):,} token types"
         )
         if kept:
             self._print(f"{kept} of {runs} runs are already finished")
 
-    def run(self, loss: str, seed: int) -> training.Progress:
+    def run(self, loss: str, seed: int) -> watching.Progress:
         """See `nvamp.study.compare.Display`."""
         self._progress.update(self._task, description=escape(f"{loss}, seed {seed}"), loss="")
 
@@ -73,6 +87,9 @@ class Terminal:
         mean = record["metrics"]["cross_entropy"]
         outcome = "diverged" if mean is None else f"held-out cross-entropy {mean:.3f} nats"
         self._print(f"{record['loss']}, seed {record['seed']}: {outcome} ({record['seconds']:.0f} s)")
+        if (reason := record["logits_because"]) and not self._with_logits:
+            self._with_logits = True
+            self._print(f"this model trains with all of its logits in memory: {reason}")
 
     def replacing(self, runs: int) -> None:
         """See `nvamp.study.compare.Display`."""
@@ -103,23 +120,45 @@ def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]
 
 
 def show_results(console: Console, results: Json) -> None:
-    """Print the table of metrics, and what it says about each loss."""
+    """Print tables of so many losses side by side as fit, the times, and what became of each loss."""
+    losses = results["losses"]
+    metrics = measured(METRICS, losses[0]["metrics"])
+    width = max(len(metric.shown(loss["metrics"][metric.key])) for loss in losses for metric in metrics) + 3
+    per_table = max(1, (console.width - LABELS) // width)
+    for start in range(0, len(losses), per_table):
+        console.print(_table(results, losses[start : start + per_table], width))
+    speeds = [f"{loss['name']} {SPEED.shown_range(loss['times'][SPEED.key])}" for loss in losses]
+    over = ", median (lowest to highest)" if results["settings"]["seeds"] > 1 else ""
+    lines = [f"{SPEED.label}{over}: {', '.join(speeds)}"]
+    lines += [
+        loss["sentence"] for loss in losses if loss["name"] != results["baseline"] or loss["diverged_seeds"]
+    ]
+    text = results["text"]
+    if text["worst_tokens"] < SMALL_TAIL:
+        lines.append(
+            f"caution: the held-out text is small, {text['held_out_tokens']:,} tokens; "
+            f"its worst 5% are {text['worst_tokens']} tokens"
+        )
+    for line in lines:
+        console.print(f"{line[0].upper()}{line[1:]}.", highlight=False, markup=False)
+
+
+def _table(results: Json, losses: Sequence[Json], width: int) -> Table:
     seeds = results["settings"]["seeds"]
     over = f"mean ± 95% interval over {seeds} seeds" if seeds > 1 else "one seed"
-    table = Table(title=f"Held-out text, {over}", title_justify="left")
+    table = Table(title=f"Held-out text, {over}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("")
-    for loss in results["losses"]:
-        table.add_column(escape(loss["name"]), justify="right", overflow="fold")
-    for metric in METRICS:
+    for loss in losses:
+        name = re.sub("([:,])", r"\1 ", loss["name"])  # its parts become words, between which it wraps
+        table.add_column(escape(name), justify="right", overflow="fold", min_width=width - 3)
+    for metric in measured(METRICS, losses[0]["metrics"]):
         unit = f" ({metric.unit})" if metric.unit else ""
         cells = [
             _styled(metric.shown(loss["metrics"][metric.key]), loss["verdicts"].get(metric.key))
-            for loss in results["losses"]
+            for loss in losses
         ]
         table.add_row(metric.label + unit, *cells)
-    console.print(table)
-    for loss in results["losses"][1:]:
-        console.print(loss["sentence"], highlight=False, markup=False)
+    return table
 
 
 def _styled(text: str, verdict: str | None) -> str:

@@ -1,32 +1,35 @@
 """One run: the `Trainer` trains a model with one loss from one seed; held-out text gives its token losses."""
 
+import gc
+import re
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from nvamp.functional import token_nll
-from nvamp.integrations.transformers import LossFunction, compute_loss_func, logits_of
-from nvamp.study.corpus import Corpus, spread
+from nvamp.integrations.modes import in_mode
+from nvamp.integrations.transformers import compute_loss_func, patch, unpatch
+from nvamp.integrations.transformers.alignment import own_loss
+from nvamp.study import StudyError
+from nvamp.study.corpus import Corpus
+from nvamp.study.generation import generation_metrics
+from nvamp.study.held_out import Examples, TokenScores, score
 from nvamp.study.losses import Loss
-from nvamp.study.models import build_model, quiet
+from nvamp.study.models import Lora, build_model, quiet
+from nvamp.study.packing import IGNORED
+from nvamp.study.watching import Clock, LossTimes, Progress, Watch
 
-CURVE_POINTS = 10  # evaluations during a run, in addition to one before it
-CURVE_TOKENS = 4096  # held-out tokens in each of these evaluations
-
-# (optimizer steps done, value of the loss)
-Progress = Callable[[int, float], None]
+CURVE_TOKENS = 4096  # held-out tokens in each evaluation during a run
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,13 @@ class Recipe:
 
     Attributes:
         noise: share of the training labels that are replaced by random tokens.
+        generate: the most held-out prompts to complete after training.
         model: a directory or hub id; `None` for the built-in model.
         bf16: run forward, backward and evaluation under bfloat16 autocast; weights and losses stay float32.
         scale: factor on the built-in model's width, heads and layers.
+        accumulate: how many batches, each with a forward and a backward of its own, make a step.
+        gradient_checkpointing: compute activations again in the backward instead of keeping them.
+        lora: train adapters instead of all weights, and merge them at the end.
     """
 
     steps: int
@@ -47,6 +54,10 @@ class Recipe:
     model: str | None = None
     bf16: bool = False
     scale: int = 1
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
+    lora: Lora | None = None
+    generate: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,25 +66,33 @@ class Run:
 
     Attributes:
         model: the trained model.
-        nll: held-out token losses in nats, [tokens] float32.
-        correct: whether the likeliest token is the label, [tokens] bool.
-        labels: the held-out labels, [tokens] int64.
+        scores: of the held-out text under it.
+        asked: the metrics of completions and of another text, if these were asked for.
         curve: (step, plain cross-entropy in nats on a slice of the held-out text).
         steps: optimizer steps done; fewer than requested if the run diverged.
         tokens_per_second: throughput of the median step.
-        loss_share: share of a step's time spent in the loss and its gradient; the median over steps.
+        loss_share: share of a step's time spent in the output layer, the loss and their gradients; the
+            median over steps.
         seconds: training time, evaluations included.
+        peak_memory: the most bytes in use during a step, as `nvamp.study.watching.PeakMemory` says.
+        logits_because: why the model computed its logits; `None` if it did not.
     """
 
     model: Any
-    nll: NDArray[np.float32]
-    correct: NDArray[np.bool_]
-    labels: NDArray[np.int64]
+    scores: TokenScores
+    asked: dict[str, float]
     curve: list[tuple[int, float]]
     steps: int
     tokens_per_second: float
     loss_share: float
     seconds: float
+    peak_memory: int | None
+    logits_because: str | None
+
+    @property
+    def nll(self) -> NDArray[np.float32]:
+        """Held-out token losses in nats, [tokens]."""
+        return self.scores.nll
 
     @property
     def diverged(self) -> bool:
@@ -84,123 +103,32 @@ class LabelledBlocks(Dataset[dict[str, Tensor]]):
     """Blocks [blocks, sequence] as inputs and as labels; random tokens replace some of the labels.
 
     `noise` is the probability that a label is replaced: one number, or a tensor [blocks, sequence]. The new
-    token is uniform over the vocabulary.
+    token is uniform over the vocabulary. Labels of -100 stay, and positions are those to give to the model.
     """
 
-    def __init__(self, blocks: Tensor, vocabulary: int, noise: float | Tensor, seed: int) -> None:
+    def __init__(
+        self,
+        blocks: Tensor,
+        vocabulary: int,
+        noise: float | Tensor,
+        seed: int,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        labels = blocks if labels is None else labels
         generator = torch.Generator().manual_seed(seed)
         replaced = torch.rand(blocks.shape, generator=generator) < noise
         tokens = torch.randint(vocabulary, blocks.shape, generator=generator)
         self.inputs = blocks
-        self.labels = torch.where(replaced, tokens, blocks)
+        self.labels = torch.where(replaced & (labels != IGNORED), tokens, labels)
+        self.positions = positions
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.inputs[index], "labels": self.labels[index]}
-
-
-class Clock:
-    """Marks points in time on the device's own timeline, and waits for the device only in `seconds`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-
-    def mark(self) -> Any:
-        if not self._cuda:
-            return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def seconds(self, start: Any, end: Any) -> float:
-        if not self._cuda:
-            return cast(float, end - start)
-        end.synchronize()
-        return cast(float, start.elapsed_time(end) / 1000)
-
-
-class TimedLoss:
-    """A loss function that records when it and its gradient begin and end.
-
-    Attributes:
-        forward: (begin, end) of each call.
-        backward: (begin, end) of each gradient: from the gradient of the loss to the gradient of the logits.
-        last: the latest value, on its device.
-    """
-
-    def __init__(self, function: LossFunction, clock: Clock) -> None:
-        self._function = function
-        self._clock = clock
-        self.forward: list[tuple[Any, Any]] = []
-        self.backward: list[tuple[Any, Any]] = []
-        self.last: Tensor | None = None
-
-    def __call__(
-        self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        begin = self._clock.mark()
-        loss = self._function(outputs, labels, num_items_in_batch)
-        self.forward.append((begin, self._clock.mark()))
-        self.last = loss.detach()
-        backward_begin: list[Any] = []
-        _on_gradient(loss, lambda: backward_begin.append(self._clock.mark()))
-        _on_gradient(
-            logits_of(outputs), lambda: self.backward.append((backward_begin[0], self._clock.mark()))
-        )
-        return loss
-
-
-def _on_gradient(tensor: Tensor, action: Callable[[], None]) -> None:
-    """Call `action` in the backward pass as soon as the gradient of `tensor` is computed."""
-    tensor.register_hook(lambda _: action())  # type: ignore[no-untyped-call]
-
-
-class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Follows a run: times its steps, draws its curve, shows its progress, and stops it if it diverges."""
-
-    def __init__(
-        self, loss: TimedLoss, clock: Clock, steps: int, held_out: Tensor, progress: Progress
-    ) -> None:
-        self._loss = loss
-        self._clock = clock
-        self._held_out = held_out
-        self._progress = progress
-        self._look_every = max(1, steps // 100)  # because reading the loss waits for the device
-        self._evaluate_at = {round(steps * i / CURVE_POINTS) for i in range(CURVE_POINTS + 1)}
-        self._begin: Any = None
-        self.steps: list[tuple[Any, Any]] = []
-        self.curve: list[tuple[int, float]] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._evaluate(0, kwargs["model"])
-        self._begin = self._clock.mark()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step
-        self.steps.append((self._begin, self._clock.mark()))
-        if step % self._look_every == 0 or step == state.max_steps:
-            value = cast(Tensor, self._loss.last).item()
-            self._progress(step, value)
-            if not np.isfinite(value):
-                control.should_training_stop = True
-        self._evaluate(step, kwargs["model"])
-        self._begin = self._clock.mark()
-
-    def _evaluate(self, step: int, model: Any) -> None:
-        if step in self._evaluate_at:
-            nll, _ = held_out_nll(model, self._held_out)
-            self.curve.append((step, nll.mean(dtype=np.float64).item()))
-
-    def times(self) -> tuple[float, float]:
-        """Medians over the steps: the seconds of a step, and the share spent in the loss and its gradient."""
-        seconds = [self._clock.seconds(*span) for span in self.steps]
-        shares = [
-            (self._clock.seconds(*forward) + self._clock.seconds(*backward)) / step
-            for forward, backward, step in zip(self._loss.forward, self._loss.backward, seconds, strict=True)
-        ]
-        return median(seconds), median(shares)
+        item = {"input_ids": self.inputs[index], "labels": self.labels[index]}
+        return item if self.positions is None else {**item, "position_ids": self.positions[index]}
 
 
 def train(
@@ -214,45 +142,106 @@ def train(
 ) -> Run:
     """Train a fresh model with `loss`; `seed` and `recipe` alone determine everything else.
 
+    A learning rate of the loss's own takes the place of the recipe's.
+
     Args:
         noise: the probability that each label is replaced, [blocks, sequence]; the recipe's if `None`.
         callbacks: further callbacks for the `Trainer`, to watch the run.
     """
     quiet()
+    gc.collect()  # what is left of an earlier run would count as memory of this one
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transformers.set_seed(seed)
-    model = build_model(recipe.model, corpus, recipe.scale)
+    model = base = build_model(recipe.model, corpus, recipe.scale)
+    if recipe.gradient_checkpointing:
+        _checkpoint(base)
+    if recipe.lora:
+        model = recipe.lora.adapt(base)
     vocabulary = min(len(corpus.tokenizer), model.config.get_text_config().vocab_size)
-    data = LabelledBlocks(corpus.train, vocabulary, recipe.noise if noise is None else noise, seed)
-    clock = Clock(device)
-    timed = TimedLoss(compute_loss_func(loss.criterion), clock)
+    blocks, held_out = corpus.training, corpus.evaluation
+    data = LabelledBlocks(
+        blocks.inputs,
+        vocabulary,
+        recipe.noise if noise is None else noise,
+        seed,
+        blocks.labels,
+        blocks.positions,
+    )
+    logits_because = install(loss, base)
+    loss_times = LossTimes(base, Clock(device))
     sequence = corpus.train.shape[1]
-    watch = _Watch(timed, clock, recipe.steps, spread(corpus.held_out, CURVE_TOKENS // sequence), progress)
+    few = held_out.spread(CURVE_TOKENS // sequence)
+    evaluate = partial(_cross_entropy, few, recipe.bf16)
+    watch = Watch(recipe.steps, loss_times, device, evaluate, progress)
+    before = _cross_entropy(corpus.also, recipe.bf16, base.to(device)) if corpus.also else None
     start = perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = transformers.Trainer(
             model,
-            training_arguments(recipe, seed, device, scratch),
+            training_arguments(replace(recipe, lr=loss.lr or recipe.lr), seed, device, scratch),
             train_dataset=data,
-            compute_loss_func=timed,
+            compute_loss_func=logits_because and loss_times.of(compute_loss_func(loss.criterion)),
             callbacks=[watch, *callbacks],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     seconds = perf_counter() - start
+    loss_times.remove()
     step_seconds, share = watch.times()
-    nll, correct = held_out_nll(model, corpus.held_out)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast is `score`'s from here on
+    if recipe.lora:
+        model.merge_and_unload()
+    scores = score(base, held_out, recipe.bf16)
+    asked: dict[str, float] = {}
+    if corpus.also and before is not None:
+        after = _cross_entropy(corpus.also, recipe.bf16, base)
+        asked |= {"also": after, "forgotten": after - before}
+    unpatch(base)
+    if recipe.generate:
+        asked |= generation_metrics(base, corpus.tokenizer, corpus.prompts[: recipe.generate])
     return Run(
-        model=model,
-        nll=nll,
-        correct=correct,
-        labels=corpus.held_out[:, 1:].reshape(-1).numpy(),
+        model=base,
+        scores=scores,
+        asked=asked,
         curve=watch.curve,
         steps=len(watch.steps),
-        tokens_per_second=recipe.batch_size * sequence / step_seconds,
+        tokens_per_second=recipe.accumulate * recipe.batch_size * sequence / step_seconds,
         loss_share=share,
         seconds=seconds,
+        peak_memory=watch.peak_memory,
+        logits_because=logits_because,
     )
+
+
+def _checkpoint(model: Any) -> None:
+    """Let the model compute activations again in the backward."""
+    if not model.supports_gradient_checkpointing:
+        raise StudyError(f"--gradient-checkpointing: {type(model).__name__} does not support it")
+    # Its name now, and in earlier versions of transformers.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(getattr(model, name) for name in names if hasattr(model, name))
+    enable({"use_reentrant": False})
+
+
+def install(loss: Loss, model: Any) -> str | None:
+    """Let the model compute `loss` without logits; if it cannot, leave it as it is, and say why."""
+    if loss.own:
+        return "the criterion is one of logits"
+    try:
+        if not own_loss(model).shifts:
+            raise TypeError(f"the loss of {type(model).__name__} is not that of the next token")
+        patch(model, loss.linear)
+        tokens = torch.arange(3, 9, device=model.device)[None]
+        with torch.random.fork_rng(), torch.no_grad(), in_mode(model, True):
+            model(input_ids=tokens, labels=tokens)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        unpatch(model)
+        return re.split(r": (?:use|unpatch) ", str(error))[0]  # the rest is for training loops
+    return None
+
+
+def _cross_entropy(examples: Examples, bf16: bool, model: Any) -> float:
+    return float(score(model, examples, bf16).nll.mean(dtype=np.float64))
 
 
 def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch: str) -> Any:
@@ -261,6 +250,7 @@ def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch:
         output_dir=scratch,
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulate,
         learning_rate=recipe.lr,
         lr_scheduler_type="cosine",
         warmup_steps=recipe.steps // 10,
@@ -276,23 +266,3 @@ def training_arguments(recipe: Recipe, seed: int, device: torch.device, scratch:
         report_to="none",
         disable_tqdm=True,
     )
-
-
-@torch.no_grad()
-def held_out_nll(model: Any, blocks: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The plain losses of the tokens of `blocks` [blocks, sequence], except the first token of each block.
-
-    Returns:
-        The losses in nats, [tokens] float32; and whether the likeliest token was right, [tokens] bool.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    losses: list[Tensor] = []
-    hits: list[Tensor] = []
-    for batch in torch.split(blocks, 16):
-        batch = batch.to(device)
-        labels = pad(batch[:, 1:], (0, 1), value=-100)  # of the next position each; the last one has none
-        nll, metrics = token_nll(model(input_ids=batch).logits, labels, return_metrics=True)
-        losses.append(nll[:, :-1].reshape(-1).float().cpu())
-        hits.append(metrics.correct[:, :-1].reshape(-1).cpu())
-    return torch.cat(losses).numpy(), torch.cat(hits).numpy()

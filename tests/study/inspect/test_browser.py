@@ -2,19 +2,21 @@
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
 from benchmarks.inspect_page import chromium
 from nvamp.functional import token_weights
 from nvamp.objectives import NVAMP, Batch, parse
 from nvamp.objectives.statistics import statistics as statistics_of
-from nvamp.study.inspect.page import write_page
+from nvamp.study.inspect.page import Inspected, write_page
 from nvamp.study.inspect.score import Inspection, Scores, Tokens, inspect_text, tokenize
 from nvamp.study.inspect.weights import weigh
 from nvamp.study.losses import MODES, parse_losses
@@ -75,7 +77,7 @@ def made(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -
     text = "\n".join(words(seed, 12) for seed in range(60)) + "\n😀 x\n"
     found = inspect_text(model, tokenizer, text, LOSSES)
     path = tmp_path_factory.mktemp("page") / "page.html"
-    write_page(found, "model", "text", path)
+    write_page([Inspected("model", found)], "text", path)
     return Made(found, path)
 
 
@@ -211,7 +213,7 @@ def test_every_loss_has_coefficients_of_its_own(
 ) -> None:
     smoothed = "nvamp:gamma=0.04,tail=0.05,label_smoothing=0.1"
     found = inspect_text(model, tokenizer, words(1, 300), parse_losses(("nvamp:beta=10", smoothed)))
-    write_page(found, "model", "text", tmp_path / "page.html")
+    write_page([Inspected("model", found)], "text", tmp_path / "page.html")
     page = opened(browser, tmp_path / "page.html").page
     ell = torch.from_numpy(found.scores.ell[:, 1].copy()).double()
     choose(page, f"weight, {smoothed}")
@@ -237,7 +239,7 @@ def test_the_page_opens_with_weights_that_differ(
     browser: Browser, model: Any, tokenizer: Any, tmp_path: Path, losses: tuple[str, ...], view: str
 ) -> None:
     found = inspect_text(model, tokenizer, words(1, 300), parse_losses(losses))
-    write_page(found, "model", "text", tmp_path / "page.html")
+    write_page([Inspected("model", found)], "text", tmp_path / "page.html")
     page = opened(browser, tmp_path / "page.html").page
     assert page.evaluate("document.querySelector('input:checked').value") == view
     assert page.locator("#loss").inner_text() == (losses[0] if view == "nll" else view)
@@ -252,8 +254,14 @@ def test_a_number_may_go_beyond_its_slider(shown: Opened, made: Made) -> None:
     assert_weights(page, loss, expected)
     value = NVAMP(gamma=7.5).evaluate(Batch(nll, torch.ones_like(nll, dtype=torch.bool))).loss
     assert page.locator("#value").inner_text() == f"L = {value:.4f} nats"
-    page.get_by_role("spinbutton", name="gamma").fill("")  # half typed
+    field, told = page.get_by_role("spinbutton", name="gamma"), page.locator("#wrong")
+    field.fill("")
     assert_weights(page, loss, expected)
+    assert told.inner_text() == "gamma is not a number: the page still shows 7.5"
+    assert field.get_attribute("aria-invalid") == "true"
+    field.blur()
+    assert (field.input_value(), told.inner_text()) == ("7.5", "")
+    field.fill("")
     page.get_by_role("button", name="Reset").click()
     assert_weights(page, loss, token_weights(NVAMP(gradient="token"), nll))
     assert page.get_by_role("spinbutton", name="gamma").input_value() == "0.001"
@@ -393,9 +401,8 @@ def test_text_is_shown_and_never_run(browser: Browser, model: Any, tokenizer: An
     path = tmp_path / "page.html"
     found = inspect_text(model, tokenizer, HOSTILE, LOSSES)
     pieces = {index: f"</script><b>{piece}" for index, piece in found.pieces.items()}
-    write_page(
-        found._replace(pieces=pieces), "<img src=x onerror=alert(1)>", "</title><script>1</script>", path
-    )
+    hostile = Inspected("<img src=x onerror=alert(1)>", found._replace(pieces=pieces))
+    write_page([hostile], "</title><script>1</script>", path)
     page, said, requests = opened(browser, path)
     rows = page.locator("#rows .row").evaluate_all(
         "rows => rows.map(row => row.textContent + (row.querySelector('.newline') ? '\\n' : ''))"
@@ -439,7 +446,7 @@ def test_a_text_of_two_tokens(browser: Browser, model: Any, tokenizer: Any, tmp_
             "statistics": plain_statistics(nll),
             "weights": [weigh(loss.spec, nll, nll) for loss in LOSSES],
         }
-        write_page(found._replace(**changed), "m", "t", path)
+        write_page([Inspected("m", found._replace(**changed))], "t", path)
         page, said, _ = opened(browser, path)
         for view in ("nll", "z", *(f"weight, {loss.name}" for loss in LOSSES)):
             choose(page, view)
@@ -465,7 +472,7 @@ def long_page(tokenizer: Any, path: Path, tokens: int) -> Inspection:
     pieces = {index: tokenizer.decode([index]) for index in range(len(tokenizer))}
     tokens = Tokens(text[: ends[-1]], ids, ends)
     inspection = Inspection(tokens, scores, pieces, 64, plain_statistics(nll), weights)
-    write_page(inspection, "model", "text", path)
+    write_page([Inspected("model", inspection)], "text", path)
     return inspection
 
 
@@ -479,6 +486,15 @@ def test_a_long_text_is_drawn_in_part(browser: Browser, tokenizer: Any, tmp_path
     def nodes() -> int:
         return page.evaluate("document.querySelectorAll('*').length")
 
+    assert nodes() < 4000
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert nodes() > 20_000
+    said_on_paper = re.search(
+        r"Printed are the first ([\d,]+) of 100,000 tokens", page.locator("#printed").text_content()
+    )
+    assert said_on_paper
+    assert 19_900 < int(said_on_paper[1].replace(",", "")) <= 20_000
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert nodes() < 4000
     page.locator("#text").focus()
     page.keyboard.press("End")
@@ -514,4 +530,236 @@ def test_a_narrow_page_needs_no_scrolling_sideways(browser: Browser, made: Made)
     page.set_viewport_size({"width": 900, "height": 700})
     page.wait_for_function("nvamp.rows.columns > 60")
     assert page.locator(f"#t{before}").is_visible()
+    page.close()
+
+
+def test_nothing_wraps_away_on_a_phone(browser: Browser, made: Made) -> None:
+    page = opened(browser, made.path, viewport={"width": 390, "height": 844}).page
+    labels = page.locator("#views label")
+    assert labels.count() == len(LOSSES) + 2
+    for index in range(labels.count()):
+        box = labels.nth(index).bounding_box()
+        assert box
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 390
+    page.close()
+
+
+NAMES = ("ce, seed 0", "dft, seed 0", "nvamp, seed 0")
+
+
+@pytest.fixture(scope="module")
+def several(
+    made: Made, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Inspection]]:
+    """The page of a text under three models of a study, and what is on it."""
+    found = [made.found]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        other = small_llama(tokenizer, positions=32, initializer_range=0.5)
+        found.append(inspect_text(other, tokenizer, made.found.tokens.text, LOSSES))
+    path = tmp_path_factory.mktemp("several") / "page.html"
+    inspected = [
+        Inspected(name, it, name.partition(",")[0], "../my%20study/report.html")
+        for name, it in zip(NAMES, found, strict=True)
+    ]
+    write_page(inspected, "text", path)
+    return path, found
+
+
+def test_several_models_are_side_by_side(browser: Browser, several: tuple[Path, list[Inspection]]) -> None:
+    path, found = several
+    page, said, _ = opened(browser, path)
+    nll = [it.scores.nll for it in found]
+    difference = nll[1] - nll[0]
+    assert page.evaluate("nvamp.state.view") == "difference"
+    order = np.argsort(-np.abs(difference), kind="stable")[:20] + 1
+    rows = page.locator("#heaviest tbody tr").evaluate_all("rows => rows.map(row => Number(row.dataset.i))")
+    assert rows == order.tolist()
+    cells = page.locator("#heaviest tbody tr").first.locator("td").all_inner_texts()
+    assert number(cells[2]) == pytest.approx(difference[order[0] - 1], abs=6e-4)
+    page.evaluate("nvamp.goTo(17)")
+    for name, ell in zip(NAMES, nll, strict=True):
+        shown, delta = re.search(rf"^{name}\t(\S+)\t(\S+)$", card(page), re.MULTILINE).groups()  # type: ignore[union-attr]
+        assert number(shown) == pytest.approx(ell[16], abs=6e-4)
+        assert number(delta) == pytest.approx(ell[16] - nll[0][16], abs=6e-4)
+        assert f"{name} {ell[16]:.3f}" in (page.locator("#t17").get_attribute("aria-label") or "")
+    heading = page.locator(".models tbody tr").nth(2).locator("td").all_inner_texts()
+    assert number(heading[1]) == pytest.approx(nll[2].mean() - nll[0].mean(), abs=2e-3)
+
+    before = colours(page)
+    choose(page, "dft, seed 0")
+    assert before == colours(page)
+    choose(page, "nvamp, seed 0")
+    assert before != colours(page)
+    assert page.evaluate("Array.from(nvamp.nll)") == nll[2].tolist()
+    assert page.locator(".largest").first.get_attribute("data-i") == str(nll[2].argmax() + 1)
+    choose(page, "ce, seed 0")  # it differs from itself nowhere
+    assert page.evaluate("nvamp.state.view") == "nll"
+    assert page.get_by_role("radio", name="difference").is_disabled()
+    choose(page, "weight, nvamp")
+    page.get_by_role("slider", name="alpha").fill("1.5")
+    choose(page, "dft, seed 0")
+    assert page.get_by_role("spinbutton", name="alpha").input_value() == "1.5"  # for all models
+    expected = token_weights(NVAMP(alpha=1.5), torch.from_numpy(nll[1]).double())
+    assert_weights(page, "nvamp", expected)
+    page.get_by_role("button", name="Reset").click()
+    choose(page, "ce, seed 0")
+    assert page.get_by_role("spinbutton", name="alpha").input_value() == "1"
+    assert page.get_by_role("link", name="Report of the study").evaluate_all(
+        "links => links.map(a => a.getAttribute('href'))"
+    ) == ["../my%20study/report.html"]
+    assert said == []
+    page.close()
+
+
+@pytest.mark.parametrize("trained", ["nvamp:gradient=token", "nvamp", "dft"])
+def test_the_page_opens_with_the_loss_that_the_model_was_trained_with(
+    browser: Browser, made: Made, tmp_path: Path, trained: str
+) -> None:
+    write_page([Inspected("model", made.found, trained)], "text", tmp_path / "page.html")
+    page = opened(browser, tmp_path / "page.html").page
+    assert page.evaluate("document.querySelector('input:checked').value") == trained
+    assert page.locator("#loss").inner_text() == trained
+    assert page.locator("#alike").count() == (trained == "nvamp")  # it says why the text has one colour
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width", "models", "view"),
+    [
+        ("light", 1400, 1, "nll"),
+        ("dark", 390, 1, "weight, nvamp"),
+        ("dark", 1400, 2, "difference"),
+        ("light", 390, 2, "z"),
+    ],
+)
+def test_axe_finds_nothing(
+    browser: Browser,
+    model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    scheme: str,
+    width: int,
+    models: int,
+    view: str,
+) -> None:
+    found = inspect_text(model, tokenizer, words(1, 40) + "\n\t😀\n", LOSSES)
+    inspected = [Inspected(name, found, None, "report.html") for name in NAMES[:models]]
+    write_page(inspected, "text", tmp_path / "page.html")
+    viewport = {"width": width, "height": 844}
+    page = opened(browser, tmp_path / "page.html", color_scheme=scheme, viewport=viewport).page
+    page.locator("summary").click()
+    choose(page, view)
+    page.evaluate("nvamp.goTo(5)")
+    assert Axe().run(page).response["violations"] == []
+    page.close()
+
+
+CONTRASTS = """() => {
+    const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    const luminance = (colour) => {
+        context.fillStyle = colour;
+        context.fillRect(0, 0, 1, 1);
+        const [r, g, b] = [...context.getImageData(0, 0, 1, 1).data].map((c) => c / 255)
+            .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    return [...document.querySelectorAll("#rows span:not(.unscored)")].map((span) => {
+        const { color, backgroundColor } = getComputedStyle(span);
+        const [a, b] = [luminance(color), luminance(backgroundColor)];
+        return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    });
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_letters_stand_out_from_every_colour(browser: Browser, made: Made, scheme: str) -> None:
+    page = opened(browser, made.path, color_scheme=scheme).page
+    for view in ("nll", "z"):  # one hue, and both
+        choose(page, view)
+        assert min(page.evaluate(CONTRASTS)) >= 4.5
+    page.close()
+
+
+def test_tokens_without_letters_have_names(
+    browser: Browser, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    found = inspect_text(model, tokenizer, "a\n\t  \u00a0b 😀", LOSSES)
+    write_page([Inspected("model", found)], "text", tmp_path / "page.html")
+    page = opened(browser, tmp_path / "page.html").page
+    names = page.locator("#rows span").evaluate_all(
+        "spans => spans.map(span => span.getAttribute('aria-label') ?? span.textContent)"
+    )
+    assert all(name.strip() for name in names)
+    said = ", ".join(names)
+    for name in ("newline", "tab", "space", "U+00A0", "part of 😀"):
+        assert name in said
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_paper_has_the_whole_text_in_light_colours(browser: Browser, made: Made, scheme: str) -> None:
+    page = opened(browser, made.path, color_scheme=scheme).page
+    choose(page, "nll")
+    page.evaluate("document.getElementById('text').scrollTop = 100")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    spans = page.locator("#rows span")
+    assert "".join(spans.all_text_contents()) == made.found.tokens.text.replace("\n", "")
+    assert page.locator("#printed").inner_text() == "Colour: nll."
+    assert page.evaluate("getComputedStyle(document.getElementById('t5')).printColorAdjust") == "exact"
+    pairs = [lightness(colour) for colour in colours(page)[1:]]
+    assert np.corrcoef(pairs, made.found.scores.nll)[0, 1] < -0.9  # more is darker
+    edges = page.locator("#rows .row").evaluate_all(
+        "rows => rows.map(row => [row.getBoundingClientRect().top, row.getBoundingClientRect().bottom])"
+    )
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(edges))
+    assert min(end - begin for begin, end in edges) >= 15  # a line of 11 pixels, with its colour
+    below = page.evaluate("document.querySelector('aside').getBoundingClientRect().top")
+    assert edges[-1][1] <= below
+    page.emulate_media(media="screen")
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate("nvamp.rows.to < nvamp.rows.token.length")
+    page.close()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.003, 1, 7, 900])
+def test_the_axis_fits_the_losses(browser: Browser, made: Made, tmp_path: Path, scale: float) -> None:
+    nll = (made.found.scores.nll / made.found.scores.nll.max() * scale).astype(np.float32)
+    changed = {"scores": made.found.scores._replace(nll=nll), "statistics": plain_statistics(nll)}
+    write_page([Inspected("model", made.found._replace(**changed))], "text", tmp_path / "page.html")
+    page = opened(browser, tmp_path / "page.html").page
+    ticks = page.locator("#histogram .tick")
+    values = [float(tick) for tick in ticks.all_text_contents()]
+    assert 4 <= len(values) <= 10
+    np.testing.assert_allclose(np.diff(values), values[1], rtol=1e-6)
+    assert 0 <= scale - values[-1] < values[1]
+    inside = "parts => parts.every(part => part.getBBox().x >= 0 && part.getBBox().x + part.getBBox().width <= 360)"
+    assert page.locator("#histogram text").evaluate_all(inside)
+    page.close()
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_a_long_token_does_not_run_into_its_numbers(
+    browser: Browser, made: Made, tmp_path: Path, width: int
+) -> None:
+    nll = np.array([3, 1], np.float32)
+    long = "antidisestablishmentarianism" * 10
+    tokens = Tokens(f"a{long} b", np.array([0, 1, 2]), np.array([1, 1 + len(long), 3 + len(long)]))
+    zeros = np.zeros((2, 5))
+    scores = Scores(nll, zeros.astype(np.int64) + 1, zeros.astype(np.float32), nll[:, None], nll[:, None])
+    weights = [weigh(loss.spec, nll, nll) for loss in parse_losses(MODES)]
+    found = Inspection(tokens, scores, {0: "a", 1: long, 2: " b"}, 64, plain_statistics(nll), weights)
+    write_page([Inspected("model", found)], "text", tmp_path / "page.html")
+    page = opened(browser, tmp_path / "page.html", viewport={"width": width, "height": 844}).page
+    page.evaluate("nvamp.goTo(1)")
+    for first in (page.locator("#heaviest button").first, page.locator("#card td.token").first):
+        box = first.bounding_box()
+        number_box = first.locator("xpath=ancestor-or-self::td/following-sibling::td[1]").bounding_box()
+        assert box
+        assert number_box
+        assert box["x"] + box["width"] <= number_box["x"] + 0.5
+        assert number_box["x"] + number_box["width"] <= width
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()

@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,27 @@ import torch
 
 from nvamp.study import StudyError
 from nvamp.study.inspect import score
-from nvamp.study.inspect.page import formula, inspect_file, page_data, sparse_array, typed_array
+from nvamp.study.inspect.inputs import read_inputs
+from nvamp.study.inspect.page import (
+    Inspected,
+    Inspection,
+    formula,
+    inspect_models,
+    page_data,
+    sparse_array,
+    typed_array,
+)
 from nvamp.study.inspect.score import inspect_text
 from nvamp.study.losses import KNOWN, MODES, parse_losses
 from nvamp.study.models import load_model, load_tokenizer
 from tests.study.conftest import words
 from tests.study.inspect.test_score import ODD
+
+
+def inspected(model: str | Path, text: Path, out: Path, losses: Sequence[str] = MODES) -> Inspection:
+    """What `nvamp inspect` finds with one model."""
+    (it,) = inspect_models(read_inputs([str(model)], text, out), losses, lambda *_: None)
+    return it.found
 
 
 @pytest.mark.parametrize(
@@ -63,15 +79,13 @@ def test_the_page_has_the_formula_of_the_objective(name: str) -> None:
 
 def test_lengths_count_as_javascript_counts(model_dir: Path) -> None:
     found = inspect_text(load_model(str(model_dir)), load_tokenizer(str(model_dir)), ODD, parse_losses(MODES))
-    lengths = np.frombuffer(base64.b64decode(page_data(found)["lengths"]["base64"]), "<u1")
+    lengths = np.frombuffer(base64.b64decode(page_data([Inspected("", found)])["lengths"]["base64"]), "<u1")
     assert lengths.sum() == len(ODD.encode("utf-16-le")) // 2 == len(ODD) + 1
 
 
 def test_the_text_of_a_file_is_kept_to_the_byte(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(ODD.encode())
-    found = inspect_file(
-        str(model_dir), tmp_path / "text", tmp_path / "new" / "page.html", MODES, lambda *_: None
-    )
+    found = inspected(model_dir, tmp_path / "text", tmp_path / "new" / "page.html")
     assert found.tokens.text == ODD
     assert (tmp_path / "new" / "page.html").exists()
 
@@ -85,7 +99,7 @@ def text(tmp_path: Path) -> Path:
 
 def error_of(model: Path, text: Path, out: Path) -> str:
     with pytest.raises(StudyError) as error:
-        inspect_file(str(model), text, out, MODES, lambda *_: None)
+        inspected(model, text, out)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -115,7 +129,7 @@ def test_losses_that_are_none(model_dir: Path, text: Path, tmp_path: Path) -> No
         (["token_weighted"], "--loss token_weighted: needs token_weight of every token"),
     ):
         with pytest.raises(StudyError, match=message):
-            inspect_file(str(model_dir), text, tmp_path / "page.html", losses, lambda *_: None)
+            inspected(model_dir, text, tmp_path / "page.html", losses)
     assert not (tmp_path / "page.html").exists()
 
 
@@ -158,7 +172,7 @@ def test_an_output_that_cannot_be(text: Path, tmp_path: Path) -> None:
 def test_names_cannot_turn_the_page_around(model_dir: Path, tmp_path: Path) -> None:
     name = "a\u202etxt.<b>"
     (tmp_path / name).write_text(words(1, 30))
-    inspect_file(str(model_dir), tmp_path / name, tmp_path / "page.html", MODES, lambda *_: None)
+    inspected(model_dir, tmp_path / name, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "\u202e" not in page
     assert "<h1>a⟨U+202E⟩txt.&lt;b&gt; " in page

@@ -11,7 +11,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from nvamp.functional import token_weights
 from nvamp.objectives import NVAMP, Batch, EntropyWeighted
-from nvamp.study.inspect.score import ALTERNATIVES, _start, inspect_text, spell, tokenize, windows
+from nvamp.study import StudyError
+from nvamp.study.inspect.score import ALTERNATIVES, inspect_text, spell, tokenize, windows
 from nvamp.study.inspect.weights import weigh
 from nvamp.study.losses import KNOWN, parse_losses
 from nvamp.study.models import load_model, load_tokenizer
@@ -37,35 +38,34 @@ def direct(model: Any, context: list[int]) -> torch.Tensor:
         return model(input_ids=torch.tensor([context])).logits[0, -1].double().log_softmax(-1)
 
 
-def starting(tokenizer: Any) -> Any:
-    """The tokenizer, but it puts a token before every text."""
+def starting(tokenizer: Any, start: int) -> Any:
+    """The tokenizer, but it puts so many tokens before every text, and one after it."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     end = tokenizer.eos_token
     backend.post_processor = processors.TemplateProcessing(
-        f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
+        f"{f'{end} ' * start}$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=end, eos_token=end)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end)
 
 
 LOSSES = ("ce", "nvamp:gamma=0.3,gradient=token,label_smoothing=0.1", "entropy:kind=mile")
 
 
-@pytest.mark.parametrize("start", [False, True])
-def test_scores_are_those_of_the_model(model_dir: Path, start: bool) -> None:
-    model, tokenizer = load_model(str(model_dir)), load_tokenizer(str(model_dir))
-    if start:
-        tokenizer = starting(tokenizer)
-    before = [tokenizer.eos_token_id] if start else []
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_scores_are_those_of_the_model(model_dir: Path, start: int) -> None:
+    model, tokenizer = load_model(str(model_dir)), starting(load_tokenizer(str(model_dir)), start)
+    before = [tokenizer.eos_token_id] * start
+    skipped = 0 if start else 1  # the first token, which nothing predicts
     seen: list[tuple[int, int]] = []
     found = inspect_text(model, tokenizer, words(5, 60), parse_losses(LOSSES), lambda *now: seen.append(now))
     ids = found.tokens.ids.tolist()
     assert found.window == 16
     assert len(ids) > 40  # several windows
-    assert seen[-1] == (len(list(windows(len(ids), 16 - start, 1 - start))),) * 2
-    assert len(found.scores.nll) == len(ids) - (not start)
-    for span in windows(len(ids), 16 - start, 1 - start):
+    assert seen[-1] == (len(list(windows(len(ids), 16 - start, skipped))),) * 2
+    assert len(found.scores.nll) == len(ids) - skipped
+    for span in windows(len(ids), 16 - start, skipped):
         for t in range(span.scored, span.end):
-            i = t - 1 + start
+            i = t - skipped
             log_p = direct(model, before + ids[span.begin : t])
             likeliest = log_p.topk(ALTERNATIVES)
             assert found.scores.nll[i] == pytest.approx(-log_p[ids[t]].item(), rel=1e-5)
@@ -126,6 +126,12 @@ def test_the_terms_add_up_to_the_loss(text: str) -> None:
     np.testing.assert_allclose(mixed, expected, rtol=1e-12, atol=1e-18)
 
 
+def test_a_prefix_that_leaves_no_room(model_dir: Path) -> None:
+    model, tokenizer = load_model(str(model_dir)), starting(load_tokenizer(str(model_dir)), 16)
+    with pytest.raises(StudyError, match="own 16 tokens before the text fill the model's 16 positions"):
+        inspect_text(model, tokenizer, "alpha beta", parse_losses(["ce"]))
+
+
 def test_dropout_does_not_touch_scores(tokenizer: Any) -> None:
     model = dropping(len(tokenizer))
     first, again = (
@@ -135,15 +141,17 @@ def test_dropout_does_not_touch_scores(tokenizer: Any) -> None:
     np.testing.assert_array_equal(first, again)
 
 
-def test_only_a_bos_token_starts_every_window() -> None:
-    """BERT's tokenizers put [CLS] before a text, which a causal language model has not seen there."""
-    backend = Tokenizer(models.WordLevel({"[CLS]": 0, "[SEP]": 1, "a": 2, "?": 3}, unk_token="?"))
-    backend.post_processor = processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+def test_parts_of_a_character_are_spelled_as_bytes() -> None:
+    """A tokenizer with byte fallback, as SentencePiece makes them."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    backend = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate([*pieces, "a"])}, [], byte_fallback=True)
     )
-    for bos, start in ((None, []), ("[SEP]", []), ("[CLS]", [0])):
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", bos_token=bos)
-        assert _start(tokenizer) == start
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokens = tokenize(tokenizer, "aé")
+    assert tokens.ids.tolist() == [256, 0xC3, 0xA9]
+    assert spell(tokenizer, [256, 0xC3, 0xA9, 0x0A]) == {256: "a", 0xC3: r"\xc3", 0xA9: r"\xa9", 0x0A: "\n"}
 
 
 def test_tokens_cover_the_text_to_the_character(tokenizer: Any) -> None:
@@ -158,6 +166,14 @@ def test_tokens_cover_the_text_to_the_character(tokenizer: Any) -> None:
     assert [spelled[index] for index in tokens.ids[at : at + 4]] == [r"\xf0", r"\x9f", r"\x98", r"\x80"]
     ids = tokenizer.encode("loss mean")
     assert [spell(tokenizer, ids)[index] for index in ids] == ["loss", " mean"]
+
+
+def test_special_tokens_that_a_text_spells_out_are_text(tokenizer: Any) -> None:
+    text = f"loss{tokenizer.eos_token}mean"
+    found = [tokenize(tokenizer, text, special).ids.tolist() for special in (False, True)]
+    assert [tokenizer.eos_token_id in ids for ids in found] == [False, True]
+    assert [tokenizer.decode(ids) for ids in found] == [text, text]
+    assert tokenize(ByT5Tokenizer(), "a</s>").ids.tolist() == [3 + byte for byte in b"a</s>"]
 
 
 def test_text_that_no_token_covers_goes_with_the_next_one() -> None:

@@ -1,6 +1,5 @@
 """Any criterion as the loss of a Hugging Face model or of the `Trainer`."""
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -9,7 +8,7 @@ from nvamp.integrations.columns import needs_of
 from nvamp.integrations.sequences import check_whole_sequences
 from nvamp.integrations.transformers.alignment import loss_shifts, own_loss
 from nvamp.integrations.transformers.model_loss import Criterion, ModelLoss, check_criterion, share
-from nvamp.integrations.transformers.patching import base_model, patch, unpatch, watch
+from nvamp.integrations.transformers.patching import base_model, logits_of, patch, unpatch, watch
 
 __all__ = ["Criterion", "LossFunction", "compute_loss_func", "logits_of", "loss_function", "patch", "unpatch"]
 
@@ -145,9 +144,3 @@ def loss_function(criterion: Criterion, model: Any, *, logits_without_labels: bo
     loss = ModelLoss(criterion, loss_shifts(model), logits_without_labels)
     watch(model)
     return loss
-
-
-def logits_of(outputs: Any) -> Tensor:
-    """The logits [B, S, V] that a model returned, as a `ModelOutput`, a dict or a tuple without a loss."""
-    logits: Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-    return logits

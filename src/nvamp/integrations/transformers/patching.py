@@ -1,7 +1,7 @@
 """The linear path for a transformers model: its own forward, with an output layer that computes no logits."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, wraps
 from inspect import signature, unwrap
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nvamp.apply import TokenInputs
+from nvamp.engine import TokenMetrics, linear_token_nll
 from nvamp.integrations.columns import token_inputs
 from nvamp.integrations.transformers import heads
 from nvamp.integrations.transformers.alignment import loss_shifts
@@ -112,6 +113,29 @@ def unpatch(model: Any) -> None:
         model.loss_function = loss
     if isinstance(loss, ModelLoss):
         watch(model)
+
+
+def linear_token_nll_of(model: Any, **inputs: Any) -> Callable[[Tensor], tuple[Tensor, TokenMetrics]]:
+    """The plain losses of tokens under a patched model, and what their pass finds out, without logits.
+
+    Args:
+        model: patched, or what wraps it, in either mode.
+        inputs: of the model, without labels.
+
+    Returns:
+        `nvamp.functional.linear_token_nll` as a function of the labels alone: [B, S], each of the position
+        that it is at. Nothing is shifted here.
+    """
+    base = base_model(model)
+    with _under_way(_Call(type(base).__name__, base.loss_function, heads.layers_of(base), {})):
+        logits: Any = logits_of(model(**inputs))
+    hidden, weight, bias, vocab_group = heads.head_of(logits)
+    options: Any = logits.options if vocab_group is None else {"vocab_group": vocab_group, **logits.options}
+
+    def losses(labels: Tensor) -> tuple[Tensor, TokenMetrics]:
+        return linear_token_nll(hidden, weight, labels, bias, return_metrics=True, **options)
+
+    return losses
 
 
 def watch(model: Any) -> None:
@@ -361,6 +385,12 @@ def _without_logits(outputs: Any, model: str) -> Any:
     if mapping:
         return type(outputs)(**{k: v for k, v in outputs.items() if not isinstance(v, DeferredLogits)})
     return tuple(value for value in outputs if not isinstance(value, DeferredLogits))
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits [B, S, V] that a model returned, as a `ModelOutput`, a dict or a tuple without a loss."""
+    logits: Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+    return logits
 
 
 def base_model(model: Any) -> Any:

@@ -4,30 +4,33 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const text = data.text;
-const nll = numbers(data.nll); // of scored tokens
-const z = numbers(data.z);
 const tokens = numbers(data.tokens); // index in data.pieces
-const alternatives = numbers(data.alternatives);
-const alternativeSteps = numbers(data.alternativeSteps);
-const batch = data.statistics;
 const count = tokens.length;
-const first = count - nll.length; // the first scored token
 const ends = new Uint32Array(count);
 numbers(data.lengths).reduce((end, length, i) => (ends[i] = end + length), 0);
-const largest = first + batch.max_index;
+
+// A loss is the sum of its terms, each times its coefficient, and so are its weights; a slider moves `now`.
+const models = data.models.map((model) => {
+  const nll = numbers(model.nll); // of scored tokens, as are the others
+  const losses = new Map(model.losses.map(({ name, terms }) => [name, {
+    name,
+    terms: terms.map((term) => ({ ...term, now: term.coefficient, weights: sparse(term.weights, nll.length) })),
+  }]));
+  const [z, alternatives, alternativeSteps] = [model.z, model.alternatives, model.alternativeSteps].map(numbers);
+  return { ...model, nll, z, alternatives, alternativeSteps, losses };
+});
+const first = count - models[0].nll.length; // the first scored token
+const several = models.length > 1; // the first one is then what the others are compared to
 
 const ROW = 23; // pixels, as in the style sheet
 const NEAR = 25; // rows kept above and below the visible ones
 const HEAVIEST = 20; // rows of the table
+const PAPER = 90; // columns of a printed page, and the most tokens that are printed
+const PRINTED = 20000;
 const SLIDERS = { alpha: ["α", 2, 0.01], beta: ["β", 1, 0.01], gamma: ["γ", 0.05, 0.0005] }; // letter, range, step
 
-// The loss is the sum of its terms, each times its coefficient, and so are its weights; a slider moves `now`.
-const losses = new Map(data.losses.map(({ name, terms }) => [name, {
-  name,
-  terms: terms.map((term) => ({ ...term, now: term.coefficient, weights: sparse(term.weights) })),
-}]));
-
-const state = { view: "nll", loss: losses.values().next().value, active: -1, hovered: -1 };
+let model, nll, z, batch, losses, largest; // of the model that is shown
+const state = { view: "nll", loss: null, active: -1, hovered: -1, printing: false };
 const rows = { token: [], char: [], from: 0, to: 0, columns: 0 }; // where each row begins, and which are drawn
 let values, domain; // of the current view
 
@@ -39,9 +42,9 @@ function numbers({ type, base64 }) {
 }
 
 // Numbers, one of each scored token, most of which may be the same.
-function sparse({ all, usual, at, others }) {
+function sparse({ all, usual, at, others }, length) {
   if (all) return numbers(all);
-  const found = new Float32Array(nll.length).fill(usual);
+  const found = new Float32Array(length).fill(usual);
   const values = numbers(others);
   numbers(at).forEach((i, j) => (found[i] = values[j]));
   return found;
@@ -55,6 +58,7 @@ const weight = (i, loss) => total(loss, (term) => term.weights[i]);
 function valuesOf(view) {
   if (view === "nll") return nll;
   if (view === "z") return z;
+  if (view === "difference") return Float64Array.from(nll, (ell, i) => ell - models[0].nll[i]);
   const found = new Float64Array(nll.length);
   for (const { now, weights } of losses.get(view).terms) {
     for (let i = 0; i < found.length; i++) found[i] += now * weights[i];
@@ -89,6 +93,19 @@ function visible(s) {
 // On one line, with visible spaces.
 const inline = (s) => visible(s).replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
 
+const SPOKEN = { " ": "space", "\n": "newline", "\t": "tab", "\r": "carriage return" };
+
+// What a screen reader says for a token without a letter or sign; empty if it has some.
+function spoken(i) {
+  const { own, shared } = covered(i);
+  if (!own) return `part of ${inline(shared)}`;
+  if (own.trim()) return "";
+  return own.match(/(.)\1*/gsu).map((run) => {
+    const name = SPOKEN[run[0]] ?? `U+${run.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+    return run.length > 1 ? `${run.length} ${name}s` : name;
+  }).join(", ");
+}
+
 const pieceOf = (i) => data.pieces[tokens[i]];
 
 // The text that token i covers; if it is part of a character, that character.
@@ -99,6 +116,7 @@ function covered(i) {
 }
 
 function topOf(i) {
+  const { alternatives, alternativeSteps } = model;
   const k = alternatives.length / nll.length;
   const at = (i - first) * k;
   return Array.from({ length: k }, (_, j) => ({
@@ -108,12 +126,14 @@ function topOf(i) {
 }
 
 function describe(i) {
-  if (i < first) return `${inline(pieceOf(i))}: the text begins here, no prediction`;
+  const name = spoken(i) || inline(pieceOf(i));
+  if (i < first) return `${name}: the text begins here, no prediction`;
   const ell = nll[i - first];
   const w = weight(i - first, state.loss) / nll.length;
   return (
-    `${inline(pieceOf(i))}: probability ${probability(Math.exp(-ell))}, nll ${fixed(ell, 3)}, z ${signed(z[i - first], 2)}, ` +
-    `weight ${exponential(w)}; likeliest ${topOf(i).map((t) => `${inline(data.pieces[t.token])} ${probability(t.p)}`).join(", ")}`
+    `${name}: probability ${probability(Math.exp(-ell))}, nll ${fixed(ell, 3)}, z ${signed(z[i - first], 2)}, ` +
+    `weight ${exponential(w)}; ` + (several ? `nll under ${models.map((m) => `${m.name} ${fixed(m.nll[i - first], 3)}`).join(", ")}; ` : "") +
+    `likeliest ${topOf(i).map((t) => `${inline(data.pieces[t.token])} ${probability(t.p)}`).join(", ")}`
   );
 }
 
@@ -138,13 +158,27 @@ const byId = (id) => document.getElementById(id);
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
+// The luminance of a colour in OKLCH, from 0 to 1, which is what the contrast of letters on it depends on.
+function luminance(lightness, chroma, hue) {
+  const a = chroma * Math.cos((hue * Math.PI) / 180);
+  const b = chroma * Math.sin((hue * Math.PI) / 180);
+  const l = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3;
+  const m = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3;
+  const s = (lightness - 0.0894841775 * a - 1.291485548 * b) ** 3;
+  const shown = (x) => Math.min(Math.max(x, 0), 1);
+  return 0.2126 * shown(4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s) +
+    0.7152 * shown(-1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s) +
+    0.0722 * shown(-0.0041960863 * l - 0.7034186147 * m + 1.707614701 * s);
+}
+
 function colour(t) {
   const strength = Math.min(Math.abs(t), 1);
-  const lightness = dark.matches ? 0.22 + 0.6 * strength : 0.985 - 0.535 * strength;
+  const lightness = dark.matches && !state.printing ? 0.22 + 0.6 * strength : 0.985 - 0.535 * strength;
   const hue = domain.low < 0 && t > 0 ? 50 : 255;
+  const chroma = 0.15 * strength ** 0.7;
   return {
-    background: `oklch(${lightness} ${0.15 * strength ** 0.7} ${hue})`,
-    ink: lightness < 0.57 ? "#fff" : "#111",
+    background: `oklch(${lightness} ${chroma} ${hue})`,
+    ink: luminance(lightness, chroma, hue) < 0.179 ? "#fff" : "#000", // the one of more contrast, at least 4.58
   };
 }
 
@@ -154,19 +188,21 @@ function domainOf(view) {
   if (view === "z") return { low: -3, high: 3 };
   const sorted = Float64Array.from(values, Math.abs).sort();
   const quantile = (q) => sorted[Math.floor(q * (sorted.length - 1))];
-  const high = Math.max(quantile(0.995), view === "nll" ? 0 : 2 * quantile(0.5)) || 1;
-  return { low: values.some((x) => x < 0) ? -high : 0, high };
+  const high = Math.max(quantile(0.995), losses.has(view) ? 2 * quantile(0.5) : 0) || 1;
+  return { low: view === "difference" || values.some((x) => x < 0) ? -high : 0, high };
 }
 
 function drawScale() {
   const { low, high } = domain;
-  const unit = { nll: "nats", z: "" }[state.view] ?? "× 1/N";
+  const unit = { nll: "nats", z: "", difference: "nats" }[state.view] ?? "× 1/N";
   const show = (x) => (x < 0 ? "≤ " : x > 0 ? "≥ " : "") + fixed(x, unit === "× 1/N" ? 2 : 1);
   const stops = Array.from({ length: 17 }, (_, i) => colour((low + ((high - low) * i) / 16) / high).background);
   const bar = el("span", { className: "bar" });
   bar.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
+  const alike = losses.has(state.view) && !varies(losses.get(state.view));
   byId("scale").replaceChildren(
-    el("span", { className: "number" }, show(low)), bar, el("span", { className: "number" }, `${show(high)} ${unit}`));
+    el("span", { className: "number" }, show(low)), bar, el("span", { className: "number" }, `${show(high)} ${unit}`),
+    ...(alike ? [el("span", { id: "alike" }, "the same for all tokens, or nearly all")] : []));
 }
 
 // Layout: the text in rows of a monospaced font, so that every row's position is known without drawing it.
@@ -252,6 +288,7 @@ function drawRow(r) {
     if (from === startOf(i)) span.id = `t${i}`;
     span.dataset.i = i;
     span.setAttribute("role", "option");
+    if (!piece.trim()) span.dataset.spoken = spoken(i) || inline(piece || pieceOf(i));
     span.classList.toggle("newline", piece.endsWith("\n"));
     span.classList.toggle("part", startOf(i) === ends[i]);
     span.classList.toggle("largest", i === largest);
@@ -272,7 +309,8 @@ function paint() {
     const active = i === state.active;
     span.classList.toggle("active", active);
     span.setAttribute("aria-selected", active);
-    if (active) span.setAttribute("aria-label", describe(i));
+    const name = active ? describe(i) : span.dataset.spoken;
+    if (name) span.setAttribute("aria-label", name);
     else span.removeAttribute("aria-label");
   }
 }
@@ -290,6 +328,7 @@ function draw(force = false) {
 }
 
 function fit() {
+  if (state.printing) return;
   const probe = byId("probe");
   probe.textContent = "0".repeat(20);
   const style = getComputedStyle(view);
@@ -322,6 +361,12 @@ function cardOf(i) {
   const facts = { probability: probability(Math.exp(-ell)), nll: `${fixed(ell, 3)} nats`, z: signed(z[i - first], 2) };
   parts.push(el("dl", { className: "number" }, ...Object.entries(facts).flatMap(([name, value]) => [
     el("dt", {}, name), el("dd", {}, value)])));
+  if (several) {
+    parts.push(el("h3", {}, "nll under each model, and Δ"), tableOf(models.map((other) => {
+      const ell = other.nll[i - first];
+      return { cells: [other.name, fixed(ell, 3), signed(ell - models[0].nll[i - first], 3)], mark: other === model };
+    }), "loss"));
+  }
   parts.push(el("h3", {}, "weight w, and w·N"), tableOf(Array.from(losses.values(), (loss) => {
     const w = weight(i - first, loss);
     return { cells: [loss.name, exponential(w / nll.length), fixed(w, 3)], mark: loss.name === state.view };
@@ -397,36 +442,47 @@ const KEYS = {
 
 // The histogram
 
-const PLOT = { left: 8, right: 352, top: 28, bottom: 148 };
-const extent = batch.max || 1;
+const PLOT = { left: 12, right: 338, top: 28, bottom: 148 };
+const BINS = 60;
+const extent = Math.max(...models.map((it) => it.statistics.max)) || 1; // the same for all models
 const xOf = (ell) => PLOT.left + ((PLOT.right - PLOT.left) * Math.max(ell, 0)) / extent;
 
+// At most ten round numbers from 0 to the end of the axis, with the digits they need.
+function ticks(end) {
+  const power = 10 ** Math.floor(Math.log10(end / 9));
+  const step = power * [1, 2, 5, 10].find((k) => end / (k * power) <= 9);
+  const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+  return Array.from({ length: Math.floor(end / step + 1e-9) + 1 }, (_, i) => [i * step, i ? fixed(i * step, digits) : "0"]);
+}
+
 function drawHistogram() {
-  const bins = new Float64Array(60);
-  for (const ell of nll) bins[Math.min(Math.floor((60 * Math.max(ell, 0)) / extent), 59)]++;
+  const bins = new Float64Array(BINS);
+  for (const ell of nll) bins[Math.min(Math.floor((BINS * Math.max(ell, 0)) / extent), BINS - 1)]++;
   const most = Math.max(...bins);
-  const plot = byId("histogram");
-  const { top, bottom } = PLOT;
+  const { left, right, top, bottom } = PLOT;
+  const parts = [];
   const rule = (x, attributes) => svg("line", { x1: x, x2: x, y1: top - 6, y2: bottom, stroke: "var(--ink)", ...attributes });
   const label = (x, y, content, anchor = "middle") => svg("text", { x, y, "text-anchor": anchor }, content);
   for (const k of [3, 2, 1]) {
-    const [from, to] = [xOf(batch.mean - k * batch.std), Math.min(xOf(batch.mean + k * batch.std), PLOT.right)];
-    plot.append(svg("rect", { x: from, width: to - from, y: top - 6, height: bottom - top + 6, fill: "var(--band)", opacity: 0.13 }));
-    if (batch.mean + k * batch.std < batch.max) plot.append(svg("text", { x: to - 2, y: top + 4, "text-anchor": "end", class: "tick" }, `+${k}σ`));
+    const [from, to] = [xOf(batch.mean - k * batch.std), Math.min(xOf(batch.mean + k * batch.std), right)];
+    parts.push(svg("rect", { x: from, width: to - from, y: top - 6, height: bottom - top + 6, fill: "var(--band)", opacity: 0.13 }));
+    if (batch.mean + k * batch.std < batch.max && to - xOf(batch.mean + (k - 1) * batch.std) > 24) parts.push(label(to - 2, top + 4, `+${k}σ`, "end"));
   }
-  const width = (PLOT.right - PLOT.left) / 60;
+  const width = (right - left) / BINS;
   bins.forEach((size, i) => {
     const height = ((bottom - top) * size) / most;
-    plot.append(svg("rect", { x: PLOT.left + i * width, width: width - 0.6, y: bottom - height, height, fill: "var(--bar)" }));
+    parts.push(svg("rect", { x: left + i * width, width: width - 0.6, y: bottom - height, height, fill: "var(--bar)" }));
   });
-  plot.append(rule(xOf(batch.mean), { "stroke-width": 1.5 }), rule(PLOT.right, { "stroke-dasharray": "3 2" }));
-  plot.append(label(Math.min(Math.max(xOf(batch.mean), 32), 328), 9, `mean ${fixed(batch.mean, 2)}`));
-  plot.append(label(356, 19, `max ${fixed(batch.max, 2)}`, "end"));
-  plot.append(svg("line", { x1: PLOT.left, x2: PLOT.right, y1: bottom, y2: bottom, stroke: "var(--rule)" }));
-  const step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50].find((s) => extent / s <= 9) ?? 100;
-  for (let x = 0; x <= extent; x += step) plot.append(svg("text", { x: xOf(x), y: bottom + 13, "text-anchor": "middle", class: "tick" }, `${+x.toFixed(1)}`));
-  plot.append(svg("path", { id: "mark", fill: "var(--focus)", visibility: "hidden" }));
-  plot.setAttribute("aria-label",
+  parts.push(rule(xOf(batch.mean), { "stroke-width": 1.5 }), rule(xOf(batch.max), { "stroke-dasharray": "3 2" }));
+  parts.push(label(Math.min(Math.max(xOf(batch.mean), 36), 324), 9, `mean ${fixed(batch.mean, 2)}`));
+  parts.push(label(Math.max(xOf(batch.max) + 4, 60), 19, `max ${fixed(batch.max, 2)}`, "end"));
+  parts.push(svg("line", { x1: left, x2: right, y1: bottom, y2: bottom, stroke: "var(--rule)" }));
+  for (const [x, name] of ticks(extent)) {
+    parts.push(svg("text", { x: xOf(x), y: bottom + 13, "text-anchor": "middle", class: "tick" }, name));
+  }
+  parts.push(svg("path", { id: "mark", fill: "var(--focus)", visibility: "hidden" }));
+  byId("histogram").replaceChildren(...parts);
+  byId("histogram").setAttribute("aria-label",
     `Histogram of the nll of ${many(nll.length)} tokens: mean ${fixed(batch.mean, 3)}, sigma ${fixed(batch.std, 3)}, largest ${fixed(batch.max, 3)} nats`);
 }
 
@@ -454,13 +510,16 @@ function heaviest(x) {
 }
 
 function drawTable() {
-  byId("heaviest-title").textContent = { nll: "Largest nll", z: "Largest z" }[state.view] ?? "Most weight";
-  byId("heaviest").tBodies[0].replaceChildren(...heaviest(values).map((k) => {
+  const title = { nll: "Largest nll", z: "Largest z", difference: `Largest difference to ${models[0].name}` };
+  byId("heaviest-title").textContent = title[state.view] ?? "Most weight";
+  const order = state.view === "difference" ? values.map(Math.abs) : values;
+  byId("heaviest").tBodies[0].replaceChildren(...heaviest(order).map((k) => {
     const i = k + first;
     const { own, shared } = covered(i);
     const button = el("button", { type: "button", title: `Go to token ${many(i + 1)}` }, inline(own || shared));
     const row = el("tr", { onclick: () => goTo(i) }, el("td", {}, button),
-      ...[fixed(nll[k], 3), signed(z[k], 2), fixed(weight(k, state.loss), 3)].map((cell) => el("td", {}, cell)));
+      ...[fixed(nll[k], 3), several ? signed(nll[k] - models[0].nll[k], 3) : signed(z[k], 2), fixed(weight(k, state.loss), 3)]
+        .map((cell) => el("td", {}, cell)));
     row.dataset.i = i;
     return row;
   }));
@@ -478,6 +537,15 @@ function update() {
   showCard();
 }
 
+// Show the text under a model.
+function use(index) {
+  model = models[index];
+  ({ nll, z, statistics: batch, losses } = model);
+  largest = first + batch.max_index;
+  state.loss = losses.get(state.loss?.name) ?? losses.get(model.trained) ?? losses.values().next().value;
+  drawHistogram();
+}
+
 function show(view) {
   state.view = view;
   state.loss = losses.get(view) ?? state.loss;
@@ -487,13 +555,40 @@ function show(view) {
 
 function buildSwitch() {
   const segments = byId("views").querySelector(".segments");
-  for (const key of ["nll", "z", ...losses.keys()]) {
+  const views = ["nll", ...(several ? ["difference"] : []), "z", ...losses.keys()];
+  for (const key of views) {
     const input = el("input", { type: "radio", name: "view", value: key, checked: key === state.view });
     if (losses.has(key)) input.ariaLabel = `weight, ${key}`;
-    if (key === state.loss.name) segments.append(el("span", { className: "soft" }, "weight:"));
+    if (key === losses.keys().next().value) segments.append(el("span", { className: "soft" }, "weight:"));
     input.onchange = () => show(key);
     segments.append(el("label", {}, input, key));
   }
+}
+
+function buildModels() {
+  byId("models").hidden = !several;
+  if (!several) return;
+  byId("models").querySelector(".segments").append(...models.map((it, index) => {
+    const input = el("input", { type: "radio", name: "model", value: index, checked: it === model });
+    input.onchange = () => {
+      use(index);
+      const views = byId("views");
+      views.querySelector("[value=difference]").disabled = index === 0; // it would be to itself
+      if (index === 0 && state.view === "difference") {
+        state.view = "nll";
+        views.querySelector("[value=nll]").checked = true;
+      }
+      draw(true);
+      show(state.view);
+    };
+    return el("label", {}, input, it.name);
+  }));
+}
+
+// Say what is wrong with a field; an empty message if nothing is.
+function tell(field, message) {
+  field.setAttribute("aria-invalid", message !== "");
+  byId("wrong").textContent = message;
 }
 
 // The coefficients of the loss, if it has some.
@@ -508,13 +603,20 @@ function drawSliders() {
     const slider = el("input", { type: "range", id: name, min: 0, max, step, value });
     const number = el("input", { type: "number", step: "any", value, ariaLabel: `${name}, as a number` });
     const set = (text, other) => {
-      if (text === "" || !Number.isFinite(Number(text))) return; // being typed
       other.value = text;
-      term.now = Number(text);
+      for (const { losses } of models) losses.get(state.loss.name).terms.find((it) => it.name === name).now = Number(text);
+      tell(number, "");
       update();
     };
     slider.oninput = () => set(slider.value, number);
-    number.oninput = () => set(number.value, slider);
+    number.oninput = () => {
+      if (number.value !== "") set(number.value, slider); // a browser gives no value to what is no number
+      else tell(number, `${name} is not a number: the page still shows ${term.now}`);
+    };
+    number.onchange = () => {
+      if (number.value === "") number.value = term.now;
+      tell(number, "");
+    };
     return [el("label", { htmlFor: name }, `${letter} ${name}`), slider, number];
   }));
 }
@@ -543,18 +645,57 @@ function listen() {
   dark.onchange = () => { drawScale(); paint(); };
 }
 
-state.view = [...losses.values()].find(varies)?.name ?? "nll";
+// On paper there is no scrolling: the whole text is drawn, up to a number of tokens, in light colours.
+function toPaper() {
+  state.printing = true;
+  byId("card").hidden = true;
+  layout(PAPER);
+  Object.assign(rows, { from: 0, to: PRINTED < count ? rowOf(PRINTED) : rows.token.length });
+  byId("rows").replaceChildren(...Array.from({ length: rows.to }, (_, r) => drawRow(r)));
+  const all = rows.to === rows.token.length;
+  const what = state.view === "difference" ? `nll minus that under ${models[0].name}` : losses.has(state.view) ? `weight, ${state.view}` : state.view;
+  byId("printed").textContent = `Colour: ${what}${several ? `, under ${model.name}` : ""}.` +
+    (all ? "" : ` Printed are the first ${many(rows.token[rows.to])} of ${many(count)} tokens.`);
+  drawScale();
+  paint();
+}
+
+function toScreen(top) {
+  state.printing = false;
+  rows.columns = 0;
+  fit();
+  view.scrollTop = rowOf(top) * ROW;
+  draw(true);
+  drawScale();
+}
+
+addEventListener("beforeprint", () => {
+  const top = rows.token[Math.floor(view.scrollTop / ROW)] ?? 0;
+  toPaper();
+  addEventListener("afterprint", () => toScreen(top), { once: true });
+});
+
+use(several ? 1 : 0);
+state.view = several ? "difference" : losses.has(model.trained) ? model.trained : [...losses.values()].find(varies)?.name ?? "nll";
+buildModels();
 buildSwitch();
-drawHistogram();
 values = valuesOf(state.view);
 domain = domainOf(state.view);
 fit();
 show(state.view);
 listen();
 byId("reset").onclick = () => {
-  for (const term of state.loss.terms) term.now = term.coefficient;
+  for (const { losses } of models) {
+    for (const term of losses.get(state.loss.name).terms) term.now = term.coefficient;
+  }
+  byId("wrong").textContent = "";
   show(state.view);
 };
 
 // For tests, and for the console.
-globalThis.nvamp = { nll, z, losses, weight, goTo, state, rows };
+globalThis.nvamp = {
+  models, weight, goTo, state, rows,
+  get nll() { return nll; },
+  get z() { return z; },
+  get losses() { return losses; },
+};

@@ -1,13 +1,12 @@
-"""The page of a text under a model: from the text file to the HTML file."""
+"""The page of a text under one model or several: from the text file to the HTML file."""
 
 import base64
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from inspect import getdoc
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +16,10 @@ from numpy.typing import NDArray
 from nvamp.objectives import Objective
 from nvamp.study import StudyError
 from nvamp.study.files import replacing, visible
+from nvamp.study.inspect.inputs import Inputs, Subject, link
 from nvamp.study.inspect.score import Inspection, Progress, inspect_text
 from nvamp.study.inspect.weights import Term
-from nvamp.study.losses import parse_losses
+from nvamp.study.losses import MODES, Loss, parse_losses
 from nvamp.study.models import load_model, load_tokenizer
 
 # The page holds the −ln p of alternatives in steps of this many nats, up to 65,535 of them: p is exact to one
@@ -28,64 +28,72 @@ STEP = 1 / 4096
 FEW = 1 / 3  # numbers that differ from the usual one are listed if they are at most this share of all
 
 
-def inspect_file(name: str, path: Path, out: Path, losses: Sequence[str], progress: Progress) -> Inspection:
-    """Write the page of the text in `path` under the model `name` (a directory or hub id) to `out`.
+class Inspected(NamedTuple):
+    """A model and what it makes of the text.
+
+    Attributes:
+        name: what the page calls the model.
+        found: its scores of the text.
+        trained: the text of the loss that it was trained with; `None` if that is not known.
+        report: the address of the report of its study, for a link; `None` if there is none.
+    """
+
+    name: str
+    found: Inspection
+    trained: str | None = None
+    report: str | None = None
+
+
+def inspect_models(inputs: Inputs, losses: Sequence[str], progress: Progress) -> list[Inspected]:
+    """Score a text under one model or several, and write the page.
 
     Args:
-        losses: texts of the losses whose weights the page shows, at least one.
+        losses: texts of the losses whose weights the page shows; if empty, those that the models were trained
+            with, and NVAMP in each gradient mode.
 
     Raises:
-        StudyError: a loss, the text or the model cannot be read, or the page cannot be written.
+        StudyError: a loss or a model cannot be read, two models do not have the same tokens, or the page
+            cannot be written.
     """
-    weighed = parse_losses(losses)
-    text = read_text(path)
-    _check_output(out, path)
-    model, tokenizer = load_model(name), load_tokenizer(name)
+    trained = [subject.trained for subject in inputs.subjects if subject.trained]
+    weighed = parse_losses(losses or list(dict.fromkeys([*trained, *MODES])))
+    inspected: list[Inspected] = []
+    for index, subject in enumerate(inputs.subjects):
+
+        def advance(done: int, of: int, before: int = index) -> None:
+            progress(before * of + done, len(inputs.subjects) * of)
+
+        found = _inspect(subject, inputs, weighed, advance)
+        if inspected and not _same_tokens(found, inspected[0].found):
+            first = inputs.subjects[0].source
+            raise StudyError(f"--model {subject.source}: its tokens of the text are not those of {first}")
+        report = link(subject.report, inputs.out) if subject.report else None
+        inspected.append(Inspected(subject.name, found, subject.trained, report))
+    try:
+        inputs.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StudyError(f"--out {inputs.out}: {error.strerror}") from error
+    write_page(inspected, inputs.path.name, inputs.out)
+    return inspected
+
+
+def _inspect(subject: Subject, inputs: Inputs, losses: Sequence[Loss], progress: Progress) -> Inspection:
+    """The scores of the text under one model, which is not kept."""
+    tokenizer, model = load_tokenizer(subject.source), load_model(subject.source)
     if torch.cuda.is_available():
         model.cuda()
     try:
-        found = inspect_text(model, tokenizer, text, weighed, progress)
+        return inspect_text(model, tokenizer, inputs.text, losses, progress, inputs.special_tokens)
     except StudyError as error:
-        raise StudyError(f"--text {path}: {error}") from error
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StudyError(f"--out {out}: {error.strerror}") from error
-    write_page(found, Path(name).name or name, path.name, out)
-    return found
+        raise StudyError(f"--text {inputs.path}: {error}") from error
 
 
-def _check_output(out: Path, text: Path) -> None:
-    """Check `out` before the model takes its time to read the text."""
-    above = next(path for path in out.absolute().parents if os.path.exists(path))
-    if out.is_dir():
-        wrong = "Is a directory"
-    elif os.path.exists(out) and out.samefile(text):
-        wrong = "the file of --text, which the page would replace"
-    elif not above.is_dir():
-        wrong = f"{above} is not a directory"
-    elif not os.access(above, os.W_OK):
-        wrong = f"{above} is not writable"
-    else:
-        return
-    raise StudyError(f"--out {out}: {wrong}")
+def _same_tokens(one: Inspection, other: Inspection) -> bool:
+    return np.array_equal(one.tokens.ids, other.tokens.ids) and len(one.scores.nll) == len(other.scores.nll)
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; line ends are not converted."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise StudyError(f"--text {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise StudyError(f"--text {path}: not UTF-8, see byte {error.start}") from error
-    if not text:
-        raise StudyError(f"--text {path}: empty")
-    return text
-
-
-def write_page(found: Inspection, model: str, name: str, path: Path) -> None:
-    """Write the page of the text `name` under the model `model` to `path`."""
+def write_page(inspected: Sequence[Inspected], name: str, path: Path) -> None:
+    """Write the page of the text `name` under models that have the same tokens to `path`."""
     here = Path(__file__)
     script = here.with_suffix(".js").read_text(encoding="utf-8")
     environment = Environment(
@@ -93,15 +101,14 @@ def write_page(found: Inspection, model: str, name: str, path: Path) -> None:
     )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
     page = environment.from_string(here.with_suffix(".html").read_text(encoding="utf-8")).render(
-        model=visible(model),
+        inspected=[it._replace(name=visible(it.name)) for it in inspected],
+        reports=list(dict.fromkeys(it.report for it in inspected if it.report)),
         name=visible(name),
-        found=found,
-        statistics={key: float(x) for key, x in found.statistics._asdict().items()},
         formulas={
             type(objective).__name__: formula(objective)
-            for objective in (weights.spec.objective for weights in found.weights)
+            for objective in (weights.spec.objective for weights in inspected[0].found.weights)
         },
-        data=page_data(found),
+        data=page_data(inspected),
         script=script,
         # The page allows no other script than this one: its texts cannot run, whatever they hold.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -115,27 +122,38 @@ def formula(objective: Objective) -> str:
     return re.split(r"\n\n(?:Args|Raises|References|Example):", getdoc(type(objective)) or "")[0]
 
 
-def page_data(found: Inspection) -> dict[str, Any]:
+def page_data(inspected: Sequence[Inspected]) -> dict[str, Any]:
     """The data that the page's script reads, ready for JSON."""
-    tokens, scores = found.tokens, found.scores
-    used = np.array(list(found.pieces), np.int64)  # in ascending order
-    steps = np.clip(np.rint(scores.alternative_nll / STEP), 0, 2**16 - 1)
-    statistics = {key: float(x) for key, x in found.statistics._asdict().items()}
-    z = (scores.nll.astype(np.float64) - statistics["mean"]) / statistics["std"]
+    tokens = inspected[0].found.tokens
+    pieces = {index: piece for it in inspected for index, piece in it.found.pieces.items()}
+    used = np.array(sorted(pieces), np.int64)
     return {
         "text": tokens.text,
         "lengths": typed_array(np.diff(_utf16(tokens.text)[tokens.ends], prepend=0)),
-        "pieces": list(found.pieces.values()),
+        "pieces": [pieces[index] for index in used.tolist()],
         "tokens": typed_array(np.searchsorted(used, tokens.ids)),
+        "step": STEP,
+        "models": [_model_data(it, used) for it in inspected],
+    }
+
+
+def _model_data(it: Inspected, used: NDArray[np.int64]) -> dict[str, Any]:
+    """What one model makes of the text; its alternatives are places in `used`."""
+    scores = it.found.scores
+    steps = np.clip(np.rint(scores.alternative_nll / STEP), 0, 2**16 - 1)
+    statistics = {key: float(x) for key, x in it.found.statistics._asdict().items()}
+    z = (scores.nll.astype(np.float64) - statistics["mean"]) / statistics["std"]
+    return {
+        "name": visible(it.name),
+        "trained": it.trained,
         "nll": typed_array(scores.nll),
         "alternatives": typed_array(np.searchsorted(used, scores.alternatives)),
         "alternativeSteps": typed_array(steps.astype(np.uint16)),
-        "step": STEP,
         "z": typed_array(z.astype(np.float32)),
         "statistics": statistics,
         "losses": [
             {"name": str(weights.spec), "terms": [_term_data(term) for term in weights.terms]}
-            for weights in found.weights
+            for weights in it.found.weights
         ],
     }
 

@@ -1,5 +1,6 @@
 """Scores of a text under a model: the losses and the weight of each token, and the likeliest in its place."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -16,9 +17,10 @@ from nvamp.objectives import Batch, Statistics
 from nvamp.objectives.spec import LossSpec
 from nvamp.objectives.statistics import statistics as statistics_of
 from nvamp.study import StudyError
+from nvamp.study.chats import prefix_of
 from nvamp.study.inspect.weights import Weights, weigh
 from nvamp.study.losses import Loss
-from nvamp.study.models import positions
+from nvamp.study.models import check_tokens, positions
 
 WINDOW = 1024  # most positions in a window, if the model takes more or does not say
 ALTERNATIVES = 5  # how many of the likeliest tokens are kept at each position
@@ -88,24 +90,30 @@ def inspect_text(
     text: str,
     losses: Sequence[Loss],
     progress: Progress = lambda done, of: None,
+    special_tokens: bool = False,
 ) -> Inspection:
     """Score every token of `text` on the device of `model`, and weigh it under each of the losses.
+
+    Args:
+        special_tokens: whether special tokens that the text spells out are such, or else text.
 
     Raises:
         StudyError: the text has too few or too many tokens, the tokenizer belongs to another model, or a loss
             is not finite.
     """
-    tokens = tokenize(tokenizer, text)
-    start = _start(tokenizer)
+    tokens = tokenize(tokenizer, text, special_tokens)
+    start = prefix_of(tokenizer)
     scored = len(tokens.ids) - (not start)
     if scored < 1:
         raise StudyError(f"expected at least 2 tokens, got {len(tokens.ids)}: the first one is not predicted")
     if scored > MAX_TOKENS:
         raise StudyError(f"expected at most {MAX_TOKENS:,} tokens, got {len(tokens.ids):,}")
-    vocabulary = model.config.get_text_config().vocab_size
-    if (largest := int(tokens.ids.max())) >= vocabulary:
-        raise StudyError(f"the tokenizer gives token {largest}, but the model has {vocabulary} tokens")
+    check_tokens(model.config, max([*start, int(tokens.ids.max())]))
     window = min(positions(model.config) or WINDOW, WINDOW)
+    if len(start) >= window:
+        raise StudyError(
+            f"the tokenizer's own {len(start)} tokens before the text fill the model's {window} positions"
+        )
     specs = [loss.spec for loss in losses]
     scores = score(model, start, tokens.ids, window, specs, progress)
     if not (np.isfinite(scores.nll).all() and np.isfinite(scores.ell).all()):
@@ -119,28 +127,25 @@ def inspect_text(
     return Inspection(tokens, scores, spell(tokenizer, used.tolist()), window, statistics, weights)
 
 
-def tokenize(tokenizer: Any, text: str) -> Tokens:
+def tokenize(tokenizer: Any, text: str, special_tokens: bool = False) -> Tokens:
     """The tokens of `text`, without the special tokens that a tokenizer puts around it.
+
+    Special tokens that the text spells out are text too, unless `special_tokens`.
 
     A slow tokenizer does not report where its tokens are: the text is then what its tokens spell.
     """
+    options = {"add_special_tokens": False, "split_special_tokens": not special_tokens}
     if tokenizer.is_fast:
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        found = tokenizer(text, return_offsets_mapping=True, **options)
         ids, ends = found["input_ids"], [end for _, end in found["offset_mapping"]]
         ends = list(accumulate(ends, max))
         ends[-1:] = [len(text)] if ends else []  # the last token takes what is left over
     else:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, **options)["input_ids"]
         spelled = spell(tokenizer, ids)
         text = "".join(spelled[index] for index in ids)
         ends = list(accumulate(len(spelled[index]) for index in ids))
     return Tokens(text, np.array(ids, np.int64), np.array(ends, np.int64))
-
-
-def _start(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer puts before every text, as Llama's and Gemma's do; or none."""
-    around: list[int] = tokenizer("")["input_ids"]
-    return around[:1] if around and around[0] == tokenizer.bos_token_id else []
 
 
 def spell(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
@@ -159,6 +164,8 @@ def _raw(tokenizer: Any, index: int) -> str:
     piece = tokenizer.convert_ids_to_tokens(index)
     if piece is None:  # the model's vocabulary is padded beyond the tokenizer's
         return f"[{index}]"
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # as tokenizers made by SentencePiece write it
+        return rf"\x{byte[1].lower()}"
     if all(character in _BYTES for character in piece):
         return "".join(f"\\x{_BYTES[character]:02x}" for character in piece)
     return str(piece)
@@ -203,14 +210,14 @@ def score(
     """Score the tokens `ids`.
 
     Args:
-        start: the one token that every window begins with, or empty; then the first of `ids` is not scored.
+        start: the tokens that every window begins with; if there are none, the first of `ids` is not scored.
         ids: [tokens].
         size: the number of tokens in a window, `start` included.
     """
     model.eval()
     device = next(model.parameters()).device
     text, before = torch.from_numpy(ids), torch.tensor(start, dtype=torch.int64)
-    spans = list(windows(len(text), size - len(start), 1 - len(start)))
+    spans = list(windows(len(text), size - len(start), 0 if start else 1))
     length = len(start) + spans[0].end
     batch = max(1, LOGITS // (length * model.config.get_text_config().vocab_size))
     parts: list[tuple[Tensor, ...]] = []

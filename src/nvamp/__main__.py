@@ -1,0 +1,5 @@
+"""`python -m nvamp` is `nvamp`."""
+
+from nvamp.cli import main
+
+main()

@@ -1,0 +1,219 @@
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nvamp.study import StudyError, examples
+from nvamp.study.chats import TEMPLATE
+from nvamp.study.compare import Settings, prepare
+from nvamp.study.corpus import Corpus
+from nvamp.study.examples import build_examples
+from nvamp.study.packing import IGNORED
+from nvamp.study.results import describe_corpus
+from nvamp.study.rows import Chat, Pair, Rows
+from tests.study.conftest import small_llama, study, words
+
+CHATS = Path(__file__).parents[2] / "examples" / "data" / "chat.jsonl"
+
+
+def pairs(count: int, length: int = 8) -> list[Pair]:
+    return [Pair(f"mark{index} {words(index, 4)}", f" {words(index + 1, length)}") for index in range(count)]
+
+
+def texts(corpus: Corpus, which: str) -> str:
+    blocks = getattr(corpus, which)
+    return str(corpus.tokenizer.decode(blocks.inputs.flatten()))
+
+
+def test_a_tenth_of_the_examples_is_held_out_and_only_that(tokenizer: Any) -> None:
+    corpus = build_examples(Rows(examples=[*pairs(60)]), "pairs", 128, tokenizer)
+    assert (corpus.counts["examples"], corpus.counts["held_out_examples"]) == (54, 6)
+    assert corpus.source == "pairs (60 examples)"
+    trained, held_out = texts(corpus, "training"), texts(corpus, "evaluation")
+    for index in range(60):
+        assert (f"mark{index} " in trained) != (f"mark{index} " in held_out)
+    assert len(corpus.prompts) == 6
+    for prompt in corpus.prompts:
+        text = tokenizer.decode(prompt.ids)
+        assert (text, prompt.answer) in pairs(60)
+
+
+def test_the_order_of_the_rows_does_not_decide_what_is_held_out(tokenizer: Any) -> None:
+    corpus = build_examples(Rows(examples=[*pairs(60)]), "pairs", 128, tokenizer)
+    assert (
+        corpus.fingerprint()
+        == build_examples(Rows(examples=[*pairs(60)]), "pairs", 128, tokenizer).fingerprint()
+    )
+    held_out = [index for index in range(60) if f"mark{index} " in texts(corpus, "evaluation")]
+    assert held_out != list(range(6))
+
+
+def test_what_is_cut_and_dropped_is_counted(tokenizer: Any) -> None:
+    rows = Rows(
+        examples=[*pairs(40), *[Pair("x " * 60, " late")] * 2, *[Pair("y", " tail" * 80)] * 3],
+        dropped=Counter({"no completion": 4}),
+    )
+    corpus = build_examples(rows, "rows", 64, tokenizer)
+    assert corpus.counts["cut_examples"] == 3 - corpus.counts["dropped_examples"].get(
+        "the same as one held out", 0
+    )
+    assert corpus.counts["dropped_examples"]["no completion"] == 4
+    assert corpus.counts["dropped_examples"]["no token to learn in the first 64"] == 2
+    assert (
+        "3 of them cut at 64 tokens; 6 dropped: 4 no completion, 2 no token to learn in the first 64"
+        in corpus.source
+    )
+    assert corpus.counts["examples"] + corpus.counts["held_out_examples"] == 43
+    assert corpus.train.shape[1] == 64
+    assert len(corpus.prompts) == sum(
+        len(prompt.answer) < 200 for prompt in corpus.prompts
+    )  # none of those cut
+    described = describe_corpus(corpus)
+    assert described["cut_examples"] == 3
+    assert described["held_out_tokens"] == int((corpus.evaluation.labels != IGNORED).sum())
+    assert described["learned_tokens"] == int((corpus.training.labels != IGNORED).sum())
+
+
+def test_what_is_held_out_is_not_trained_on_a_second_time(tokenizer: Any) -> None:
+    twice = [*pairs(30), *pairs(30)]
+    corpus = build_examples(Rows(examples=twice), "twice", 128, tokenizer)
+    same = corpus.counts["dropped_examples"]["the same as one held out"]
+    assert 0 < same <= 6
+    assert corpus.counts["examples"] == 54 - same
+    held_out = texts(corpus, "evaluation")
+    assert not any(
+        f"mark{index} " in held_out and f"mark{index} " in texts(corpus, "training") for index in range(30)
+    )
+
+
+def test_no_more_is_read_than_the_limit(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "MAX_CHARACTERS", sum(pair.characters for pair in pairs(60)) // 2)
+    corpus = build_examples(Rows(examples=[*pairs(60)]), "pairs", 128, tokenizer)
+    (reason, beyond) = next(iter(corpus.counts["dropped_examples"].items()))
+    assert reason.startswith("beyond ")
+    assert 25 <= beyond <= 35
+    assert beyond + corpus.counts["examples"] + corpus.counts["held_out_examples"] == 60
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_examples(tokenizer: Any, count: int) -> None:
+    with pytest.raises(StudyError, match=r"^too few examples: pairs \(1 examples"):
+        build_examples(
+            Rows(examples=pairs(1), dropped=Counter({"no completion": count})), "pairs", 64, tokenizer
+        )
+
+
+def test_all_tokens_or_completions(tokenizer: Any) -> None:
+    some, everything = (
+        build_examples(Rows(examples=[*pairs(40)]), "pairs", 128, tokenizer, completions)
+        for completions in (True, False)
+    )
+    assert torch.equal(some.train, everything.train)
+    assert len(some.training.learned) < len(everything.training.learned)
+    assert some.fingerprint() != everything.fingerprint()
+    assert everything.training.examples is not None
+    own = everything.training.examples != -1
+    assert ((everything.training.labels != IGNORED) <= own).all()
+    # All but the first token of each of the 36 examples.
+    assert len(everything.training.learned) == int(own.sum()) - 36
+
+
+def test_a_tokenizer_without_a_template_gets_one(tokenizer: Any) -> None:
+    from copy import deepcopy
+
+    chats = [
+        Chat(({"role": "user", "content": a}, {"role": "assistant", "content": b}), 0) for a, b in pairs(40)
+    ]
+    own = deepcopy(tokenizer)
+    own.chat_template = None
+    corpus = build_examples(Rows(examples=[*chats]), "chats", 128, own)
+    assert corpus.tokenizer.chat_template == TEMPLATE
+    assert (
+        corpus.prompts[0].ids
+        == own.apply_chat_template(
+            [{"role": "user", "content": own.decode(corpus.prompts[0].ids).split("\n")[1]}],
+            add_generation_prompt=True,
+        )["input_ids"]
+    )
+    assert corpus.excerpt.startswith("### user\nmark")
+    own.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(StudyError, match=r"40 dropped: 40 refused by the chat template: no\)$"):
+        build_examples(Rows(examples=[*chats]), "chats", 128, own)
+
+
+@pytest.fixture
+def chat_settings() -> Settings:
+    return Settings(("ce", "dft"), 1, 3, 4, lr=1e-2, dataset=(str(CHATS),))
+
+
+def test_the_built_in_model_learns_chats(chat_settings: Settings, tmp_path: Path) -> None:
+    corpus = prepare(chat_settings)
+    results, _ = study(chat_settings, tmp_path / "out")
+    text = results["text"]
+    rows = [json.loads(line) for line in CHATS.read_text().splitlines()]
+    assert text["source"].startswith(f"{CHATS} ({len(rows):,} examples")
+    assert text["held_out_tokens"] == len(corpus.evaluation.learned)
+    # The record has a loss of each held-out token that is learned, and of no other.
+    nll = np.load(tmp_path / "out" / "runs" / "ce-seed0.npy")
+    assert nll.shape == (text["held_out_tokens"],)
+    assert results["losses"][0]["metrics"]["cross_entropy"]["mean"] == pytest.approx(nll.mean(dtype=float))
+    answers = corpus.tokenizer.decode(corpus.evaluation.learned)
+    held_out = [row["messages"] for row in rows if row["messages"][1]["content"] in answers]
+    assert len(held_out) >= text["held_out_examples"]
+    assert "What does" not in answers
+    # What was learned from cannot change without a word.
+    with pytest.raises(StudyError, match="the text"):
+        study(replace(chat_settings, loss_on="all"), tmp_path / "out")
+
+
+def test_loss_on_is_of_examples(chat_settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("\n".join(words(seed, 60) for seed in range(40)))
+    text = replace(chat_settings, dataset=(str(tmp_path / "lines.txt"),))
+    assert prepare(text).fingerprint() == prepare(replace(text, loss_on="all")).fingerprint()
+    with pytest.raises(
+        StudyError, match="--loss-on completions: expected messages, or prompt and completion, got text"
+    ):
+        prepare(replace(text, loss_on="completions"))
+    with pytest.raises(StudyError, match="--loss-on: expected all or completions, got some"):
+        replace(chat_settings, loss_on="some").check()
+
+
+def test_a_model_that_mixes_examples_gets_one_in_each_block(
+    chat_settings: Settings, tmp_path: Path, tokenizer: Any
+) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    small_llama(tokenizer, positions=256).save_pretrained(tmp_path / "llama")
+    for name in ("bloom", "llama"):
+        tokenizer.save_pretrained(tmp_path / name)
+    apart = prepare(replace(chat_settings, model=str(tmp_path / "bloom")))
+    together = prepare(replace(chat_settings, model=str(tmp_path / "llama"), special_tokens=True))
+    assert apart.training.positions is None
+    assert together.training.positions is not None
+
+
+def test_texts_of_a_dataset_are_shuffled_like_files(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("\n".join(f"mark{index} {words(index, 40)}" for index in range(60)))
+    corpus = prepare(Settings(("ce",), 1, 3, 4, dataset=(str(tmp_path / "lines.txt"),)))
+    held_out = [index for index in range(60) if f"mark{index} " in texts(corpus, "evaluation")]
+    assert len(held_out) >= 4
+    assert held_out != list(range(len(held_out)))  # what is held out comes first
+
+
+def test_special_tokens_of_a_text_are_text_unless_asked_for(tokenizer: Any, tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(f"{words(seed, 30)}<|endoftext|>{words(seed, 30)}" for seed in range(60)))
+    settings = Settings(("ce",), 1, 3, 4, dataset=(str(lines),))
+    counts = []
+    for special in (False, True):
+        corpus = prepare(replace(settings, special_tokens=special))
+        counts.append(int((corpus.train == corpus.tokenizer.eos_token_id).sum()))
+    assert counts[1] >= 1.5 * counts[0] > 0

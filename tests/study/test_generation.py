@@ -1,0 +1,83 @@
+"""Greedy completions, and how they compare with the answers."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import nvamp.study.generation
+from nvamp.study.corpus import Prompt
+from nvamp.study.generation import LONGER, complete, generation_metrics, token_f1
+from tests.study.conftest import small_llama
+
+
+@pytest.fixture
+def model(tokenizer: Any) -> Any:
+    torch.manual_seed(0)
+    return small_llama(tokenizer, positions=32, initializer_range=0.5).train()
+
+
+def greedy(model: Any, ids: list[int], count: int) -> list[int]:
+    """The likeliest continuation, token by token, without a cache."""
+    ids = [*ids]
+    model.eval()
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids
+
+
+def test_a_completion_is_greedy_and_ends(model: Any, tokenizer: Any) -> None:
+    ids = tokenizer("alpha beta")["input_ids"]
+    expected = greedy(model, ids, LONGER + 1)[len(ids) :]
+    end = model.generation_config.eos_token_id
+    assert end not in expected
+    model.train()
+    state = torch.get_rng_state()
+    answer = tokenizer.decode(tokenizer("gamma")["input_ids"][:1])
+    assert complete(model, tokenizer, Prompt(ids, answer)) == tokenizer.decode(expected)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.eos_token_id = expected[3]
+    first = expected.index(expected[3])
+    found = complete(model, tokenizer, Prompt(ids, answer))
+    assert found == tokenizer.decode(expected[: first + 1], skip_special_tokens=True)
+
+
+def test_a_prompt_that_leaves_little_room(model: Any, tokenizer: Any) -> None:
+    ids = (tokenizer("alpha beta gamma delta")["input_ids"] * 32)[:30]
+    expected = tokenizer.decode(greedy(model, ids, 2)[30:])
+    assert complete(model, tokenizer, Prompt(ids, "alpha " * 20)) == expected
+    assert complete(model, tokenizer, Prompt([*ids, 5, 6], "alpha")) == ""
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "f1"),
+    [
+        ("The cat", "the CAT", 1.0),
+        ("cat the", "the cat", 1.0),
+        ("a b c d", "a b", 2 / 3),
+        ("a a", "a", 2 / 3),
+        ("x", "a b", 0.0),
+        ("", "a", 0.0),
+        (" ", "", 1.0),
+    ],
+)
+def test_token_f1(found: str, wanted: str, f1: float) -> None:
+    assert token_f1(found, wanted) == pytest.approx(f1)
+
+
+def test_the_metrics_of_completions(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {1: "the cat\n", 2: "the dog", 3: "a"}
+    monkeypatch.setattr(
+        nvamp.study.generation, "complete", lambda model, tokenizer, prompt: said[prompt.ids[0]]
+    )
+    prompts = [Prompt([1], " the cat"), Prompt([2], "the cat"), Prompt([3], "b")]
+    found = generation_metrics(None, None, prompts)
+    assert found == {
+        "exact_match": pytest.approx(100 / 3),
+        "token_f1": pytest.approx(100 * (1 + 0.5 + 0) / 3),
+    }
