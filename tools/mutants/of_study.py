@@ -40,10 +40,10 @@ MUTANTS = [
         f"{STUDY}/sources.py", "random.Random(0)", "random.Random()", f"{TESTS}/test_sources.py", "shuffled"
     ),
     Mutant(
-        f"{STUDY}/sources.py",
-        "_bounded(_shuffled(_read_dataset(dataset)))",
-        "_bounded(_read_dataset(dataset))",
-        f"{TESTS}/test_sources.py",
+        f"{STUDY}/compare.py",
+        "bounded(shuffled(rows.texts))",
+        "bounded(rows.texts)",
+        f"{TESTS}/test_examples.py",
         "shuffled",
     ),
     Mutant(
@@ -67,7 +67,13 @@ MUTANTS = [
         f"{TESTS}/test_training.py",
         "recipe",
     ),
-    Mutant(f"{STUDY}/training.py", "    model.eval()\n", "", f"{TESTS}/test_training.py", "dropout"),
+    Mutant(
+        f"{STUDY}/held_out.py",
+        "with in_mode(model, False), torch.autocast",
+        "with torch.autocast",
+        f"{TESTS}/test_training.py",
+        "numbers_and_modes",
+    ),
     Mutant(
         f"{STUDY}/inspect/score.py", "    model.eval()\n", "", f"{TESTS}/inspect/test_score.py", "dropout"
     ),
@@ -100,11 +106,11 @@ MUTANTS = [
         "versions_and",
     ),
     Mutant(
-        f"{STUDY}/inspect/score.py",
-        " if around and around[0] == tokenizer.bos_token_id else []",
-        "",
-        f"{TESTS}/inspect/test_score.py",
-        "bos",
+        f"{STUDY}/chats.py",
+        "around[: next(starts, 0)]",
+        "around[:1]",
+        f"{TESTS}/test_models.py",
+        "prefix",
     ),
     Mutant(
         f"{STUDY}/terminal.py",
@@ -226,8 +232,8 @@ MUTANTS = [
     ),
     Mutant(
         f"{STUDY}/sources.py",
-        'if _DATASET_FORMATS.get(path.suffix, "text") != "text":',
-        'if path.suffix == ".jsonl":',
+        'if FORMATS.get(ending(path), FORMATS[".txt"]) != FORMATS[".txt"]:',
+        'if ending(path) == ".jsonl":',
         f"{TESTS}/test_sources.py",
         "rows",
     ),
