@@ -20,6 +20,7 @@ MUTANTS = [
     mutant("check", "torch.random.fork_rng(gpus), ", "", "check", "same_after_it"),
     mutant("check", "trainer._metrics = copy.deepcopy(trainer._metrics)", "pass", "check", "test_trl"),
     mutant("check", "    if own:\n", "    if False:\n", "check", "replace_the_criterion"),
+    mutant("columns", "if inputs.get(name) is None:", "if False:", "patch", "columns_that_do_not_fit"),
     mutant("modes", "            module.training = mode\n", "            pass\n", "alignment", "as_it_was"),
     mutant("sequences", 'if config is None and os.environ', "if False and os.environ", "transformers", "split_sequences"),
     mutant("stats", "torch.maximum(before[-1:], table[-1:])", "table[-1:]", "stats", "what_is_logged"),

@@ -65,4 +65,12 @@ MUTANTS = [
     mutant("functional", 'for name in ("softcap", "logit_scale"):', 'for name in ("logit_scale",):', "engine/test_logprobs", "definition"),
     mutant("functional", "with torch.no_grad():\n        found", "with torch.enable_grad():\n        found", "engine/test_logprobs", ""),
     # Ranks.
+    objective("focal", "batch.nll.clamp(min=0)", "batch.nll", "values", "sure"),
+    objective("statistics", ".clamp(min=torch.finfo(nll.dtype).tiny)", "", "nvamp", "huge and equal"),
+    objective("token_weighted", "scale = torch.where(weights == 0, 0, share / weights)", "scale = share / weights", "values", "without_weight"),
+    objective("cross_entropy", "shared=torch.ones_like(n) / m", "shared=torch.ones_like(n) / n", "values", "micro_batches_add_up and ce"),
+    mutant("losses", '("process_group", "vocab_group", "on_stats")', '("process_group", "on_stats")', "test_distributed", "copy_shares"),
+    mutant("distributed", "if group.ndim != 1:", "if False:", "test_distributed", "group_is_checked"),
+    mutant("ranks", "rows.sum(0, dtype=x.dtype)", "rows.amax(0)", "objectives/test_ranks", "first_exchange"),
+    mutant("dtensors", "dim not in possible or dim in found", "dim not in possible", "test_sharded", "dtensors-2"),
 ]
