@@ -92,9 +92,10 @@ fuzz: $(INSTALLED) ## look for counterexamples for two hours, or twice FUZZ_SECO
 	$(BIN)/python -m tools.fuzz --seconds $(FUZZ_SECONDS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak --seconds $(FUZZ_SECONDS)
 
-# Changes the code in small ways and reports which changes no test sees.
+# Changes the code in small ways and reports which changes no test sees: all of them, or for MUTANT_MINUTES those
+# that the day's date draws.
 mutants: $(INSTALLED) ## change the code in small ways and report what no test sees
-	$(BIN)/python -m tools.mutants
+	$(BIN)/python -m tools.mutants $(if $(MUTANT_MINUTES),--minutes $(MUTANT_MINUTES))
 
 bench: $(INSTALLED) ## measure speed and memory of the losses on this CPU
 	$(BIN)/python -m benchmarks.cpu --out runs/bench
