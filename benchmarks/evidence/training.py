@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.evidence import plan
 from benchmarks.evidence.held_out import TEMPERATURES, measure, predictions
-from benchmarks.evidence.plan import Job, plan
+from benchmarks.evidence.plan import Job
 from benchmarks.evidence.store import Runs
 from benchmarks.measure import machine
 from nvamp.study import StudyError
@@ -24,6 +25,7 @@ from nvamp.study.store import Json, versions
 from nvamp.study.training import Recipe, train
 
 STORE = Path("runs/evidence")
+TEXT: tuple[str, ...] = ()  # the standard library's source
 SWITCH = 0.7  # of the steps, after which "A>B" trains with B
 
 
@@ -97,8 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=(), help="groups of the plan")
     parser.add_argument("--seconds", type=float, default=inf, help="start nothing that would end later")
     args = parser.parse_args(arguments)
-    jobs = [job for job in plan() if not args.only or job.group in args.only]
-    runs = Runs(args.out)
+    jobs = [job for job in plan.plan() if not args.only or job.group in args.only]
+    runs = Runs(args.out, TEXT)
     if args.workers == 1:
         work(jobs, runs, args.seconds)
     else:
