@@ -67,7 +67,7 @@ def tiny(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for group, pairs in runs.items()
         for loss, seed in pairs
     ]
-    monkeypatch.setattr("nvamp.study.training.CURVE_POINTS", 1)
+    monkeypatch.setattr("nvamp.study.watching.CURVE_POINTS", 1)
     monkeypatch.setattr(plan, "plan", lambda: jobs)
     monkeypatch.setattr(train, "TEXT", (str(text),))
     for name in ("RESULTS", "DOCS"):

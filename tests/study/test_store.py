@@ -267,7 +267,7 @@ def test_a_directory_belongs_to_one_process_at_a_time(one: Settings, tmp_path: P
 
 @pytest.mark.parametrize(
     ("bytes_left", "name"),
-    [(5_000, "models/dft-seed0"), (400, "models/dft-seed0"), (200_000, "results.json")],
+    [(5_000, "models/dft-seed0"), (650, "models/dft-seed0"), (200_000, "results.json")],
 )
 def test_a_full_disk_is_reported_in_one_line(
     settings: Settings, one: Settings, tmp_path: Path, bytes_left: int, name: str
