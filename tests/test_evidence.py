@@ -15,7 +15,9 @@ from benchmarks.evidence.fronts import Group
 from benchmarks.evidence.plan import Job
 from benchmarks.evidence.store import Runs
 from nvamp.study.corpus import Corpus, build_corpus, train_tokenizer
+from nvamp.study.examples import build_examples
 from nvamp.study.metrics import Estimate
+from nvamp.study.rows import Pair, Rows
 from nvamp.study.sources import read_documents
 from tests.study.conftest import one_thread
 
@@ -52,6 +54,15 @@ def corpus(documents: list[str]) -> Corpus:
     return build_corpus(documents, "modules", 16, train_tokenizer(documents))
 
 
+def other_texts(first: Corpus) -> dict[str, Corpus]:
+    sequence, documents = first.train.shape[1], [module(seed) for seed in range(100, 112)]
+    pairs = [Pair(f"What does f{i} do?", f"It adds {i}.") for i in range(200)]
+    return {
+        "reference": build_corpus(documents, "modules", sequence, first.tokenizer),
+        "answers": build_examples(Rows(examples=[*pairs]), "questions", sequence, first.tokenizer),
+    }
+
+
 @pytest.fixture
 def tiny(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A plan of a few short runs, and places of its own for their results."""
@@ -68,7 +79,15 @@ def tiny(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for loss, seed in pairs
     ]
     monkeypatch.setattr("nvamp.study.watching.CURVE_POINTS", 1)
-    monkeypatch.setattr(plan, "plan", lambda: jobs)
+    start = Job("start", "ce", 0, steps=2, batch_size=4)
+    tuned = [
+        Job(text, loss, 0, steps=2, batch_size=4, text=text)
+        for text in ("reference", "answers")
+        for loss in ("ce", smoothed)
+    ]
+    monkeypatch.setattr(plan, "plan", lambda: [*jobs, *tuned[:1], start, *tuned])
+    monkeypatch.setattr(plan, "START", start)
+    monkeypatch.setattr("benchmarks.evidence.store.other_texts", other_texts)
     monkeypatch.setattr(train, "TEXT", (str(text),))
     for name in ("RESULTS", "DOCS"):
         (tmp_path / name).mkdir()
@@ -79,7 +98,7 @@ def tiny(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_questions_end_to_end(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["all", "--out", str(tiny / "store"), "--workers", "1"]
     program.main(command)
-    assert len(capsys.readouterr().out.splitlines()) == len(plan.plan())
+    assert len(capsys.readouterr().out.splitlines()) == len({job.name for job in plan.plan()})
     for name in program.NAMES:
         assert (tiny / "DOCS" / f"{name}.svg").read_text().startswith("<?xml")
         assert "ce:label_smoothing=0.1" in (tiny / "DOCS" / f"{name}.md").read_text()

@@ -26,7 +26,7 @@ from benchmarks.evidence.store import Runs
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 DOCS = HERE.parents[1] / "docs" / "evidence"
-NAMES = ("front", "extremes", "noise", "types")
+NAMES = ("front", "extremes", "noise", "types", "finetuning")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.evidence.held_out import TEMPERATURES
-from nvamp.study.compare import LR
 from nvamp.study.metrics import Estimate, estimate
 from nvamp.study.store import Json
 
@@ -29,8 +28,8 @@ T80 = (1.37638, 1.06066, 0.97847, 0.94096)
 class Group:
     """The finished runs of a group, by loss, learning rate and seed; all changes are in percent of `ce`'s.
 
-    A change is paired by seed with cross-entropy's run at `LR`, and is an estimate over the seeds that both
-    have. It is `None` if there are none, or if any of them diverged or does not reach what is asked for.
+    A change is paired by seed with cross-entropy's run at the usual rate, and is an estimate over the seeds
+    that both have. It is `None` if there are none, or if one of them diverged or does not reach what is asked.
     """
 
     about: Json
@@ -41,13 +40,18 @@ class Group:
         found = json.loads(path.read_text(encoding="utf-8"))
         return cls(found, {(run["loss"], run["lr"], run["seed"]): run for run in found["runs"]})
 
-    def losses(self, lr: float = LR) -> list[str]:
-        return list(dict.fromkeys(loss for loss, of, _ in self.runs if of == lr))
+    @property
+    def usual(self) -> float:
+        """The learning rate of the runs, unless another one is asked for."""
+        return next(lr for loss, lr, _ in self.runs if loss == CE)
 
-    def seeds(self, loss: str, lr: float = LR) -> list[int]:
+    def losses(self, lr: float | None = None) -> list[str]:
+        return list(dict.fromkeys(loss for loss, of, _ in self.runs if of == (lr or self.usual)))
+
+    def seeds(self, loss: str, lr: float | None = None) -> list[int]:
         """Those that the loss and cross-entropy both have."""
-        has = {seed for name, of, seed in self.runs if name == loss and of == lr}
-        return sorted(seed for seed in has if (CE, LR, seed) in self.runs)
+        has = {seed for name, of, seed in self.runs if name == loss and of == (lr or self.usual)}
+        return sorted(seed for seed in has if (CE, self.usual, seed) in self.runs)
 
     def steps(self) -> int:
         return int(next(iter(self.runs.values()))["steps"])
@@ -68,14 +72,14 @@ class Group:
         )
         return "; ".join(f"{count} on {device}" for device, count in counts.items())
 
-    def diverged(self, loss: str, lr: float = LR) -> int:
-        return sum(self.runs[loss, lr, seed]["diverged"] for seed in self.seeds(loss, lr))
+    def diverged(self, loss: str, lr: float | None = None) -> int:
+        return sum(self.runs[loss, lr or self.usual, seed]["diverged"] for seed in self.seeds(loss, lr))
 
-    def values(self, loss: str, key: str, lr: float = LR) -> Estimate | None:
+    def values(self, loss: str, key: str, lr: float | None = None) -> Estimate | None:
         """A metric of the runs as trained, on all held-out tokens."""
         return self._each(loss, lr, lambda run, base: run["metrics"][key])
 
-    def change(self, loss: str, key: str, lr: float = LR) -> Estimate | None:
+    def change(self, loss: str, key: str, lr: float | None = None) -> Estimate | None:
         """The change of a metric as trained, on all held-out tokens."""
         return self._each(loss, lr, lambda run, base: _percent(run["metrics"][key], base["metrics"][key]))
 
@@ -83,16 +87,20 @@ class Group:
         """The same of one seed, which has no interval."""
         if (loss, lr, seed) not in self.runs:
             return None
-        run, base = self.runs[loss, lr, seed], self.runs[CE, LR, seed]
+        run, base = self.runs[loss, lr, seed], self.runs[CE, self.usual, seed]
         return None if run["diverged"] else estimate([_percent(run["metrics"][key], base["metrics"][key])])
 
     def shift(self, loss: str, key: str) -> Estimate | None:
         """The change of a metric as trained, in nats."""
-        return self._each(loss, LR, lambda run, base: run["metrics"][key] - base["metrics"][key])
+        return self._each(loss, None, lambda run, base: run["metrics"][key] - base["metrics"][key])
+
+    def gained(self, loss: str, start: Json) -> Estimate | None:
+        """The mean loss of the first text after fine-tuning, minus that of the model `start`, in nats."""
+        return self._each(loss, None, lambda run, base: run["first"]["mean"] - start["metrics"]["mean"])
 
     def calibration(self, loss: str, index: int) -> Estimate | None:
         """The expected calibration error in percent, on the half to measure on, at a temperature."""
-        return self._each(loss, LR, lambda run, base: run["halves"][MEASURED_ON]["ece"][index])
+        return self._each(loss, None, lambda run, base: run["halves"][MEASURED_ON]["ece"][index])
 
     def smallest_visible(self, key: str, losses: Sequence[str]) -> str:
         """The range, over losses, of the smallest change that is seen as clear four times out of five."""
@@ -107,17 +115,19 @@ class Group:
 
     def type_change(self, loss: str, kind: str) -> Estimate | None:
         """The change of the mean loss of a type of tokens."""
-        return self._each(loss, LR, lambda run, base: _percent(run["types"][kind][0], base["types"][kind][0]))
+        return self._each(
+            loss, None, lambda run, base: _percent(run["types"][kind][0], base["types"][kind][0])
+        )
 
     def effort(self, loss: str, kind: str) -> Estimate | None:
         """The effort that a loss gives a type of tokens; `None` if it takes more than token losses."""
         return self._each(
-            loss, LR, lambda run, base: run["types"][kind][1] if len(run["types"][kind]) > 1 else None
+            loss, None, lambda run, base: run["types"][kind][1] if len(run["types"][kind]) > 1 else None
         )
 
     def at_price(self, loss: str, price: float) -> Estimate | None:
         """The change of the tail at the temperature at which the mean is `price` percent higher."""
-        return self._each(loss, LR, lambda run, base: tail_at(run, base, price))
+        return self._each(loss, None, lambda run, base: tail_at(run, base, price))
 
     def beyond(self, loss: str, price: float) -> Estimate | None:
         """The same minus that of cross-entropy's model: below zero is beyond its front."""
@@ -126,17 +136,17 @@ class Group:
             ours, theirs = tail_at(run, base, price), tail_at(base, base, price)
             return None if ours is None or theirs is None else ours - theirs
 
-        return self._each(loss, LR, gap)
+        return self._each(loss, None, gap)
 
     def lowest(self, loss: str) -> Estimate | None:
         """The change of the mean at the temperature at which it is lowest."""
-        return self._each(loss, LR, lambda run, base: float(front(run, base)[0].min()))
+        return self._each(loss, None, lambda run, base: float(front(run, base)[0].min()))
 
     def at_temperature(self, loss: str, key: str, index: int) -> Estimate | None:
         """The change of a metric, on the half to measure on, at a temperature for all seeds."""
         return self._each(
             loss,
-            LR,
+            None,
             lambda run, base: _percent(
                 run["halves"][MEASURED_ON][key][index], base["halves"][MEASURED_ON][key][AS_TRAINED]
             ),
@@ -146,7 +156,7 @@ class Group:
         """The change of a metric by mixing cross-entropy's model with the uniform distribution."""
         return self._each(
             CE,
-            LR,
+            None,
             lambda run, base: _percent(
                 run["mixes"][MEASURED_ON][key][index], base["halves"][MEASURED_ON][key][AS_TRAINED]
             ),
@@ -159,8 +169,8 @@ class Group:
             changes = [
                 [
                     _percent(
-                        self.runs[loss, LR, seed]["halves"][CHOSEN_ON][key][index],
-                        self.runs[CE, LR, seed]["halves"][CHOSEN_ON][key][AS_TRAINED],
+                        self.runs[loss, self.usual, seed]["halves"][CHOSEN_ON][key][index],
+                        self.runs[CE, self.usual, seed]["halves"][CHOSEN_ON][key][AS_TRAINED],
                     )
                     for key in ("mean", "cvar")
                 ]
@@ -171,8 +181,13 @@ class Group:
                 found[index] = float(tail)
         return min(found, key=lambda index: found[index]) if found else None
 
-    def _each(self, loss: str, lr: float, number: Callable[[Json, Json], float | None]) -> Estimate | None:
-        pairs = [(self.runs[loss, lr, seed], self.runs[CE, LR, seed]) for seed in self.seeds(loss, lr)]
+    def _each(
+        self, loss: str, lr: float | None, number: Callable[[Json, Json], float | None]
+    ) -> Estimate | None:
+        pairs = [
+            (self.runs[loss, lr or self.usual, seed], self.runs[CE, self.usual, seed])
+            for seed in self.seeds(loss, lr)
+        ]
         if any(run["diverged"] or base["diverged"] for run, base in pairs):
             return None
         return estimate([number(run, base) for run, base in pairs])

@@ -32,7 +32,9 @@ def gather(jobs: list[Job], runs: Runs, directory: Path) -> None:
             if job.group == group and (record := runs.load(job)) is not None
         ]
         if found:
-            about = {"group": group, "text": describe_corpus(runs.corpus)}
+            text = next(job.text for job in jobs if job.group == group)
+            corpus = runs.others[text] if text else runs.corpus
+            about = {"group": group, "text": describe_corpus(corpus)}
             write(directory / f"{group}.json", about, found)
 
 
@@ -58,11 +60,13 @@ def summary(job: Job, record: Json, runs: Runs, types: Mapping[str, NDArray[np.b
     kept |= {name: record["versions"][name] for name in ("device", "torch")}
     if record["diverged"]:
         return kept
+    kept["metrics"] = record["metrics"]
+    if job.text:
+        return {**kept, "first": record["first"]}
     halves = {half: _columns(found["temperatures"]) for half, found in record["halves"].items()}
     mixes = {half: _columns(found["mixes"]) for half, found in record["halves"].items()}
     return {
         **kept,
-        "metrics": record["metrics"],
         "halves": halves,
         "mixes": mixes,
         "types": type_metrics(job, runs, types),
