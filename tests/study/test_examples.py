@@ -132,6 +132,7 @@ def test_a_tokenizer_without_a_template_gets_one(tokenizer: Any) -> None:
     own = deepcopy(tokenizer)
     own.chat_template = None
     corpus = build_examples(Rows(examples=[*chats]), "chats", 128, own)
+    assert corpus.special_tokens  # which the excerpt spells out
     assert corpus.tokenizer.chat_template == TEMPLATE
     assert (
         corpus.prompts[0].ids
