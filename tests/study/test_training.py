@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 
 import nvamp.study.training
+from nvamp.integrations.transformers.alignment import OwnLoss
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
 from nvamp.study.held_out import as_examples, score
@@ -76,12 +77,14 @@ def test_no_logits_exist_in_a_run(corpus: Corpus, model_dir: Any, monkeypatch: p
         seen.append(len(weight))
         return linear(hidden, weight, *rest)
 
+    def built(*args: Any) -> Any:
+        model = build_model(*args)  # which looks at logits of its own
+        seen.clear()
+        return model
+
     monkeypatch.setattr(torch.nn.functional, "linear", recorded)
-    monkeypatch.setattr(
-        nvamp.study.training,
-        "own_loss",
-        lambda model: nvamp.integrations.transformers.alignment.OwnLoss(True, True),
-    )
+    monkeypatch.setattr(nvamp.study.training, "build_model", built)
+    monkeypatch.setattr(nvamp.study.training, "own_loss", lambda model: OwnLoss(True, True))  # the same
     result, _ = run("nvamp", recipe(model_dir, steps=2), corpus)
     assert seen
     assert classes not in seen
