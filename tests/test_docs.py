@@ -239,11 +239,12 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             install, *names = [word for word in arguments if not word.startswith("--")]
             assert install == "install"
             for name in names:
-                extra = re.fullmatch(r"(?:nvamp-loss|\.)(?:\[(\w+)\])?", name)
+                extra = re.fullmatch(r"(?:nvamp-loss|\.)(?:\[([\w,]+)\])?", name)
                 if extra is None:
                     assert re.search(rf"[\"']{re.escape(name)}[\"';>=\[]", others), name
                 else:
-                    assert extra[1] is None or re.search(rf"^{extra[1]} = \[", project, re.MULTILINE)
+                    for one in filter(None, (extra[1] or "").split(",")):
+                        assert re.search(rf"^{one} = \[", project, re.MULTILINE)
         case _:
             raise AssertionError(f"a command that no test knows: {words}")
 

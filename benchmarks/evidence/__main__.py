@@ -1,90 +1,84 @@
-"""Run an experiment, or only draw it: `python -m benchmarks.evidence NAME [--draw] [--preset gpu]`.
+"""Answer the questions: `python -m benchmarks.evidence NAME`, or `all`.
 
-Finished runs are kept in --out: the same command continues. At the preset that is on record ("cpu") the
-results go to benchmarks/evidence/results/NAME.json, figure and page to docs/evidence; at others all goes to
---out.
+Runs that are missing from the store (`python -m benchmarks.evidence.training` trains them) are trained first,
+their numbers go to benchmarks/evidence/results, and figure and page to docs/evidence. `--draw` does without
+training, from the results on record.
 """
 
 import argparse
-import json
-import os
-import shutil
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rc_context
 
+from benchmarks.evidence import fronts, plan
+from benchmarks.evidence import training as train
 from benchmarks.evidence.drawing import STYLE, save
-from benchmarks.evidence.running import PRESETS
-from benchmarks.evidence.summary import Results, mean_only, plain, signed, size
-from nvamp.study import StudyError
-from nvamp.study.metrics import estimate, verdict
-from nvamp.study.peers import hide
-from nvamp.study.store import write_json
+from benchmarks.evidence.formats import mean_only, plain, signed, size, starred
+from benchmarks.evidence.fronts import Group
+from benchmarks.evidence.gather import gather
+from benchmarks.evidence.held_out import MIXES, TEMPERATURES
+from benchmarks.evidence.store import Runs
 
 HERE = Path(__file__).parent
-NAMES = ("tail", "types", "stability", "tuning", "finetuning")
-RECORDED = "cpu"
+RESULTS = HERE / "results"
 DOCS = HERE.parents[1] / "docs" / "evidence"
+NAMES = ("front", "extremes", "noise", "types", "finetuning")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument("name", choices=[*NAMES, "all"])
-    parser.add_argument("--preset", choices=PRESETS, default=RECORDED)
-    parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--out", type=Path, default=train.STORE, help="the store of runs")
+    parser.add_argument("--workers", type=int, default=2, help="processes that train, of one thread each")
     parser.add_argument("--draw", action="store_true", help="from the results on record, without any run")
-    parser.add_argument("--overwrite", action="store_true", help="drop the runs that --out holds")
     args = parser.parse_args(arguments)
-    directory = args.out / args.preset
-    if args.overwrite:
-        shutil.rmtree(directory, ignore_errors=True)
-    on_record = args.preset == RECORDED
-    for name in NAMES if args.name == "all" else (args.name,):
-        path = (HERE / "results" if on_record else directory) / f"{name}.json"
-        if not args.draw:
-            experiment = import_module(f"benchmarks.evidence.{name}")
-            try:
-                write_json(path, experiment.run(PRESETS[args.preset], directory))
-            except StudyError as error:
-                parser.error(str(error))
-        draw(name, path, DOCS if on_record else directory)
-        if on_record:
-            (DOCS / f"{name}.md").write_text(page(name, path), encoding="utf-8")
-            (DOCS / "README.md").write_text(index(), encoding="utf-8")
+    names = NAMES if args.name == "all" else (args.name,)
+    if not args.draw:
+        wanted = list(dict.fromkeys(group for name in names for group in question(name).GROUPS))
+        train.main(["--out", str(args.out), "--workers", str(args.workers), "--only", *wanted])
+        gather([job for job in plan.plan() if job.group in wanted], Runs(args.out, train.TEXT), RESULTS)
+    for name in names:
+        draw(name, DOCS)
+        (DOCS / f"{name}.md").write_text(page(name), encoding="utf-8")
+    (DOCS / "README.md").write_text(index(), encoding="utf-8")
 
 
-def draw(name: str, results: Path, directory: Path) -> None:
-    """The figure of an experiment, from its results."""
+def question(name: str) -> ModuleType:
+    return import_module(f"benchmarks.evidence.{name}")
+
+
+def groups(name: str) -> dict[str, Group]:
+    """The groups of a question that are on record."""
+    paths = {group: RESULTS / f"{group}.json" for group in question(name).GROUPS}
+    return {group: Group.read(path) for group, path in paths.items() if path.exists()}
+
+
+def draw(name: str, directory: Path) -> None:
+    """The figure of a question, from the results on record."""
     with rc_context(STYLE):
-        figure = import_module(f"benchmarks.evidence.{name}").figure(load(results))
+        figure = question(name).figure(groups(name))
     save(figure, directory / f"{name}.svg")
 
 
-def load(path: Path) -> Results:
-    return Results(json.loads(path.read_text(encoding="utf-8")))
-
-
-def page(name: str, results: Path) -> str:
-    """The page of an experiment: written by hand, its numbers from the results."""
-    loaded = load(results)
-    return _render(f"{name}.md", name=name, results=loaded, json=loaded.json)
+def page(name: str) -> str:
+    """The page of a question: written by hand, its numbers from the results on record."""
+    return _render(f"{name}.md", name=name, groups=groups(name), question=question(name))
 
 
 def index() -> str:
     """The table of questions and answers: the titles of the pages and their first paragraphs."""
     rows = []
-    recorded = {name: HERE / "results" / f"{name}.json" for name in NAMES}
-    for name, path in recorded.items():
-        if not path.exists():
-            continue
-        title, answer = page(name, path).split("\n\n")[:2]
+    for name in NAMES:
+        title, answer = page(name).split("\n\n")[1:3]
         rows.append((name, title.removeprefix("# "), " ".join(answer.split("\n"))))
     return _render("README.md", rows=rows)
 
 
-def _render(template: str, **values: object) -> str:
+def _render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE / "pages"),
         undefined=StrictUndefined,
@@ -92,11 +86,11 @@ def _render(template: str, **values: object) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"estimate": estimate, "judge": verdict}
+    environment.globals |= {"plan": plan, "fronts": fronts, "TEMPERATURES": TEMPERATURES, "MIXES": MIXES}
     environment.filters |= {"plain": plain, "signed": signed, "mean_only": mean_only, "size": size}
+    environment.filters["starred"] = starred
     return environment.get_template(template).render(**values)
 
 
 if __name__ == "__main__":
-    hide(os.environ)  # of several GPUs the Trainer would make larger batches
     main()

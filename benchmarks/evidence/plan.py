@@ -45,7 +45,14 @@ WIDE = LOSSES[:3]
 RATED = (*LOSSES[:6], "tail:strength=2", "tilted:t=0.1", "nvamp:gradient=token")
 NOISY = ("ce", "nvamp:gamma=0.04,tail=0.05", "ce:label_smoothing=0.1", "truncated:share=0.05", "gce:q=0.3")
 RATES = (LR / 2, 2 * LR)  # beside LR
-NEW_SEEDS = 200  # of the runs that confirm what was chosen, from here on
+TUNED = (
+    "ce",
+    "nvamp:gamma=0.02,tail=0.05",
+    "ce:label_smoothing=0.05",
+    "entropy:kind=eaft",
+    "entropy:kind=mile",
+    "dft",
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Job:
         group: names the directory of its result.
         loss: as for `nvamp compare`; "A>B" trains with A, and with B from `SWITCH` of the steps on.
         changes: to the recipe of the built-in model.
+        text: what to fine-tune the model of `START` on, of `store.TEXTS`; "" to train from scratch.
     """
 
     group: str
@@ -65,6 +73,7 @@ class Job:
     lr: float = LR
     batch_size: int = 8
     changes: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
 
     @property
     def name(self) -> str:
@@ -82,10 +91,19 @@ def _each(group: str, losses: Sequence[str], seeds: Sequence[int], steps: int, *
             yield Job(group, loss, seed, steps, **more)
 
 
+START = Job("start", "ce", 0, 1500)  # its model is what is fine-tuned
+
+
 def plan() -> list[Job]:
     """All runs, the most important first; the longest of them early, so that none is left over at the end."""
     return [
         *_each("6000", LONG, range(3), 6000),
+        START,
+        *(
+            job
+            for text in ("reference", "answers")
+            for job in _each(text, TUNED, range(5), 240, lr=LR / 4, text=text)
+        ),
         *_each("1500", LOSSES, range(2), 1500),
         *_each("240", LOSSES, range(5), 240),
         *_each("1500", CORE, range(2, 5), 1500),

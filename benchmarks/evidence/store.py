@@ -1,6 +1,7 @@
 """One store of runs for all questions: the text once, and a record and the held-out losses of every run."""
 
 import json
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.evidence.plan import Job
 from benchmarks.evidence.source import document_of, held_out_labels, kind_of
+from benchmarks.evidence.texts import other_texts
 from nvamp.study.compare import Settings, prepare
 from nvamp.study.corpus import Corpus
 from nvamp.study.files import replacing
@@ -47,6 +49,16 @@ class Runs:
         )
         self.documents: NDArray[np.int64] = arrays["documents"].astype(np.int64)
         self.kinds: NDArray[np.int64] = arrays["kinds"].astype(np.int64)
+
+    @cached_property
+    def others(self) -> dict[str, Corpus]:
+        """The texts to fine-tune on, in the tokens of the first one."""
+        return other_texts(self.corpus)
+
+    @property
+    def start(self) -> Path:
+        """The directory of the model to fine-tune."""
+        return self.directory / "start-model"
 
     def path(self, job: Job) -> Path:
         return self.directory / f"{job.name}.json"

@@ -11,19 +11,23 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import numpy as np
 import torch
 
+from benchmarks.evidence import plan
 from benchmarks.evidence.held_out import TEMPERATURES, measure, predictions
-from benchmarks.evidence.plan import Job, plan
+from benchmarks.evidence.plan import Job
 from benchmarks.evidence.store import Runs
 from benchmarks.measure import machine
 from nvamp.study import StudyError
-from nvamp.study.files import hold
+from nvamp.study.files import hold, replacing
 from nvamp.study.losses import Loss, parse_loss
+from nvamp.study.metrics import cvar
 from nvamp.study.store import Json, versions
-from nvamp.study.training import Recipe, train
+from nvamp.study.training import Recipe, Run, train
 
 STORE = Path("runs/evidence")
+TEXT: tuple[str, ...] = ()  # the standard library's source
 SWITCH = 0.7  # of the steps, after which "A>B" trains with B
 
 
@@ -49,23 +53,37 @@ def loss_of(job: Job) -> Loss:
 
 def train_job(job: Job, runs: Runs) -> float:
     """Train a run, keep it, and return its seconds."""
-    recipe = Recipe(**{"steps": job.steps, "batch_size": job.batch_size, "lr": job.lr, **job.changes})
-    run = train(loss_of(job), job.seed, recipe, runs.corpus, lambda step, value: None)
+    corpus, changes = runs.corpus, job.changes
+    if job.text:
+        corpus, changes = runs.others[job.text], {**changes, "model": str(runs.start)}
+    recipe = Recipe(**{"steps": job.steps, "batch_size": job.batch_size, "lr": job.lr, **changes})
+    run = train(loss_of(job), job.seed, recipe, corpus, lambda step, value: None)
     found = [] if run.diverged else predictions(run.model, runs.corpus.held_out)
-    plain = found[TEMPERATURES.index(1.0)] if found else None
+    first = found[TEMPERATURES.index(1.0)].metrics() if found else None
     record: Json = {
         **job.as_json(),
         "diverged": run.diverged,
         "parameters": run.model.num_parameters(),
         "seconds": run.seconds,
-        "text": runs.corpus.fingerprint(),
+        "text": corpus.fingerprint(),
         "versions": {**versions(), "processor": machine()["processor"]},
         "curve": run.curve,
-        "metrics": plain and plain.metrics(),
-        "halves": plain and measure(found, runs.documents, len(runs.corpus.tokenizer)),
+        "metrics": tuned_metrics(run) if job.text else first,
+        "first": first,
+        "halves": found and measure(found, runs.documents, len(corpus.tokenizer)),
     }
+    if job == plan.START:
+        with replacing(runs.start) as directory:
+            run.model.save_pretrained(directory)
+            corpus.tokenizer.save_pretrained(directory)
     runs.save(job, record, run.nll)
     return run.seconds
+
+
+def tuned_metrics(run: Run) -> Json:
+    """The losses of the tokens to learn, in nats, and how many of them are the likeliest, in percent."""
+    nll = run.nll.astype(np.float64)
+    return {"mean": nll.mean(), "cvar": cvar(nll), "accuracy": 100 * run.scores.correct.mean()}
 
 
 def work(jobs: Sequence[Job], runs: Runs, seconds: float) -> None:
@@ -73,7 +91,7 @@ def work(jobs: Sequence[Job], runs: Runs, seconds: float) -> None:
     torch.set_num_threads(1)
     begin, per_step = monotonic(), 0.0
     for job in jobs:
-        if runs.load(job) is not None:
+        if runs.load(job) is not None or (job.text and not runs.start.exists()):
             continue
         if monotonic() - begin + 1.15 * per_step * job.steps > seconds:
             continue
@@ -97,8 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=(), help="groups of the plan")
     parser.add_argument("--seconds", type=float, default=inf, help="start nothing that would end later")
     args = parser.parse_args(arguments)
-    jobs = [job for job in plan() if not args.only or job.group in args.only]
-    runs = Runs(args.out)
+    jobs = [job for job in plan.plan() if not args.only or job.group in args.only]
+    runs = Runs(args.out, TEXT)
     if args.workers == 1:
         work(jobs, runs, args.seconds)
     else:

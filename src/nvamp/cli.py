@@ -158,7 +158,8 @@ def compare(
         int, typer.Option(help="Batches in a step, which has so many times as many blocks.")
     ] = 1,
     sequence: Annotated[
-        int | None, typer.Option(help="Tokens in a block.", show_default="64; with --model up to 256")
+        int | None,
+        typer.Option(help="Tokens in a block.", show_default="64; with --model or chats 256"),
     ] = None,
     lr: Annotated[
         float | None,
