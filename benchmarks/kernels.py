@@ -321,23 +321,29 @@ def machine_code(binary: Any) -> MachineCode:
 
 
 def _nvidia(asm: Any) -> MachineCode:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        resources = _tool("cuobjdump", "-res-usage", file.name)
-        listing = _tool("nvdisasm", "-c", "--no-dataflow", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", resources)
-    assert found, resources
-    registers, stack, local = map(int, found.groups())
+    listing = _of_cubin("nvdisasm", asm, "-c", "--no-dataflow")
     has_float64 = "f64" in asm["ttir"] or bool(
         re.search(r"\s(D(ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w*64H|\S+\.F64)", listing)
     )
-    return MachineCode(registers, stack + local, has_float64, bodies(blocks(read_sass(listing))))
+    return MachineCode(*resources(asm), has_float64, bodies(blocks(read_sass(listing))))
 
 
-def _tool(name: str, *args: str) -> str:
-    command = [str(Path(triton.__file__).parent / "backends/nvidia/bin" / name), *args]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def resources(asm: Any) -> tuple[int, int]:
+    """Registers and bytes of local memory of each thread, on an NVIDIA GPU."""
+    listing = _of_cubin("cuobjdump", asm, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
+    assert found, listing
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def _of_cubin(tool: str, asm: Any, *options: str) -> str:
+    """What one of the tools that come with Triton prints about machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [str(Path(triton.__file__).parent / "backends/nvidia/bin" / tool), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _amd(asm: Any) -> MachineCode:

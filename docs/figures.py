@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from nvamp.functional import token_weights
 from nvamp.objectives import GRADIENTS, NVAMP, Batch
@@ -63,39 +64,107 @@ def weights() -> Figure:
     return figure
 
 
+# What a record calls a contender, and what the figure calls it.
+FROM_LOGITS = {
+    "floor: copy of 6·N·V bytes": "copying the bytes that must move",
+    "nvamp: scalar": "nvamp: NVAMP",
+    "nvamp: scalar, in place": "nvamp: NVAMP, in place",
+    "Liger, in place": "Liger: cross-entropy, in place",
+    "compiled cross-entropy": "torch.compile: cross-entropy",
+    "eager cross-entropy": "PyTorch: cross-entropy",
+    "original NVAMP": "NVAMP as first published",
+}
+FROM_HIDDEN = {
+    "three bare products": "the three matrix products alone",
+    "nvamp: scalar": "nvamp: NVAMP",
+    "nvamp: tail=0.05": "nvamp: NVAMP, hardest 5%",
+    "nvamp: token": "nvamp: NVAMP, a weight per token",
+    "compiled linear, cross-entropy": "torch.compile: cross-entropy",
+    "eager linear, cross-entropy": "PyTorch: cross-entropy",
+    "Liger, bfloat16 sum": "Liger: cross-entropy",
+    "Liger, float32 sum": "Liger: cross-entropy, float32 sum",
+    "CCE, filtering": "Cut Cross-Entropy",
+    "CCE, filter_eps=None": "Cut Cross-Entropy, exact",
+}
+
+
 def speed() -> Figure:
-    """Time and memory of benchmarks/results/cpu.json."""
-    results = json.loads((HERE / "../benchmarks/results/cpu.json").read_text(encoding="utf-8"))
-    sections = {section["title"]: section for section in results["sections"]}
-    figure = Figure(figsize=(7.2, 6.6), layout="constrained")
-    rows = figure.subplots(2, 2, height_ratios=[6, 9])
-    for axes, path in zip(
-        rows, ("logits path, 2048 × 32000", "linear path, 2048 × 576 × 49152"), strict=True
+    """Time and memory of benchmarks/results/h100/fifth.json, at 8192 tokens and a vocabulary of 128256."""
+    parts = {section["part"]: section.get("timing") for section in _record("h100/fifth.json")["sections"]}
+    figure = Figure(figsize=(6.0, 5.4), layout="constrained")
+    rows = figure.subplots(2, 1, height_ratios=[len(FROM_LOGITS), len(FROM_HIDDEN)])
+    for axes, path, names, title in zip(
+        rows,
+        ("logits", "linear"),
+        (FROM_LOGITS, FROM_HIDDEN),
+        ("From logits: milliseconds, and memory held", "From hidden states: milliseconds, and memory held"),
+        strict=True,
     ):
-        both = [sections[f"{path}, {dtype}"] for dtype in ("float32", "bfloat16")]
-        memory = [{k: v / 2**20 for k, v in section["extra_bytes"].items()} for section in both]
-        _bars(axes[0], [section["ratios"] for section in both], "{:.2f}", 2.8)
-        _bars(axes[1], memory, "{:.0f}", 1400)
-        axes[0].set_title(f"{path}: time over {both[0]['baseline']}", loc="right", fontsize=9)
-        axes[1].set_title("memory beyond the inputs (MiB)", fontsize=9)
-        axes[1].set_yticklabels([])
-    rows[0][1].legend(["float32", "bfloat16"], loc="lower right", fontsize=8)
+        found = [row for row in parts[f"{path}:8192x4096x128256"] if row["what"] in names]
+        found.sort(key=lambda row: row["ms"])
+        for place, row in enumerate(found):
+            name = names[row["what"]]
+            axes.barh(place, row["ms"], 0.7, color=BLUE if name.startswith("nvamp") else GREY, alpha=0.8)
+            memory = f" · {row['extra_MiB'] / 1024:.1f} GiB" if "extra_MiB" in row else ""
+            _label(axes, row["ms"], place, f"{row['ms']:#.3g}".rstrip(".") + memory, 8)
+        axes.set_yticks(range(len(found)), [names[row["what"]] for row in found], fontsize=9)
+        axes.set_xlim(0, 1.25 * found[-1]["ms"])
+        axes.tick_params(axis="x", labelsize=8)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(title, loc="right", fontsize=10)
+        axes.invert_yaxis()
     return figure
 
 
-def _bars(axes: Any, both: list[dict[str, float]], form: str, limit: float) -> None:
-    """A pair of bars for each contender, told in numbers; those beyond the limit are cut off there."""
+def cpu() -> Figure:
+    """Time and memory of benchmarks/results/cpu-logits.json and of the linear path in cpu.json."""
+    figure = Figure(figsize=(7.2, 6.6), layout="constrained")
+    rows = figure.subplots(2, 2, height_ratios=[7, 9])
+    for axes, record, path in zip(
+        rows,
+        ("cpu-logits.json", "cpu.json"),
+        ("logits path, 2048 × 32000", "linear path, 2048 × 576 × 49152"),
+        strict=True,
+    ):
+        sections = {section["title"]: section for section in _record(record)["sections"]}
+        both = [sections[f"{path}, {dtype}"] for dtype in ("float32", "bfloat16")]
+        memory = [{k: v / 2**20 for k, v in section["extra_bytes"].items()} for section in both]
+        _bars(axes[0], [section["ratios"] for section in both], "{:.2f}", (0, 0.5, 1, 1.5, 2))
+        _bars(axes[1], memory, "{:.0f}", (0, 250, 500, 750, 1000, 1250))
+        axes[0].set_title(f"{path}\ntime over {both[0]['baseline']}", loc="right", fontsize=9)
+        axes[1].set_title("memory beyond the inputs (MiB)", fontsize=9)
+        axes[1].set_yticklabels([])
+    keys = [Patch(color=BLUE, label="float32"), Patch(color=ORANGE, label="bfloat16")]
+    figure.legend(handles=keys, loc="outside lower right", ncols=2, fontsize=8)
+    return figure
+
+
+def _record(name: str) -> Any:
+    return json.loads((HERE / "../benchmarks/results" / name).read_text(encoding="utf-8"))
+
+
+def _label(axes: Any, x: float, y: float, text: str, size: float) -> None:
+    """A text a little to the right of the end of a bar."""
+    axes.annotate(text, (x, y), (3, 0), textcoords="offset points", va="center", fontsize=size)
+
+
+def _bars(axes: Any, both: list[dict[str, float]], form: str, ticks: tuple[float, ...]) -> None:
+    """A pair of bars for each contender with its number; beyond the last tick a bar has a gap."""
+    limit, gap = ticks[-1], 0.02 * ticks[-1]
     for index, (values, colour) in enumerate(zip(both, (BLUE, ORANGE), strict=True)):
-        y = [place + (index - 0.5) * 0.4 for place in range(len(values))]
-        axes.barh(y, [min(value, limit) for value in values.values()], 0.36, color=colour)
-        for place, value in zip(y, values.values(), strict=True):
-            axes.text(min(value, limit), place, " " + form.format(value), va="center", fontsize=7)
+        for place, value in enumerate(values.values()):
+            y = place + (index - 0.5) * 0.4
+            axes.barh(y, min(value, limit), 0.36, color=colour)
+            if value > limit:
+                axes.barh(y, 2 * gap, 0.36, left=limit + gap, color=colour)
+            _label(axes, value if value <= limit else limit + 3 * gap, y, form.format(value), 7)
     axes.set_yticks(range(len(both[0])), both[0], fontsize=8)
-    axes.set_xlim(0, 1.12 * limit)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+    axes.set_xlim(0, 1.2 * limit)
     axes.invert_yaxis()
 
 
-FIGURES = {"weights": weights, "speed": speed}
+FIGURES = {"weights": weights, "speed": speed, "cpu": cpu}
 
 
 def svg(name: str) -> str:

@@ -1,8 +1,8 @@
 """Hooks of `mkdocs build`: the site out of Markdown that is also read where it lies in the repository.
 
-README.md is the landing page, CHANGELOG.md a page. Links to other files of the repository lead to copies of
-them in the site, of Python as a page, and links to folders to a list of theirs: no address of a code host is
-needed.
+README.md is the landing page, and a few other files outside docs/ are pages. Links to any other file of the
+repository lead to copies in the site, of Python as a page, and links to folders to a list of their files: no
+address of a code host is needed.
 """
 
 import logging
@@ -15,7 +15,12 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 LOG = logging.getLogger("mkdocs.plugins.nvamp")
 ROOT = Path(__file__).parents[1]
-FROM_ROOT = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+FROM_ROOT = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "benchmarks/README.md": "benchmarks.md",
+}
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")  # of [text](target#anchor), the target
 
 
@@ -41,6 +46,12 @@ def targets(path: str, text: str) -> set[str]:
 
 def files_of(folder: str) -> list[str]:
     return sorted(f"{folder}/{path.name}" for path in (ROOT / folder).iterdir() if path.is_file())
+
+
+def on_config(config: Any) -> Any:
+    """Nothing shows the theme's page for what is not found: the site is opened from a disk."""
+    config.theme.static_templates.discard("404.html")
+    return config
 
 
 def on_files(files: Files, *, config: Any) -> Files:
@@ -85,7 +96,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, *, page: Any, **_: Any) -> str:
-    """In the reference, what docstrings name becomes a link: pages, and other names of the page."""
+    """A cell without a heading is no heading. In the reference, pages and names become links."""
+    html = html.replace("<th></th>", "<td></td>")
     if page.file.src_uri != "api.md":
         return html
     html = re.sub(r"\bdocs/([\w-]+)\.md\b", r'<a href="\1.html">docs/\1.md</a>', html)
@@ -101,7 +113,7 @@ def on_page_content(html: str, *, page: Any, **_: Any) -> str:
 
 
 def on_post_page(output: str, *, page: Any, **_: Any) -> str:
-    """A page loads nothing from another host."""
+    """A page loads nothing from another host. What the theme hides cannot be reached by the keyboard."""
     for tag in re.findall(r'<(?:script|link|img|iframe)\b[^>]*="(?:https?:)?//[^>]*>', output):
         LOG.warning("%s loads from elsewhere: %s", page.file.src_uri, tag)
-    return output
+    return output.replace('<input class="md-option"', '<input tabindex="-1" class="md-option"')

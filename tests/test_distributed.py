@@ -314,11 +314,12 @@ def test_a_group_is_checked_when_it_is_given(tmp_path: Path) -> None:
 def test_a_copy_shares_the_group(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        criterion = NVAMPLoss(gamma=0.5, process_group=dist.group.WORLD)
+        criterion = NVAMPLoss(gamma=0.5, process_group=dist.group.WORLD, vocab_group=dist.new_group([0]))
         twin = copy.deepcopy(nn.Sequential(criterion))[0]
         assert twin is not criterion
         assert twin.gamma == 0.5
         assert twin.process_group is criterion.process_group
+        assert twin.vocab_group is criterion.vocab_group
         x, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
         assert twin(x, labels) == criterion(x, labels) == nvamp.NVAMPLoss(gamma=0.5)(x, labels)
     finally:

@@ -38,16 +38,25 @@ __all__ = ["documents", "one_thread", "tokenizer"]
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
-    str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *ROOT.glob("docs/**/*.md"),
+        ROOT / "benchmarks" / "README.md",
+        ROOT / "benchmarks" / "gpu" / "README.md",
+    )
 }
 FENCE = re.compile(r"^```(.*)\n((?s:.*?))^```$", re.MULTILINE)
 
 # What the code of a page takes for granted; of any other page it runs as it stands.
 GIVEN = {
-    "README.md": "logits labels M hidden lm_head model Trainer args data dist",
+    "README.md": "logits labels hidden lm_head model Trainer args data",
     "docs/coming-from.md": "logits labels hidden lm_head",
     "docs/custom-losses.md": "logits hidden lm_head labels",
+    "docs/distributed-reference.md": "logits labels",
     "docs/distributed.md": "logits labels mesh logits_of_this_rank hidden weight_of_this_rank",
+    "docs/recipes.md": "logits labels hidden lm_head",
     "docs/reinforcement-learning.md": "model tokens labels reward",
     "docs/trainers.md": "model Trainer args config data tokenizer",
     "docs/transformers.md": "model Trainer TrainingArguments args data tokens labels token_weight torch",
@@ -153,6 +162,14 @@ def test_no_code_is_left_out(page: str) -> None:
                 ast.parse(dedent(block))
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_code_is_no_wider_than_a_page(page: str) -> None:
+    text = PAGES[page]
+    fenced = [line for _, _, content in blocks(text) for line in content.splitlines()]
+    for line in fenced + re.findall(r"^    (.*)", FENCE.sub("", text), re.MULTILINE):
+        assert len(line) <= 102, line
+
+
 # Commands -----------------------------------------------------------------------------------------------
 
 PROGRAMS = ("nvamp", "python", "torchrun", "accelerate", "make", "pip")
@@ -219,6 +236,10 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
                     parse_loss(spec)
         case "python" if arguments[0] == "-c":
             compile(arguments[1], "-c", "exec")
+        case "python" if arguments[:2] == ["-m", "pytest"]:
+            paths = [ROOT / word for word in arguments[2:] if not word.startswith("-")]
+            assert paths
+            assert all(path.exists() for path in paths)
         case "python" if arguments[0] == "-m":
             check_script(arguments[1], arguments[2:], monkeypatch)
         case "python":
@@ -293,8 +314,9 @@ def test_examples_say_what_they_need(path: Path, monkeypatch: pytest.MonkeyPatch
 def test_wrong_commands_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "`nvamp compare --sneeds 3` and\n\n    torchrun examples/ddp.py --step-count 3\n\n`make documents`"
     text += "\n`nvamp compare\n--loss nvamp:delta=1`, `python -m benchmarks.cpu --report`, `pip install 'nvamp-loss[x]'`, `pip install tlr`\n"
+    text += "\n`python -m pytest tests/documents`\n"
     wrong = list(commands(text))
-    assert len(wrong) == 7
+    assert len(wrong) == 8
     for words in wrong:
         with pytest.raises((Exception, SystemExit)):
             check(words, monkeypatch)
@@ -357,3 +379,20 @@ def test_figures_are_of_this_code(name: str) -> None:
     assert figures.svg(name) == (ROOT / "docs" / "figures" / f"{name}.svg").read_text(), (
         "run python -m docs.figures"
     )
+
+
+# Makefile -----------------------------------------------------------------------------------------------
+
+
+def test_a_commit_is_checked_as_by_make_lint() -> None:
+    (recipe,) = re.findall(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    commands = [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe.splitlines()]
+    assert [hook["entry"] for hook in hooks] == commands
+
+
+def test_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)", makefile, re.MULTILINE)
+    helped = re.findall(r"^([a-z-]+):.* ## \w", makefile, re.MULTILINE)
+    assert helped == [target for target in phony.split() if target != "browser"]

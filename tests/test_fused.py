@@ -14,8 +14,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from nvamp import TokenNVAMPLoss, fused
 from nvamp.engine import backends, triton
 from nvamp.functional import token_weights
-from nvamp.objectives import GRADIENTS, NVAMP, Batch, Gradient, Result
+from nvamp.objectives import GRADIENTS, NVAMP, Batch, Focal, Gradient, Result
 from nvamp.objectives.statistics import statistics
+from nvamp.ranks import ALONE, Ranks
 from tests import oracle
 from tests.engine.test_triton import run
 from tests.objectives.test_nvamp import HUGE_LOSSES, coefficients, weights_of
@@ -202,6 +203,23 @@ def test_kernel_is_as_exact_in_float32_as_operations_of_pytorch(
         assert of_kernel <= max(1.5 * of_plain, 2e-7), name
 
 
+class Derived(NVAMP):
+    """Which may have another rule."""
+
+
+def test_what_the_kernel_cannot_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.OF_DEVICE, "cpu", ("triton",))
+    ell = torch.ones(3)
+    assert fused.serves(NVAMP(), ell, None, ALONE)
+    assert not fused.serves(NVAMP(), ell, "chunked", ALONE)
+    assert not fused.serves(NVAMP(), ell, None, Ranks(size=2))
+    for objective in (NVAMP(tail=0.1), Derived(), Focal()):
+        assert not fused.serves(objective, ell, None, ALONE)
+    served = []
+    torch.vmap(lambda x: (served.append(fused.serves(NVAMP(), x, None, ALONE)), x)[1])(ell[None])
+    assert served == [False]
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_losses_of_one_gpu_are_judged_by_the_kernel(
     gradient: Gradient, monkeypatch: pytest.MonkeyPatch
@@ -256,25 +274,25 @@ def test_other_numbers_of_items_compile_the_kernel_once_more_at_most(
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("architecture", ["80", "90", "100", "120"])
-def test_kernel_compiles_without_spills(architecture: str) -> None:
+def test_kernel_compiles_without_spills() -> None:
     """Nor does it compute in float64 what is to be float32: not every GPU can."""
     done = run(
         "import torch\n"
+        "from itertools import product\n"
         "from benchmarks.kernels import compiling, machine_code\n"
         "from nvamp import fused\n"
         "from nvamp.objectives import GRADIENTS\n"
         "c = fused.Coefficients(1.0, 0.02, 0.001, 1e-6)\n"
         "m = torch.empty((), dtype=torch.int64, device='meta')\n"
-        "for dtype in (torch.float32, torch.float64):\n"
+        "for architecture, dtype in product(('80', '90', '100', '120'), (torch.float32, torch.float64)):\n"
         "    nll = torch.empty(100, dtype=dtype, device='meta')\n"
         "    labels = torch.empty(100, dtype=torch.int64, device='meta')\n"
         "    cases = [(gradient, labels, None, None) for gradient in GRADIENTS]\n"
         "    cases += [('full', labels.bool(), m, None), ('full', labels.int(), None, 7.0)]\n"
-        f"    with compiling({architecture!r}) as compiled:\n"
+        "    with compiling(architecture) as compiled:\n"
         "        for gradient, y, *items in cases:\n"
         "            fused.judge.function(nll, y, *items, -100, c, gradient, gradient in ('scalar', 'detached'))\n"
         "    codes = [machine_code(binary) for binary, _ in compiled]\n"
         "    print(len(codes), max(c.local_bytes for c in codes), any(c.has_float64 for c in codes))\n"
     )
-    assert done.stdout.split() == ["6", "0", "False", "6", "0", "True"], done.stderr
+    assert done.stdout.split() == ["6", "0", "False", "6", "0", "True"] * 4, done.stderr

@@ -1,6 +1,7 @@
 """The rooms of the library, and which of them may use which: arrows point one way."""
 
 import ast
+import re
 from pathlib import Path
 
 import nvamp
@@ -62,3 +63,10 @@ def test_arrows_point_one_way() -> None:
 def test_every_room_is_on_a_floor() -> None:
     rooms = {path.relative_to(HERE).with_suffix("").parts[0] for path in HERE.rglob("*.py")}
     assert rooms - {"__init__"} == LEVEL.keys()
+
+
+def test_contributing_draws_this_house() -> None:
+    text = Path(__file__, "../../CONTRIBUTING.md").resolve().read_text(encoding="utf-8")
+    drawn = re.findall(r"^    (\w+(?: · \w+)*) {2,}\w", text, re.MULTILINE)
+    floors = [set(rooms) - {"__main__"} for rooms in FLOORS if rooms != ["__main__"]]
+    assert [set(line.split(" · ")) for line in drawn if not line.startswith("make")] == floors

@@ -17,6 +17,7 @@ from benchmarks.original import original_nvamp
 from nvamp import LinearLoss, LinearNVAMPLoss, Loss, NVAMPLoss, NVAMPStats, TokenLoss, TokenNVAMPLoss
 from nvamp.functional import linear_nvamp_loss, nvamp_loss, token_nll, token_weights
 from nvamp.objectives import GRADIENTS, NVAMP, Batch, Focal, Gradient, Objective, Result, TokenWeighted
+from nvamp.options import HUGE, TINY
 from tests import oracle
 from tests.engine.problems import IGNORED
 from tests.models import CRITERIA, HeadAndLoss
@@ -107,6 +108,19 @@ def test_the_published_loss(
         if gradient == "detached":
             (got,) = torch.autograd.grad(loss, logits)
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@with_path
+@with_fused
+def test_every_mode_has_the_same_value_to_the_bit(
+    path: str, backend: str, hidden: Tensor, weight: Tensor, labels: Tensor
+) -> None:
+    h, w = hidden.float().requires_grad_(), weight.float()
+    for coefficients in ({}, {"gamma": 0.3, "tail": 0.2}):
+        options: Any = {"backend": backend, **coefficients}
+        assert (
+            len({float(loss_of(path, h, w, labels, gradient=g, **options).detach()) for g in GRADIENTS}) == 1
+        )
 
 
 @with_path
@@ -450,6 +464,8 @@ def test_export(path: str, gradient: Gradient, backend: str, hidden: Tensor, lab
         ({"z_loss": math.inf}, "z_loss must be finite and at least 0, got inf"),
         ({"label_smoothing": 1 + 1e-9}, r"label_smoothing must be in \[0, 1\], got 1.000000001"),
         ({"softcap": -1}, "softcap must be .* got -1"),
+        ({"softcap": 0}, "softcap must be finite and above 0, got 0"),
+        ({"ignore_index": -(2**31) - 1}, "ignore_index must be in the range of int32, got -2147483649"),
         ({"backend": "cuda"}, "backend must be one of .* got 'cuda'"),
         ({"alpha": float("nan")}, "alpha must be finite and at least 0, got nan"),
         ({"beta": -0.5}, "beta must be finite and at least 0, got -0.5"),
@@ -464,6 +480,19 @@ def test_export(path: str, gradient: Gradient, backend: str, hidden: Tensor, lab
 def test_bad_options_are_refused_when_they_are_given(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NVAMPLoss(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": 1, "tail": 1, "eps": TINY, "ignore_index": -(2**31)},
+        {"label_smoothing": 0, "tail": 0, "z_loss": 0, "ignore_index": 2**31 - 1},
+        {"softcap": HUGE, "logit_scale": -TINY, "alpha": HUGE},
+    ],
+)
+def test_options_at_their_boundaries_are_kept(options: dict[str, Any]) -> None:
+    criterion = NVAMPLoss(**options)
+    assert {name: getattr(criterion, name) for name in options} == options
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def no_kink(c: Case) -> bool:
     return len(ell) < 2 or bool((ell - ell.mean()).abs().min() > 1e-6)
 
 
-@examples(40)
+@examples(20)
 @given(cases(DOUBLE), PATHS, MODES, LOSS, st.data())
 def test_micro_batches_add_up(
     c: Case, path: str, gradient: Gradient, weights: dict[str, float], data: st.DataObject

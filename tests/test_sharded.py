@@ -380,8 +380,15 @@ def what_does_not_fit_is_refused(rank: int, world: int) -> None:
     x = distribute_tensor(hidden @ weight.T, mesh, [Shard(2)])
     with pytest.raises(ValueError, match="vocab_group must be None if logits are a DTensor"):
         token_nll(x, labels, vocab_group=mesh)
-    with pytest.raises(ValueError, match=r"logits must be replicated, or Shard\(2\) and Shard\(0\) over one"):
-        token_nll(x.redistribute(placements=[Shard(1)]), labels)
+    several = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("a", "b"))
+    for wrong in (
+        x.redistribute(placements=[Shard(1)]),
+        distribute_tensor(hidden @ weight.T, several, [Shard(2), Shard(2)]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"logits must be replicated, or Shard\(2\) and Shard\(0\) over one"
+        ):
+            token_nll(wrong, labels)
     by_rows = x.redistribute(placements=[Shard(0)])
     with pytest.raises(TypeError, match="labels must be a DTensor, sharded as logits over the batch"):
         token_nll(by_rows, labels)

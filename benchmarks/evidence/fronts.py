@@ -29,7 +29,7 @@ class Group:
     """The finished runs of a group, by loss, learning rate and seed; all changes are in percent of `ce`'s.
 
     A change is paired by seed with cross-entropy's run at the usual rate, and is an estimate over the seeds
-    that both have. It is `None` if there are none, or if one of them diverged or does not reach what is asked.
+    that both have. It is `None` if there are none, or if one diverged or does not reach what is asked for.
     """
 
     about: Json

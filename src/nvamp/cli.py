@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from nvamp import __version__
 from nvamp.study import StudyError
 from nvamp.study.extra import install_command
+from nvamp.study.model_files import check_model
 from nvamp.study.peers import Peers, join
 
 _INSTALL = "the command line needs {}, which is not installed: " + install_command("study")
@@ -248,6 +249,8 @@ def compare(
     Finished runs are kept: after Ctrl-C, the same command continues. Under torchrun the ranks share the runs.
     """
     peers: Peers = context.obj
+    if model is not None:
+        check_model(model)  # its mistakes do not wait for PyTorch
     from nvamp.study.compare import Settings, compare
     from nvamp.study.report import write_report
     from nvamp.study.store import Store, kept_runs

@@ -1,5 +1,6 @@
 """Blocks and chunks of a few rows, so that small problems have many of them; and devices one cannot look at."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
@@ -21,6 +22,14 @@ def rounding_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
         return convert(x, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture
+def unwritten_is_nan() -> Iterator[None]:
+    """Has PyTorch fill new memory with NaN, so that a result shows if it was not written to."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=[1, 7, 1000])

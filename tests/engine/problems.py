@@ -52,7 +52,7 @@ class Problem:
 
 
 def make_problem(
-    n: int = 37,
+    n: int = 23,
     d: int = 16,
     v: int = 61,
     dtype: torch.dtype = torch.float64,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nvamp import LinearLoss, Loss
 from nvamp.distributed import map_gradient
-from nvamp.engine import linear_nll_sum, operator, parts
+from nvamp.engine import devices, linear_nll_sum, operator, parts
 from nvamp.engine.options import Head, Options
 from nvamp.functional import linear_token_nll, token_nll
 from nvamp.objectives import NVAMP, CrossEntropy, Tail
@@ -251,6 +251,15 @@ def test_what_does_not_fit_is_refused(wrong: Any, error: str) -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=error):
             call()
+
+
+@with_fused
+def test_a_bad_label_shows_where_it_cannot_be_looked_for(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "can_look", lambda _: False)
+    nll = token_nll(torch.zeros(3, 4), torch.tensor([0, 4, 3]), class_weight=torch.ones(4), backend=backend)
+    assert nll.isnan().tolist() == [False, True, False]
 
 
 def test_a_part_is_refused_if_the_whole_does_not_fit() -> None:

@@ -1,6 +1,7 @@
 """Entropy and what else a pass finds out of the predictions, against float64 autograd of the definition."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -74,6 +75,9 @@ def test_gradients_by_hidden_and_weight(backend: str, options: dict[str, Any]) -
     torch.testing.assert_close(got, expected, **TIGHT)
 
 
+gradcheck = partial(torch.autograd.gradcheck, fast_mode=True)  # along random directions
+
+
 @with_fused
 def test_gradcheck(backend: str) -> None:
     p = make_problem(n=3, d=2, v=5)
@@ -82,11 +86,9 @@ def test_gradcheck(backend: str) -> None:
     def results(nll: Tensor, metrics: TokenMetrics) -> tuple[Tensor, Tensor]:
         return nll, metrics.entropy
 
-    torch.autograd.gradcheck(
-        lambda x: results(*token_nll(x, p.labels, **options)), p.logits.detach().requires_grad_()
-    )
+    gradcheck(lambda x: results(*token_nll(x, p.labels, **options)), p.logits.detach().requires_grad_())
     head = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias)]
-    torch.autograd.gradcheck(lambda h, w, b: results(*linear_token_nll(h, w, p.labels, b, **options)), head)
+    gradcheck(lambda h, w, b: results(*linear_token_nll(h, w, p.labels, b, **options)), head)
 
 
 @given(case=cases(dtypes=[torch.float64]))
@@ -322,7 +324,7 @@ def test_what_is_saved(backend: str, saved: bool) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
         token_nll(p.logits.requires_grad_(), p.labels, return_metrics=saved, backend=backend)
     sizes = sorted(t.numel() for t in kept)
-    assert sizes == [37, *([37] if saved else []), 2 * 37, 37 * 61]
+    assert sizes == [23, *([23] if saved else []), 2 * 23, 23 * 61]
 
 
 @with_fused

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from nvamp.distributed import map_gradient
 from nvamp.engine import parts
+from nvamp.engine.checks import check_head
+from nvamp.engine.checks import check_logits as check_of_logits
 from nvamp.engine.options import Head, Options
 from nvamp.functional import token_nll
-from nvamp.ranks import Ranks
+from nvamp.ranks import ALONE, Ranks
 from tests import oracle
 from tests.engine.problems import HALF, IGNORED, OPTIONS, Problem, gradients, make_problem
 from tests.strategies import examples
@@ -55,6 +57,8 @@ def on_ranks(world: int, function: Callable[[Ranks], T]) -> list[T]:
                 )
             except Exception as error:
                 results[rank] = error
+                if not isinstance(error, ValueError):  # which all ranks raise
+                    barrier.abort()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -62,8 +66,9 @@ def on_ranks(world: int, function: Callable[[Ranks], T]) -> list[T]:
     for thread in threads:
         thread.join()
     errors = [result for result in results if isinstance(result, Exception)]
-    if errors and not isinstance(errors[0], ValueError):
-        raise errors[0]
+    unexpected = [e for e in errors if not isinstance(e, ValueError | threading.BrokenBarrierError)]
+    if unexpected:
+        raise unexpected[0]
     return results
 
 
@@ -86,8 +91,15 @@ def logits_path(
     return on_ranks(len(sizes), rank)
 
 
-def check_logits(backend: str, options: dict[str, Any]) -> None:
+def problem() -> Problem:
+    """Its labels have the first and the last class of a part among them."""
     p = make_problem(n=11, v=sum(SIZES))
+    p.labels[:4] = torch.tensor([0, 1, 30, 31])
+    return p
+
+
+def check_logits(backend: str, options: dict[str, Any]) -> None:
+    p = problem()
     _, (expected,) = gradients(lambda x: (p.token_weights * p.exact(x, **options)).sum(), p.logits)
     results = logits_path(p, SIZES, backend, options)
     for nll, _ in results:
@@ -96,7 +108,7 @@ def check_logits(backend: str, options: dict[str, Any]) -> None:
 
 
 def check_linear(backend: str, options: dict[str, Any]) -> None:
-    p = make_problem(n=11, v=sum(SIZES))
+    p = problem()
 
     def whole(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return (p.token_weights * p.exact(torch.nn.functional.linear(h, w, b), **options)).sum()
@@ -190,6 +202,22 @@ def test_masked_classes_and_extreme_logits(backend: str) -> None:
     finite = torch.tensor([0, 1, 5])
     torch.testing.assert_close(got[finite], grad[finite], **TIGHT)
     assert got[2:5].isnan().any(-1).all()
+
+
+def test_a_part_may_be_empty() -> None:
+    check_of_logits(torch.zeros(3, 0), part=True)
+    check_head(torch.zeros(3, 2), torch.zeros(0, 2), torch.zeros(0), part=True)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_logits_saved_through_hooks_are_not_overwritten(backend: str) -> None:
+    """Autograd would not notice that they have changed, and their base is unknown."""
+    p = make_problem(n=5, v=7)
+    leaf = p.logits.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        nll = parts.token_nll(leaf.view_as(leaf), p.labels, 0, True, backend, Options(), ALONE)[0]
+    nll.sum().backward()
+    assert torch.equal(leaf, p.logits)
 
 
 def losses(logits: Tensor, labels: Tensor, sizes: list[int], backend: str, opt: Options) -> list[Tensor]:

@@ -160,6 +160,13 @@ def test_the_number_of_tokens_and_their_weights_reach_the_criterion() -> None:
         model(**batch)
 
 
+def test_columns_go_with_the_labels_that_the_model_has_made() -> None:
+    """Those of all places, or without the first if it shifts them."""
+    column = torch.arange(6.0).view(2, 3)
+    assert patching._like(torch.zeros(6), column).tolist() == [0, 1, 2, 3, 4, 5]
+    assert patching._like(torch.zeros(4), column).tolist() == [1, 2, 4, 5]
+
+
 def test_a_bias_is_of_the_layer_and_of_the_model() -> None:
     """Added before the logits are scaled and capped."""
     torch.manual_seed(0)
@@ -167,7 +174,7 @@ def test_a_bias_is_of_the_layer_and_of_the_model() -> None:
     labels = torch.randint(7, (2, 5))
 
     def loss_of(logits: Any) -> Tensor:
-        logits = torch.tanh((logits + added) * 0.5) * 3
+        logits = torch.tanh((logits + added) * 2 / 4) * 3
         return nn.functional.cross_entropy(logits[:, 1:].reshape(-1, 7), labels[:, 1:].flatten())
 
     criterion = patching._LinearModelLoss(LinearLoss(CrossEntropy()), True, False, None, True)
@@ -206,6 +213,8 @@ def test_compiled(name: str, training: bool) -> None:
         (lambda x, y: x[:, :, 3].sum(), "getitem"),
         (lambda x, y: (x * 2 + torch.ones(99)).sum(), "add"),
         (lambda x, y: (x + torch.ones(9, 1)).sum(), "add"),
+        (lambda x, y: nn.functional.cross_entropy((x.tanh() * 0).view(-1, 99), y), r"\* 0"),
+        (lambda x, y: nn.functional.cross_entropy(x.tanh().tanh().view(-1, 99), y), "tanh after tanh"),
     ],
 )
 def test_what_is_no_plain_cross_entropy_is_refused(of: Any, operation: str) -> None:

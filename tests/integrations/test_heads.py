@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nvamp import LinearLoss, Loss, NVAMPLoss
 from nvamp.integrations.transformers import heads, patch, patching, unpatch
+from nvamp.integrations.transformers.deferred import DeferredLogits, Product
 from nvamp.objectives import NVAMP, parse
 from nvamp.study.models import quiet
 from tests.integrations.test_patch import (
@@ -114,6 +115,24 @@ def adapted() -> Any:
     model = lora(llama(), **HEAD)
     patch(model, LINEAR)
     return model
+
+
+def test_a_sum_of_products_of_several_scales_is_one_product() -> None:
+    """With the scale of the first left to the loss."""
+    torch.manual_seed(0)
+    layer, adapter, hidden = nn.Linear(4, 7), nn.Linear(3, 7), torch.randn(2, 4)
+    run = patching._Call(
+        "a model", patching._LinearModelLoss(LinearLoss(NVAMP()), True, False, None, True), [], {}
+    )
+    own, added = (
+        DeferredLogits((Product(x, of),), run) for x, of in ((hidden, layer), (hidden[:, :3], adapter))
+    )
+    logits = (own + added * 2) * 0.5
+    head = heads.head_of(logits)
+    assert logits.options == {"logit_scale": 0.5}
+    torch.testing.assert_close(
+        nn.functional.linear(head.hidden, head.weight, head.bias), layer(hidden) + 2 * adapter(hidden[:, :3])
+    )
 
 
 def test_copies_of_an_adapted_layer(adapted: Any, batch: dict[str, Tensor]) -> None:

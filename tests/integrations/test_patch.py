@@ -19,6 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from nvamp import LinearLoss, LinearNVAMPLoss, Loss, NVAMPLoss
 from nvamp.integrations.transformers import compute_loss_func, loss_function, patch, patching, unpatch
+from nvamp.integrations.transformers.model_loss import ModelLoss, watched_call
 from nvamp.objectives import NVAMP, CrossEntropy, Gradient, Objective, TokenWeighted, parse
 from nvamp.study.models import quiet
 from nvamp.study.training import LabelledBlocks, Recipe, training_arguments
@@ -663,6 +664,17 @@ def test_a_teacher_within_the_model_keeps_its_logits(batch: dict[str, Tensor]) -
 
 
 # loss_function -----------------------------------------------------------------------------------------
+
+
+def test_a_call_of_another_loss_does_not_count() -> None:
+    """Of a teacher with a criterion of its own, for example."""
+    student, teacher = (ModelLoss(NVAMPLoss()) for _ in range(2))
+    logits, labels = torch.zeros(1, 3, 5), torch.ones(1, 3, dtype=torch.long)
+    with watched_call(student) as call:
+        teacher(logits, labels)
+        assert not call.loss_was_called
+        student(logits, labels)
+        assert call.loss_was_called
 
 
 @pytest.mark.parametrize("items", [{}, {"num_items_in_batch": torch.tensor(50)}])

@@ -141,6 +141,17 @@ def test_a_patched_model_with_weights_of_tokens(tmp_path: Path) -> None:
         assert entry["nvamp_cross_entropy"] == pytest.approx(entry["loss"] / 3, rel=1e-4)
 
 
+def test_steps_without_tokens_log_nothing(tmp_path: Path) -> None:
+    criterion, rows = Loss(NVAMP()), Rows(unequal=True)
+    rows.labels.fill_(IGNORED)
+    loss = compute_loss_func(criterion)
+    trainer = trainer_of(tiny(), rows, tmp_path, {**LOGGED, "max_steps": 1}, compute_loss_func=loss)
+    log_stats(trainer, criterion)
+    trainer.train()
+    assert "loss" in trainer.state.log_history[0]
+    assert not any("nvamp" in name for name in trainer.state.log_history[0])
+
+
 @pytest.mark.parametrize("path", ["compute_loss_func", "patch", "patch, no logits in evaluation"])
 def test_accuracy_and_entropy(path: str, tmp_path: Path) -> None:
     """Without learning, and with all rows between two logs, they are those of the first model."""

@@ -160,7 +160,8 @@ HUGE_LOSSES = {
     "a masked label": [1.0, 2.0, 3.4028e38, 0.5],
     "several": [1.0, 3.4e38, 3e38, 9e36, 3.3e38, 7.0],
     "just beyond": [2.5, 2e19, 1.0, 7.0],
-    "equal": [3e30] * 5,
+    "equal": [3e38] * 5,
+    "around the limit": [2e12, 1e12, 1.5e12, 7e12, 7.0],
     "of both signs": [-3.4e38, 3.4e38, 1e38, 7.0],
 }
 

@@ -24,7 +24,7 @@ from nvamp.objectives import (
     TokenWeighted,
     Truncated,
 )
-from nvamp.objectives.hardest import hardest, most_tokens_of, tokens_of
+from nvamp.objectives.hardest import hardest, most_tokens_of, tokens_of, whole_tokens_of
 from nvamp.ranks import Exchange, Ranks
 from tests.engine.test_parts import on_ranks as on_threads
 from tests.objectives.problems import KINDS, fixed, is_exact, objectives, tokens
@@ -82,9 +82,13 @@ def test_hardest(dtype: torch.dtype, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("count", range(5))
-def test_every_nan_is_as_large(count: int) -> None:
-    """Of either sign, and of any payload."""
-    losses = torch.tensor([2.0, -torch.nan, torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    ("losses", "order"),
+    [([2.0, -torch.nan, torch.inf, torch.nan], [1, 3, 2, 0]), ([-1.0, -0.0, 0.0, -0.0], [1, 2, 3, 0])],
+)
+def test_every_nan_is_as_large_and_every_zero(losses: Any, order: list[int], count: int) -> None:
+    """Of either sign, and a NaN of any payload."""
+    losses = torch.tensor(losses)
     valid = torch.ones(4, dtype=torch.bool)
 
     def among(ranks: Ranks) -> Tensor:
@@ -92,7 +96,7 @@ def test_every_nan_is_as_large(count: int) -> None:
         return hardest(Batch(losses[mine], valid[mine], ranks=ranks), torch.tensor(count)).among
 
     found = torch.cat(on_threads(2, among))
-    assert set(found.nonzero().flatten().tolist()) == set([1, 3, 2, 0][:count])
+    assert set(found.nonzero().flatten().tolist()) == set(order[:count])
 
 
 @pytest.mark.parametrize(
@@ -111,6 +115,13 @@ def test_every_nan_is_as_large(count: int) -> None:
 def test_the_number_of_a_share_is_exact(share: float, n: int, k: int) -> None:
     assert tokens_of(share, torch.tensor(n)) == k
     assert most_tokens_of(share, n) == max(k, 1)
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "k"), [(0.1, 0, 0), (0.1, 9, 0), (0.1, 10, 1), (1 / 3, 3, 1), (0.29, 100, 29), (1.0, 7, 7)]
+)
+def test_the_number_of_whole_tokens_of_a_share_is_exact(share: float, n: int, k: int) -> None:
+    assert whole_tokens_of(share, torch.tensor(n)) == k
 
 
 @pytest.mark.parametrize("numbers", [1, 32, 33, 1000])

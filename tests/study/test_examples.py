@@ -7,15 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from nvamp.study import StudyError, examples
 from nvamp.study.chats import TEMPLATE
 from nvamp.study.compare import Settings, prepare
-from nvamp.study.corpus import Corpus
+from nvamp.study.corpus import Corpus, frequency_classes
 from nvamp.study.examples import build_examples
+from nvamp.study.losses import parse_loss
+from nvamp.study.models import Lora
 from nvamp.study.packing import IGNORED
 from nvamp.study.results import describe_corpus
 from nvamp.study.rows import Chat, Pair, Rows
+from nvamp.study.training import Recipe, train
 from tests.study.conftest import small_llama, study, words
 
 CHATS = Path(__file__).parents[2] / "examples" / "data" / "chat.jsonl"
@@ -132,6 +136,7 @@ def test_a_tokenizer_without_a_template_gets_one(tokenizer: Any) -> None:
     own = deepcopy(tokenizer)
     own.chat_template = None
     corpus = build_examples(Rows(examples=[*chats]), "chats", 128, own)
+    assert corpus.special_tokens  # which the excerpt spells out
     assert corpus.tokenizer.chat_template == TEMPLATE
     assert (
         corpus.prompts[0].ids
@@ -169,6 +174,45 @@ def test_the_built_in_model_learns_chats(chat_settings: Settings, tmp_path: Path
     # What was learned from cannot change without a word.
     with pytest.raises(StudyError, match="the text"):
         study(replace(chat_settings, loss_on="all"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("lora", [None, Lora(2, 4)])
+def test_training_gives_the_model_labels_and_positions(
+    tmp_path: Path, tokenizer: Any, lora: Lora | None
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Watched(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            hook = lambda module, args, given: seen.append(given) if module.training else None  # noqa: E731
+            kwargs["model"].register_forward_pre_hook(hook, with_kwargs=True)
+
+    small_llama(tokenizer, positions=128).save_pretrained(tmp_path)
+    corpus = build_examples(Rows(examples=[*pairs(60)]), "pairs", 128, tokenizer)
+    recipe = Recipe(3, 2, 1e-2, model=str(tmp_path), lora=lora)
+    run = train(parse_loss("ce"), 0, recipe, corpus, lambda step, value: None, callbacks=[Watched()])
+    assert len(run.nll) == len(corpus.evaluation.learned)
+    assert len(seen) == 3
+    blocks = corpus.training
+    assert blocks.positions is not None
+    for given in seen:
+        for ids, labels, places in zip(
+            given["input_ids"], given["labels"], given["position_ids"], strict=True
+        ):
+            (index,) = (blocks.inputs == ids).all(1).nonzero().flatten().tolist()
+            assert torch.equal(labels, blocks.labels[index])
+            assert torch.equal(places, blocks.positions[index])
+
+
+def test_the_frequency_of_tokens_is_that_of_those_learned(chat_settings: Settings) -> None:
+    corpus = prepare(chat_settings)
+    classes = frequency_classes(corpus.training.labels, len(corpus.tokenizer))
+    (hashes,) = corpus.tokenizer("###", add_special_tokens=False)["input_ids"]
+    assert (corpus.train == hashes).sum() == 2 * corpus.counts[
+        "examples"
+    ]  # of the layout, not of the answers
+    assert classes[hashes] == 2
+    assert classes[corpus.tokenizer.eos_token_id] == 0
 
 
 def test_loss_on_is_of_examples(chat_settings: Settings, tmp_path: Path) -> None:

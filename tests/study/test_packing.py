@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -60,6 +60,7 @@ def test_a_prefix_begins_each_document_and_each_block(
     )
 
 
+@settings(deadline=None)  # each example is looked for in all blocks
 @given(examples, st.integers(8, 20), st.booleans())
 def test_examples_are_whole_and_apart(found: list[Encoded], sequence: int, together: bool) -> None:
     blocks = pack_examples(found, sequence, 77, together)

@@ -193,7 +193,12 @@ def test_damaged_files_say_what_is_wrong(tmp_path: Path, capfd: pytest.CaptureFi
     save_csv(tmp_path / "rows.csv")
     missing = tmp_path / "missing.csv"
     assert refused([str(tmp_path / "rows.csv"), str(missing)]).endswith(f"no such file: {missing}")
-    assert refused([str(missing)]) == refused(["./missing.csv"]) == "no such file or directory"
+    assert (
+        refused([str(missing)])
+        == refused(["./missing"])
+        == refused(["missing.CSV.gz"])
+        == "no such file or directory"
+    )
     with pytest.raises(StudyError, match=r"^--dataset: expected a name, got an empty one$"):
         read_rows([""])
 

@@ -61,15 +61,32 @@ def test_held_out_text_is_read_by_the_first_model_of_each_loss(settings: Setting
     )
     assert data
     page = json.loads(data[1])
+    (of_model,) = page["models"]
+    assert (of_model["name"], of_model["trained"]) == ("dft, seed 0", "dft")
     assert page["text"] == prepare(settings).excerpt
-    assert [loss["name"] for loss in page["losses"]] == ["dft", *MODES]
+    assert [loss["name"] for loss in of_model["losses"]] == ["dft", *MODES]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "dft-seed0")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "models" / "dft-seed0")
     again = inspect_text(model, tokenizer, page["text"], parse_losses(["dft"]))
-    assert page["statistics"]["mean"] == pytest.approx(float(again.statistics.mean), rel=1e-6)
-    assert page["statistics"]["mean"] == pytest.approx(
+    assert of_model["statistics"]["mean"] == pytest.approx(float(again.statistics.mean), rel=1e-6)
+    assert of_model["statistics"]["mean"] == pytest.approx(
         results["runs"][2]["metrics"]["cross_entropy"], rel=0.1
     )
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_the_page_reads_special_tokens_as_the_study_does(
+    one: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, special: bool
+) -> None:
+    read: list[bool] = []
+
+    def remember(*args: Any, special_tokens: bool) -> None:
+        read.append(special_tokens)
+        raise StudyError("no page")
+
+    monkeypatch.setattr(nvamp.study.store, "inspect_text", remember)
+    study(replace(one, special_tokens=special), tmp_path)
+    assert read == [special]
 
 
 def test_text_that_makes_no_page_is_no_failed_run(
@@ -267,7 +284,7 @@ def test_a_directory_belongs_to_one_process_at_a_time(one: Settings, tmp_path: P
 
 @pytest.mark.parametrize(
     ("bytes_left", "name"),
-    [(5_000, "models/dft-seed0"), (400, "models/dft-seed0"), (200_000, "results.json")],
+    [(5_000, "models/dft-seed0"), (600, "models/dft-seed0"), (200_000, "results.json")],
 )
 def test_a_full_disk_is_reported_in_one_line(
     settings: Settings, one: Settings, tmp_path: Path, bytes_left: int, name: str

@@ -1,4 +1,4 @@
-"""What `tools.trainers` concludes from trainings, and that docs/trainers.md lists what it recorded."""
+"""What `tools.trainers` concludes from trainings, and that docs/trainers-reference.md lists what it recorded."""
 
 import importlib
 import json
@@ -73,7 +73,7 @@ def test_every_recipe_has_a_module(name: str) -> None:
 
 def test_the_page_lists_the_record() -> None:
     record = json.loads(trainers.RECORD.read_text())
-    page = Path("docs/trainers.md").read_text()
+    page = Path("docs/trainers-reference.md").read_text()
     (listed,) = re.findall(r"^\| command \| version(?:.*\n)+?(?=\n)", page, re.MULTILINE)
     assert listed.strip() == trainers.table(record)
     assert all(result["agrees"] for found in record.values() for result in found["results"])

@@ -2,26 +2,33 @@
 
     python -m tools.mutants [--only TEXT ...] [--minutes M]
 
-The mutants are those of `tools/mutants/listed.py`. Each is made in a copy of the working tree, where the
+The mutants are those of the modules beside this one. Each is made in a copy of the working tree, where the
 tests that must fail are run. With `--minutes` they are drawn by the day's date until time is up. The exit
 code is 1 if a mutant survives, or is no longer to be found in the code.
 """
 
 import argparse
 import datetime
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from tools.mutants.listed import MUTANTS, Mutant
+from tools.mutants import of_engine, of_integrations, of_kernels, of_objectives, of_study
+from tools.mutants.mutant import Mutant
+from tools.mutants.tests import RESULTS, run
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("src", "tests", "benchmarks", "tools", "docs", "examples", "pyproject.toml", "README.md")
+AREAS = (of_engine, of_kernels, of_objectives, of_integrations, of_study)
+MUTANTS = [mutant for area in AREAS for mutant in area.MUTANTS]
+# Imported once: the process that runs a mutant's tests is a fork of one that has them.
+IMPORTED = ["pytest", "torch._dynamo", "triton", "transformers.trainer", "trl.trainer.sft_trainer"]
 
 
 def main() -> int:
@@ -36,6 +43,7 @@ def main() -> int:
         random.Random(datetime.date.today().isoformat()).shuffle(chosen)
     end = time.monotonic() + 60 * (arguments.minutes or float("inf"))
     survivors = 0
+    prepare()
     with tempfile.TemporaryDirectory() as directory:
         copy = copied(Path(directory))
         for number, mutant in enumerate(chosen, 1):
@@ -47,6 +55,17 @@ def main() -> int:
             print(f"{number}/{len(chosen)} {result}: {mutant.file}: {mutant.old.strip()!r}", flush=True)
     print(f"{survivors} not killed")
     return int(survivors > 0)
+
+
+def prepare() -> None:
+    """Settings that the processes of tests must have before they import anything."""
+    runpy.run_path(str(ROOT / "tests" / "conftest.py"))
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }  # bytecode could be of another mutant
+    multiprocessing.set_start_method("forkserver")
+    multiprocessing.set_forkserver_preload(IMPORTED)
 
 
 def copied(directory: Path) -> Path:
@@ -66,21 +85,16 @@ def tried(mutant: Mutant, copy: Path) -> str:
     if text.count(mutant.old) != 1:
         return f"occurs {text.count(mutant.old)} times, not once"
     path.write_text(text.replace(mutant.old, mutant.new))
+    process = multiprocessing.Process(target=run, args=(copy, mutant.tests, mutant.names))
     try:
-        status = status_of_tests(mutant, copy)
+        process.start()
+        process.join()
     finally:
         path.write_text(text)
-    return {0: "survived", 1: "killed"}.get(status, f"pytest ended with status {status}")
-
-
-def status_of_tests(mutant: Mutant, copy: Path) -> int:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no", mutant.tests]
-    paths = os.pathsep.join((str(copy / "src"), str(copy)))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    selected = ["-k", mutant.names] if mutant.names else []
-    return subprocess.run(
-        command + selected, cwd=copy, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ).returncode
+    status = process.exitcode or 0
+    if status < 0:  # a signal: the tests have crashed
+        return "killed"
+    return RESULTS.get(status, f"the tests ended with status {status}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Each trainer gets an environment of its own in runs/trainers/NAME, because their
 two, made once. It takes the PyTorch of constraints.txt; if pip's index has no CPU build of that,
 PIP_EXTRA_INDEX_URL adds one. Each result is a line. The exit code is 1 if a trainer could not be installed,
 failed or disagreed. benchmarks/results/trainers.json keeps what agreed, which `--table` prints as
-docs/trainers.md has it.
+docs/trainers-reference.md has it.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def line(result: Mapping[str, Any]) -> str:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """What docs/trainers.md lists."""
+    """What docs/trainers-reference.md lists."""
     lines = ["| command | version | what trained | losses | weights |", "|---|---|---|---|---|"]
     for name, found in record.items():
         package, version = next(iter(found["versions"].items()))
@@ -117,7 +117,7 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="print the names and what they install")
-    parser.add_argument("--table", action="store_true", help="print the record as docs/trainers.md has it")
+    parser.add_argument("--table", action="store_true", help="print the record as the documentation has it")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in RECIPES]:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(RECIPES)}")

@@ -326,7 +326,7 @@ def keep_largest(largest: Largest, chunk: Chunk, opt: Options) -> None:
     losses = chunk.nll.masked_fill(chunk.labels == opt.ignore_index, -torch.inf)
     row = losses.argmax()[None]
     loss, best = losses[row], largest.loss[before]
-    better = (loss > best) | (loss.isnan() & ~best.isnan())  # NaN is the largest of all, as argmax has it
+    better = loss > best  # NaN is in the gradient of the sum already
     torch.where(better, loss, best, out=largest.loss[after])
     torch.where(better, row + chunk.start, largest.row[before], out=largest.row[after])
     torch.where(better, chunk.grad[row][0], largest.grad, out=largest.grad)

@@ -241,7 +241,7 @@ class _FewTokenNLL(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         unit, logits, labels = ctx.saved_tensors
         grad_nll = grad_nll.masked_fill(labels == ctx.ignore_index, 0)  # it may be NaN there
-        if may_use_up(unit, grad_nll) and unit.dtype == logits.dtype:
+        if may_use_up(unit, grad_nll):  # autograd casts it
             return unit.mul_(grad_nll[..., None]), None, None
         return scale_rows(unit, grad_nll, logits), None, None
 

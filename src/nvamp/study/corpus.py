@@ -46,6 +46,7 @@ class Corpus:
         prompts: of the held-out examples that are whole; empty for text.
         counts: what became of the rows of a dataset, in numbers.
         also: blocks of another text to evaluate on, before and after training; `None` for none.
+        special_tokens: whether special tokens that the excerpt spells out are such, or else text.
     """
 
     tokenizer: Any
@@ -56,6 +57,7 @@ class Corpus:
     prompts: tuple[Prompt, ...] = ()
     counts: Mapping[str, Any] = field(default_factory=dict)
     also: Blocks | None = None
+    special_tokens: bool = False
 
     @property
     def train(self) -> Tensor:
@@ -101,7 +103,12 @@ def build_corpus(
     if not len(training) or not len(evaluation):
         raise StudyError(f"the text is too short: not one held-out block of {sequence} tokens in {source}")
     return Corpus(
-        tokenizer, training, evaluation.spread(HELD_OUT_TOKENS // sequence), source, excerpt_of(held_out)
+        tokenizer,
+        training,
+        evaluation.spread(HELD_OUT_TOKENS // sequence),
+        source,
+        excerpt_of(held_out),
+        special_tokens=special,
     )
 
 

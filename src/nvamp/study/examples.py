@@ -119,6 +119,7 @@ def build_examples(
         excerpt_of([_spelled(example.ids, tokenizer) for example, _ in evaluation]),
         tuple(prompts),
         counts,
+        special_tokens=True,
     )
 
 

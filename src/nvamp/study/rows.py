@@ -136,7 +136,7 @@ def _load(names: Sequence[str]) -> Any:
     if paths[0].is_dir():
         saved = _load_saved(paths[0])
         return datasets.load_dataset(names[0], split="train") if saved is None else saved
-    if paths[0].is_absolute() or names[0].startswith("."):
+    if paths[0].is_absolute() or names[0].startswith(".") or ending(paths[0]) in FORMATS:
         raise StudyError("no such file or directory")
     reached = reach_hub()
     name, _, configuration = names[0].partition(":")

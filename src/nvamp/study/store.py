@@ -228,7 +228,7 @@ class Store:
         found, losses = None, [loss, *modes]
         with suppress(StudyError):  # a text of one token, say, has no page, and the run is fine
             found = inspect_text(
-                run.model, corpus.tokenizer, corpus.excerpt, losses, special_tokens=bool(corpus.counts)
+                run.model, corpus.tokenizer, corpus.excerpt, losses, special_tokens=corpus.special_tokens
             )
         if found:
             it = Inspected(f"{loss.name}, seed 0", found, str(loss.spec), f"../{REPORT}")

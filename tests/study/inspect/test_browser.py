@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
 from benchmarks.inspect_page import chromium
@@ -20,6 +19,7 @@ from nvamp.study.inspect.page import Inspected, write_page
 from nvamp.study.inspect.score import Inspection, Scores, Tokens, inspect_text, tokenize
 from nvamp.study.inspect.weights import weigh
 from nvamp.study.losses import MODES, parse_losses
+from tests.study.axe import violations
 from tests.study.conftest import small_llama, words
 
 HOSTILE = (
@@ -652,7 +652,7 @@ def test_axe_finds_nothing(
     page.locator("summary").click()
     choose(page, view)
     page.evaluate("nvamp.goTo(5)")
-    assert Axe().run(page).response["violations"] == []
+    assert violations(page) == []
     page.close()
 
 

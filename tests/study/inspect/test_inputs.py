@@ -136,13 +136,18 @@ def test_a_link_can_move_with_its_page(tmp_path: Path) -> None:
 
 
 def test_mistakes_do_not_wait_for_pytorch(study: Path, text: Path, tmp_path: Path) -> None:
-    for arguments in (["--model", study / "models"], ["--model", study, "--text", tmp_path / "none"]):
+    for arguments in (
+        ["inspect", "--text", text, "--model", study / "models"],
+        ["inspect", "--text", tmp_path / "none", "--model", study],
+        ["compare", "--model", study],
+    ):
         shown = python(
             "-c",
-            f"import sys; sys.argv = ['nvamp', 'inspect', '--text', {str(text)!r}, *{[*map(str, arguments)]!r}]\n"
+            f"import sys; sys.argv = ['nvamp', *{[*map(str, arguments)]!r}]\n"
             "from nvamp.cli import main\n"
             "try: main()\n"
             "finally: print({'torch', 'numpy', 'transformers', 'jinja2'} & set(sys.modules))",
         )
         assert (shown.returncode, shown.stdout) == (2, "set()\n")
         assert shown.stderr.startswith("nvamp: --")
+        assert shown.stderr.count("\n") == 1

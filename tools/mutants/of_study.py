@@ -1,17 +1,6 @@
-"""Small changes to the code, each of which some test must see."""
+"""Mutants of `nvamp compare`, `nvamp inspect` and the command line."""
 
-from typing import NamedTuple
-
-
-class Mutant(NamedTuple):
-    """A text that occurs once in a file, what stands in its place, and the tests that must then fail."""
-
-    file: str
-    old: str
-    new: str
-    tests: str  # a file
-    names: str  # those of its tests whose name has this; all if empty
-
+from tools.mutants.mutant import Mutant
 
 STUDY, TESTS = "src/nvamp/study", "tests/study"
 
@@ -51,10 +40,10 @@ MUTANTS = [
         f"{STUDY}/sources.py", "random.Random(0)", "random.Random()", f"{TESTS}/test_sources.py", "shuffled"
     ),
     Mutant(
-        f"{STUDY}/sources.py",
-        "_bounded(_shuffled(_read_dataset(dataset)))",
-        "_bounded(_read_dataset(dataset))",
-        f"{TESTS}/test_sources.py",
+        f"{STUDY}/compare.py",
+        "bounded(shuffled(rows.texts))",
+        "bounded(rows.texts)",
+        f"{TESTS}/test_examples.py",
         "shuffled",
     ),
     Mutant(
@@ -78,7 +67,13 @@ MUTANTS = [
         f"{TESTS}/test_training.py",
         "recipe",
     ),
-    Mutant(f"{STUDY}/training.py", "    model.eval()\n", "", f"{TESTS}/test_training.py", "dropout"),
+    Mutant(
+        f"{STUDY}/held_out.py",
+        "with in_mode(model, False), torch.autocast",
+        "with torch.autocast",
+        f"{TESTS}/test_training.py",
+        "numbers_and_modes",
+    ),
     Mutant(
         f"{STUDY}/inspect/score.py", "    model.eval()\n", "", f"{TESTS}/inspect/test_score.py", "dropout"
     ),
@@ -111,11 +106,11 @@ MUTANTS = [
         "versions_and",
     ),
     Mutant(
-        f"{STUDY}/inspect/score.py",
-        " if around and around[0] == tokenizer.bos_token_id else []",
-        "",
-        f"{TESTS}/inspect/test_score.py",
-        "bos",
+        f"{STUDY}/chats.py",
+        "around[: next(starts, 0)]",
+        "around[:1]",
+        f"{TESTS}/test_models.py",
+        "prefix",
     ),
     Mutant(
         f"{STUDY}/terminal.py",
@@ -237,8 +232,8 @@ MUTANTS = [
     ),
     Mutant(
         f"{STUDY}/sources.py",
-        'if _DATASET_FORMATS.get(path.suffix, "text") != "text":',
-        'if path.suffix == ".jsonl":',
+        'if FORMATS.get(ending(path), FORMATS[".txt"]) != FORMATS[".txt"]:',
+        'if ending(path) == ".jsonl":',
         f"{TESTS}/test_sources.py",
         "rows",
     ),
