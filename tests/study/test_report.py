@@ -105,6 +105,8 @@ def test_the_plot_of_intervals(results: dict[str, Any]) -> None:
 
 def test_a_default_is_shown_as_what_it_was(results: dict[str, Any]) -> None:
     given = {
+        "sequence": None,
+        "loss_on": None,
         "lora": None,
         "bf16": False,
         "text": [],
@@ -114,6 +116,8 @@ def test_a_default_is_shown_as_what_it_was(results: dict[str, Any]) -> None:
         "loss": ["a", "b"],
     }
     assert dict(settings({**results, "settings": given})) == {
+        "sequence": "64 tokens",
+        "loss-on": "all",
         "lora": "none",
         "bf16": "no",
         "text": "<script>",
@@ -123,7 +127,9 @@ def test_a_default_is_shown_as_what_it_was(results: dict[str, Any]) -> None:
         "loss": "a, b",
     }
     given["dataset"] = ["rows.csv"]
-    assert dict(settings({**results, "settings": given}))["text"] == "none"
+    results["text"]["examples"] = 300
+    found = dict(settings({**results, "settings": given}))
+    assert (found["text"], found["loss-on"]) == ("none", "completions")
 
 
 def test_little_held_out_text_is_said(results: dict[str, Any], tmp_path: Path) -> None:

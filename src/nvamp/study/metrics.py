@@ -40,7 +40,7 @@ class Metric:
         # Without an interval a difference, which has a sign, needs two digits of its own.
         decimals = _decimals(half) if half else max(self.decimals, _decimals(mean) if sign else 0)
         text = number(mean, decimals, sign)
-        return text if half is None else f"{text} ± {number(half, decimals)}"
+        return text if half is None else f"{text} ± {number(half, decimals) if half else 0}"
 
     def shown_range(self, found: Mapping[str, Any] | None) -> str:
         """Format a `Range`, given as JSON."""
@@ -353,6 +353,8 @@ def change_in_words(headline: Headline, change: Estimate | None, verdict: str, u
     if half is not None and verdict not in ("better", "worse"):
         low, high = change.mean - half, change.mean + half
         within = max(-low, high)
+        if within == 0:
+            return f"{noun} the same"
         if within <= SAME:
             return f"{noun} the same within {short(within)}{unit}"
         return f"{noun} unclear ({short(low, '+')} to {short(high, '+')}{unit})"

@@ -119,6 +119,8 @@ def settings(results: Json) -> Iterator[tuple[str, str]]:
     """The name and the value of each option of the study; a default is named as what it was."""
     defaults = {
         "model": "the built-in Llama, from scratch",
+        "sequence": f"{results['text']['sequence']} tokens",
+        "loss_on": "completions" if "examples" in results["text"] else "all",
         "text": "none" if results["settings"].get("dataset") else results["text"]["source"],
     }
     for name, value in results["settings"].items():
