@@ -144,9 +144,9 @@ def compare(
         list[str],
         typer.Option(
             help="A loss to train with; can be repeated, the first one is the baseline. " + _LOSSES,
-            show_default="ce, nvamp, nvamp:gradient=token",
+            show_default="ce, nvamp, nvamp:gamma=0.04,tail=0.05",
         ),
-    ] = ["ce", "nvamp", "nvamp:gradient=token"],  # noqa: B006  # typer copies it
+    ] = ["ce", "nvamp", "nvamp:gamma=0.04,tail=0.05"],  # noqa: B006  # typer copies it
     seeds: Annotated[int, typer.Option(help="How many seeds, at least 1; they are 0, 1, 2, ...")] = 3,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps of each run.", show_default="240")
