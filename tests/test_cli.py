@@ -111,6 +111,15 @@ def test_options_from_a_file(
     assert "--dataset x: " in capsys.readouterr().err  # and not that it excludes --text
 
 
+def test_a_number_in_a_file_is_no_truth_value(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "my.toml"
+    config.write_text("steps = true\n")
+    assert run(monkeypatch, "compare", "--config", config, "--out", tmp_path / "out") == 2
+    assert "Invalid value for '--steps'" in capsys.readouterr().err
+
+
 def losses_on(page: Path) -> list[str]:
     """The names of the losses whose weights a page of `nvamp inspect` has."""
     data = re.search(r'<script type="application/json" id="data">(.*)</script>', page.read_text())

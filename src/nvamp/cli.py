@@ -99,16 +99,15 @@ def _read_config(context: typer.Context, path: Path | None) -> None:
         if name not in ("--config", "--help", "-h")
     }
     context.default_map = {
-        options[key].name: _as_typed(value, options[key].multiple)
-        for key, value in read_config(path, options).items()
+        options[key].name: _as_typed(value, options[key]) for key, value in read_config(path, options).items()
     }
 
 
-def _as_typed(value: Any, repeated: bool) -> Any:
+def _as_typed(value: Any, option: Any) -> Any:
     """A value of a file as on the command line, where all but flags are text."""
-    if repeated:
+    if option.multiple:
         return [str(one) for one in (value if isinstance(value, list) else [value])]
-    return value if isinstance(value, bool) else str(value)
+    return value if option.is_flag and isinstance(value, bool) else str(value)
 
 
 def _chosen(context: typer.Context, name: str, rival: str) -> Any:
