@@ -98,6 +98,13 @@ def test_the_assistants_turns_are_learned(own: Any, template: str, expected: lis
     assert learned(own, encode(Chat(MESSAGES, 3), own, completions=False, special=False)) == [text]
 
 
+def test_what_follows_the_last_answer_is_none_of_it(own: Any) -> None:
+    own.chat_template = CHATML
+    for completions in (True, False):
+        encoded = encode(Chat((*MESSAGES, MESSAGES[1]), 0), own, completions, special=False)
+        assert own.decode(encoded.ids[encoded.answer : encoded.end]) == "mean tail<|im_end|>"
+
+
 def test_a_template_that_asks_for_no_answer_by_itself(own: Any) -> None:
     own.chat_template = INSTRUCTIONS
     encoded = encode(Chat(MESSAGES[1:], 0), own, completions=True, special=False)
@@ -165,7 +172,7 @@ def test_a_prefix_begins_every_example(own: Any, around: str, prefix: list[str])
     own.chat_template = TEMPLATE
     for example in (Pair("alpha", " beta"), Chat(MESSAGES, 0)):
         for completions in (True, False):
-            ids, marks, answer = encode(example, own, completions, special=False)
+            ids, marks, answer, _ = encode(example, own, completions, special=False)
             assert own.convert_ids_to_tokens(ids)[: len(prefix)] == prefix
             assert not any(marks[: len(prefix)])
             assert completions or all(marks[len(prefix) :])

@@ -30,11 +30,13 @@ class Encoded(NamedTuple):
         ids: the tokens.
         learned: of each token, whether it is to be learned.
         answer: where the last completion, or turn of the assistant, begins: the tokens before it ask for it.
+        end: where it ends; `None` if nothing follows.
     """
 
     ids: list[int]
     learned: list[bool]
     answer: int
+    end: int | None = None
 
 
 class ChatError(Exception):
@@ -137,7 +139,7 @@ def _encode_chat(chat: Chat, tokenizer: Any, special: bool) -> Encoded:
     prefix = prefix_of(tokenizer) if tokenizer.chat_template == TEMPLATE else []
     ids = [*prefix, *(index for index, _ in kept)]
     learned = [*(False for _ in prefix), *(learn for _, learn in kept)]
-    return Encoded(ids, learned, _last_run(learned))
+    return Encoded(ids, learned, *_last_run(learned))
 
 
 def _protected(messages: Sequence[Message], special: Sequence[str]) -> tuple[Sequence[Message], str]:
@@ -193,11 +195,12 @@ def _shared(one: Sequence[object], other: Sequence[object]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _last_run(learned: Sequence[bool]) -> int:
-    """Where the last run of tokens to learn begins; 0 if there is none."""
-    at = len(learned)
-    while at and not learned[at - 1]:
-        at -= 1
-    while at and learned[at - 1]:
-        at -= 1
-    return at
+def _last_run(learned: Sequence[bool]) -> tuple[int, int]:
+    """Where the last run of tokens to learn begins and ends; both are 0 if there is none."""
+    end = len(learned)
+    while end and not learned[end - 1]:
+        end -= 1
+    begin = end
+    while begin and learned[begin - 1]:
+        begin -= 1
+    return begin, end

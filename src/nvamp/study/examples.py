@@ -35,14 +35,14 @@ class _Encoder:
         kept = []
         for example in examples:
             try:
-                ids, learned, answer = encode(example, self._tokenizer, *self._options)
+                found = encode(example, self._tokenizer, *self._options)
             except ChatError as error:
                 self.dropped[visible(str(error))] += 1
                 continue
-            whole = len(ids) <= self._sequence
-            if any(learned[1 : self._sequence]):
+            whole = len(found.ids) <= self._sequence
+            if any(found.learned[1 : self._sequence]):
                 self.cut += not whole
-                cut = Encoded(ids[: self._sequence], learned[: self._sequence], answer)
+                cut = found._replace(ids=found.ids[: self._sequence], learned=found.learned[: self._sequence])
                 kept.append((cut, whole))
             else:
                 self.dropped[f"no token to learn in the first {self._sequence}"] += 1
@@ -107,8 +107,8 @@ def build_examples(
         for some in (new, [example for example, _ in evaluation])
     )
     prompts = [
-        Prompt(ids[:answer], tokenizer.decode(ids[answer:], skip_special_tokens=True))
-        for (ids, _, answer), whole in evaluation
+        Prompt(ids[:answer], tokenizer.decode(ids[answer:end], skip_special_tokens=True))
+        for (ids, _, answer, end), whole in evaluation
         if whole
     ]
     return Corpus(
