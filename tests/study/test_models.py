@@ -11,15 +11,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, processors
+from tokenizers.models import WordLevel
 from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
 
-from nvamp.study import StudyError, compare
+from nvamp.study import StudyError, compare, models
 from nvamp.study.chats import prefix_of
 from nvamp.study.corpus import Corpus
 from nvamp.study.inspect.inputs import read_inputs
 from nvamp.study.inspect.page import inspect_models
-from nvamp.study.models import build_model, load_model, load_tokenizer, max_positions
+from nvamp.study.models import build_model, load_model, load_tokenizer, max_positions, model_fingerprint
 
 LOADERS = {"model": load_model, "tokenizer": load_tokenizer, "configuration": max_positions}
 
@@ -149,6 +150,46 @@ def test_an_adapter_is_as_good_as_what_it_adapts(directory: Path, tmp_path: Path
         load_model(str(tmp_path / "adapter"))
 
 
+def test_an_adapter_is_merged_into_what_it_adapts(directory: Path, tmp_path: Path) -> None:
+    """What remains is a model like others: it can be trained, and saved as a whole."""
+    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    wrapped = get_peft_model(load_model(str(directory)), config).eval()
+    wrapped.save_pretrained(adapter := tmp_path / "adapter")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = wrapped(input_ids=ids).logits
+        plain = load_model(str(directory))(input_ids=ids).logits
+    model = load_model(str(adapter))
+    assert all(weight.requires_grad for weight in model.parameters())
+    model.save_pretrained(tmp_path / "whole")
+    for found in (model, load_model(str(tmp_path / "whole"))):
+        torch.testing.assert_close(found(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert (plain - expected).abs().max() > 1e-3
+
+
+def test_the_fingerprint_of_an_adapter_is_that_of_what_it_adapts_too(directory: Path, tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(load_model(str(directory)), config).save_pretrained(adapter := tmp_path / "adapter")
+    before = model_fingerprint(str(adapter))
+    model = load_model(str(directory))
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(directory)
+    assert model_fingerprint(str(adapter)) != before
+
+
+def test_an_adapter_needs_its_package(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(load_model(str(directory)), config).save_pretrained(adapter := tmp_path / "adapter")
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(
+        StudyError, match=rf"^--model {adapter}: an adapter needs peft, which is not installed: "
+    ):
+        load_model(str(adapter))
+
+
 def test_a_text_beyond_the_embedding(directory: Path, text_dir: Path) -> None:
     model = load_model(str(directory))
     model.resize_token_embeddings(20)
@@ -165,7 +206,7 @@ def test_a_text_beyond_the_embedding(directory: Path, text_dir: Path) -> None:
     [("$A", []), ("[CLS] $A [SEP]", [0]), ("$A [SEP]", []), ("[CLS] [SEP] $A", [0, 1])],
 )
 def test_the_prefix_is_what_the_tokenizer_puts_before_a_text(template: str, prefix: list[int]) -> None:
-    backend = Tokenizer(models.WordLevel({"[CLS]": 0, "[SEP]": 1, "a": 2, "?": 3}, unk_token="?"))
+    backend = Tokenizer(WordLevel({"[CLS]": 0, "[SEP]": 1, "a": 2, "?": 3}, unk_token="?"))
     backend.post_processor = processors.TemplateProcessing(
         template, special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
     )

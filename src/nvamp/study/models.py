@@ -5,6 +5,7 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from nvamp.integrations.transformers import logits_of
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
-from nvamp.study.model_files import ENCODER_DECODER, adapted, check_model
+from nvamp.study.extra import install_command
+from nvamp.study.model_files import CONFIGURATIONS, ENCODER_DECODER, adapted, check_model
 
 PROBED = 8  # tokens of the two inputs that differ in the last one
 
@@ -77,15 +79,15 @@ class Lora:
 
 
 def load_model(name: str) -> Any:
-    """A pretrained model in float32.
+    """A pretrained model in float32; if it is an adapter, what it adapts with the adapter merged into it.
 
     Raises:
         StudyError: there is none, some of its weights are missing or have another shape, it takes fewer than
             two tokens, or it is not causal.
     """
-    check_config(name, load_config(name))
     if base := adapted(name):
-        load_model(base)  # the adapter's own loading does not report what it lacks
+        return _merged(load_model(base), name)
+    check_config(name, load_config(name))
     model, info = _load(
         AutoModelForCausalLM,
         name,
@@ -96,6 +98,20 @@ def load_model(name: str) -> Any:
     _check_weights(name, info)
     _check_causal(name, model)
     return model
+
+
+def _merged(base: Any, name: str) -> Any:
+    """The model with an adapter merged into it, all of whose weights can be trained."""
+    if find_spec("peft") is None:
+        raise StudyError(
+            f"--model {name}: an adapter needs peft, which is not installed: {install_command('lora')}"
+        )
+    import peft  # an extra
+
+    try:
+        return peft.PeftModel.from_pretrained(base, name).merge_and_unload().requires_grad_(True)
+    except Exception as error:  # the files of an adapter can raise any error
+        raise StudyError(f"--model {name}: {_reason(error)}") from error
 
 
 def load_config(name: str) -> Any:
@@ -187,13 +203,21 @@ def max_positions(name: str) -> int | None:
 
 
 def model_fingerprint(name: str) -> str:
-    """Identifies configuration and weights: the hub's commit, or a hash of the files in a directory."""
+    """Identifies configuration and weights: the hub's commit, or a hash of the files in a directory.
+
+    Those of an adapter include what it adapts.
+    """
     directory = Path(name)
     if not directory.is_dir():
         return str(load_config(name)._commit_hash)
     digest = hashlib.sha256()
+    if base := adapted(name):
+        digest.update(model_fingerprint(base).encode())
     for path in sorted(directory.iterdir()):
-        known = path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json")
+        known = path.suffix in (".safetensors", ".bin") or path.name in (
+            *CONFIGURATIONS,
+            "generation_config.json",
+        )
         if known and path.is_file():
             digest.update(f"{path.name} {path.stat().st_size} ".encode())
             with path.open("rb") as file:
