@@ -112,6 +112,12 @@ def test_too_few_examples(tokenizer: Any, count: int) -> None:
         )
 
 
+def test_prompts_are_in_the_fingerprint(tokenizer: Any) -> None:
+    one = build_examples(Rows(examples=[*pairs(40)]), "pairs", 128, tokenizer)
+    other = replace(one, prompts=(*one.prompts[:-1], one.prompts[0]))
+    assert one.fingerprint() == replace(one).fingerprint() != other.fingerprint()
+
+
 def test_all_tokens_or_completions(tokenizer: Any) -> None:
     some, everything = (
         build_examples(Rows(examples=[*pairs(40)]), "pairs", 128, tokenizer, completions)
@@ -223,6 +229,8 @@ def test_loss_on_is_of_examples(chat_settings: Settings, tmp_path: Path) -> None
         StudyError, match="--loss-on completions: expected messages, or prompt and completion, got text"
     ):
         prepare(replace(text, loss_on="completions"))
+    with pytest.raises(StudyError, match=r"^--loss-on completions: expected messages, .* got text$"):
+        replace(chat_settings, dataset=(), loss_on="completions").check()
     with pytest.raises(StudyError, match="--loss-on: expected all or completions, got some"):
         replace(chat_settings, loss_on="some").check()
 

@@ -138,11 +138,13 @@ def test_completions_and_another_text(settings: Settings, chats: Path, tmp_path:
 
 
 def test_what_cannot_be_asked(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "short").write_text("alpha")
     for change, message in (
         ({"generate": -1}, "--generate must be at least 0, got -1"),
         ({"generate": 1}, "--generate: expected prompts with answers to complete: --dataset with"),
         ({"also": "/no/such"}, "--also /no/such: no such file or directory"),
         ({"also": __file__ + "/.."}, "--also"),
+        ({"also": str(tmp_path / "short"), "sequence": 16}, "--also .*short: the text is too short: not one"),
     ):
         with pytest.raises(StudyError, match=f"^{message}"):
             study(replace(settings, **change), tmp_path / "out")

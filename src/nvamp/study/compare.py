@@ -42,6 +42,7 @@ from nvamp.study.watching import Progress
 SEQUENCE = 64  # tokens in a block, for the built-in model on text
 SEQUENCE_LONG = 256  # for pretrained ones, and for examples
 LOSS_ON = ("all", "completions")
+_NO_COMPLETIONS = "--loss-on completions: expected messages, or prompt and completion, got text"
 STEPS = 240
 LR = 2e-3
 LR_PRETRAINED = 5e-5
@@ -108,6 +109,8 @@ class Settings:
             raise StudyError("--loss: expected at least one")
         if self.loss_on not in (None, *LOSS_ON):
             raise StudyError(f"--loss-on: expected {' or '.join(LOSS_ON)}, got {self.loss_on}")
+        if self.loss_on == "completions" and not self.dataset:
+            raise StudyError(_NO_COMPLETIONS)
         if self.text and self.dataset:
             raise StudyError("--text and --dataset exclude each other")
         if self.lora is not None:
@@ -312,9 +315,14 @@ def _also(settings: Settings, corpus: Corpus, out: Path | None) -> Blocks:
     except StudyError as error:
         raise StudyError(str(error).replace("--text", "--also", 1)) from error
     tokens = tokenize(documents, corpus.tokenizer, settings.special_tokens)
-    blocks = pack_text(tokens, sequence, prefix_of(corpus.tokenizer))
-    if not len(blocks):
-        raise StudyError(f"--also {settings.also}: the text is too short: not one block of {sequence} tokens")
+    try:
+        blocks = pack_text(tokens, sequence, prefix_of(corpus.tokenizer))
+        if not len(blocks):
+            raise StudyError(f"the text is too short: not one block of {sequence} tokens")
+        if settings.model is not None:
+            check_tokens(load_config(settings.model), int(blocks.inputs.max()))
+    except StudyError as error:
+        raise StudyError(f"--also {settings.also}: {error}") from error
     return blocks.spread(HELD_OUT_TOKENS // sequence)
 
 
@@ -327,7 +335,7 @@ def _read(settings: Settings, out: Path | None) -> tuple[Rows, str]:
     if rows.examples:
         return rows, source
     if settings.loss_on == "completions":
-        raise StudyError("--loss-on completions: expected messages, or prompt and completion, got text")
+        raise StudyError(_NO_COMPLETIONS)
     if empty := rows.dropped.total():
         source += f" ({empty:,} empty rows dropped)"
     return Rows(bounded(shuffled(rows.texts))), source

@@ -70,8 +70,10 @@ class Corpus:
         return self.evaluation.inputs
 
     def fingerprint(self) -> str:
-        """A hash of the blocks."""
+        """A hash of the blocks and the prompts."""
         digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(repr(tuple(prompt)).encode())
         for blocks in filter(None, (self.training, self.evaluation, self.also)):
             digest.update(str(tuple(blocks.inputs.shape)).encode())
             digest.update(blocks.inputs.numpy().tobytes())
@@ -96,8 +98,6 @@ def build_corpus(
     if tokenizer is None:
         tokenizer = train_tokenizer(train)
     prefix = prefix_of(tokenizer)
-    if sequence < len(prefix) + 2:
-        raise StudyError(f"expected blocks of at least {len(prefix) + 2} tokens, got {sequence}")
     training = pack_text(tokenize(train, tokenizer, special), sequence, prefix)
     evaluation = pack_text(tokenize(held_out, tokenizer, special), sequence, prefix)
     if not len(training) or not len(evaluation):
