@@ -22,7 +22,8 @@ from nvamp.integrations.transformers import compute_loss_func, loss_function, pa
 from nvamp.integrations.transformers.model_loss import ModelLoss, watched_call
 from nvamp.objectives import NVAMP, CrossEntropy, Gradient, Objective, TokenWeighted, parse
 from nvamp.study.models import quiet
-from nvamp.study.training import LabelledBlocks, Recipe, training_arguments
+from nvamp.study.packing import noisy, plain
+from nvamp.study.training import Recipe, training_arguments
 from tests.integrations.architectures import Architecture, build
 from tests.integrations.tiny import CROSS_ENTROPY, logged_losses, weights_of
 from tests.parameters import with_gradient
@@ -488,7 +489,7 @@ def trained(folder: Path, patched: bool) -> tuple[Tensor, Tensor, float]:
     quiet()
     g = torch.Generator().manual_seed(0)
     blocks = torch.randint(3, V, (24, SEQ), generator=g)
-    data = LabelledBlocks(blocks, V, 0.2, 0)
+    data = noisy(plain(blocks), V, 0.2, 0)
     model = llama(torch.float32)
     if patched:
         patch(model, LinearNVAMPLoss(**CROSS_ENTROPY))

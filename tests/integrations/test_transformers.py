@@ -17,7 +17,8 @@ from nvamp.objectives import CrossEntropy, TokenWeighted
 from nvamp.study.corpus import Corpus
 from nvamp.study.losses import parse_loss
 from nvamp.study.models import build_model, quiet
-from nvamp.study.training import LabelledBlocks, Recipe, training_arguments
+from nvamp.study.packing import plain
+from nvamp.study.training import Recipe, training_arguments
 from tests.integrations.tiny import (
     CROSS_ENTROPY,
     DESCENT,
@@ -263,7 +264,7 @@ def weights_after(model_dir: Any, corpus: Corpus, criterion: Any, batch: int, ac
     transformers.Trainer(
         model,
         arguments,
-        train_dataset=LabelledBlocks(corpus.train[:24], len(corpus.tokenizer), 0.0, 0),
+        train_dataset=plain(corpus.train[:24]),
         compute_loss_func=compute_loss_func(criterion),
     ).train()
     return weights_of(model)

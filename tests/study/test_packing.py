@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nvamp.study.chats import Encoded
-from nvamp.study.held_out import as_examples, score
+from nvamp.study.held_out import score
 from nvamp.study.models import keeps_apart
-from nvamp.study.packing import IGNORED, pack, pack_examples, pack_text, spread
-from nvamp.study.training import LabelledBlocks
+from nvamp.study.packing import IGNORED, Blocks, noisy, pack, pack_examples, pack_text, plain, spread
 from tests.integrations.architectures import LANGUAGE, build
 
 examples = st.lists(
@@ -125,7 +124,7 @@ def test_losses_of_a_packed_example_are_those_of_the_example_alone(name: str, ap
     owners = blocks.examples[:, 1:][blocks.labels[:, 1:] != IGNORED]
     for index, example in enumerate(found):
         ids = torch.tensor([example.ids])
-        alone = score(model, as_examples(ids)).nll
+        alone = score(model, plain(ids)).nll
         torch.testing.assert_close(
             torch.from_numpy(nll)[owners == index], torch.from_numpy(alone), rtol=1e-4, atol=1e-5
         )
@@ -153,13 +152,12 @@ def test_gradients_of_packed_examples_are_those_of_the_examples() -> None:
         for length in (9, 14, 6)
     ]
     packed = pack_examples(found, 32, 2, together=True)
-    data = LabelledBlocks(packed.inputs, 99, 0.0, 0, packed.labels, packed.positions)
-    torch.testing.assert_close(gradient(data), gradient(pack_examples(found, 20, 2, together=False)))
+    torch.testing.assert_close(gradient(packed), gradient(pack_examples(found, 20, 2, together=False)))
 
 
 def test_noise_leaves_what_is_not_learned() -> None:
     labels = torch.tensor([[IGNORED, 5, IGNORED, 6]]).repeat(200, 1)
-    data = LabelledBlocks(torch.full((200, 4), 7), 1000, 1.0, 0, labels)
+    data = noisy(Blocks(torch.full((200, 4), 7), labels), 1000, 1.0, 0)
     assert torch.equal(data.labels == IGNORED, labels == IGNORED)
     assert (data.labels[labels != IGNORED] > 6).float().mean() > 0.9
 

@@ -12,10 +12,11 @@ import nvamp.study.training
 from nvamp.integrations.transformers.alignment import OwnLoss
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
-from nvamp.study.held_out import as_examples, score
+from nvamp.study.held_out import score
 from nvamp.study.losses import parse_loss
 from nvamp.study.models import Lora, build_model, load_model
-from nvamp.study.training import LabelledBlocks, Recipe, Run, install, train, training_arguments
+from nvamp.study.packing import noisy, plain
+from nvamp.study.training import Recipe, Run, install, train, training_arguments
 from tests.study.conftest import dropping
 
 CPU = torch.device("cpu")
@@ -56,15 +57,14 @@ def test_ce_is_what_the_trainer_does_by_itself(corpus: Corpus, model_dir: Any) -
     model = build_model(str(model_dir), corpus)
     arguments = training_arguments(recipe(model_dir), 0, CPU, "unused")
     arguments.logging_strategy, arguments.logging_steps = "steps", 1
-    data = LabelledBlocks(corpus.train, len(corpus.tokenizer), 0.0, 0)
-    trainer = transformers.Trainer(model, arguments, train_dataset=data)
+    trainer = transformers.Trainer(model, arguments, train_dataset=corpus.training)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
 
-    plain = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    np.testing.assert_allclose(values, plain, rtol=1e-5)
+    by_itself = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    np.testing.assert_allclose(values, by_itself, rtol=1e-5)
     assert values[-1] < values[0] - 0.1
-    expected = score(model, as_examples(corpus.held_out)).nll
+    expected = score(model, corpus.evaluation).nll
     np.testing.assert_allclose(ours.nll, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(ours.scores.labels, corpus.held_out[:, 1:].reshape(-1))
 
@@ -155,7 +155,7 @@ def test_position_ids_reach_the_model(corpus: Corpus, model_dir: Any) -> None:
     block = corpus.held_out[0]
     twice = {"input_ids": torch.cat((block[:8], block[:8])), "labels": torch.cat((block[:8], block[:8]))}
     packed = {**twice, "position_ids": torch.arange(8).repeat(2)}
-    alone = score(model, as_examples(block[None, :8])).nll
+    alone = score(model, plain(block[None, :8])).nll
     np.testing.assert_allclose(score(model, [packed]).nll[8:], alone, rtol=1e-5)
     assert np.abs(score(model, [twice]).nll[8:] - alone).max() > 1e-4
 
@@ -163,10 +163,10 @@ def test_position_ids_reach_the_model(corpus: Corpus, model_dir: Any) -> None:
 def test_scoring_leaves_random_numbers_and_modes_alone(corpus: Corpus) -> None:
     model = dropping(len(corpus.tokenizer))
     before = torch.random.get_rng_state()
-    found = score(model, as_examples(corpus.held_out)).nll
+    found = score(model, corpus.evaluation).nll
     assert torch.equal(before, torch.random.get_rng_state())
     assert model.training
-    np.testing.assert_array_equal(found, score(model.eval(), as_examples(corpus.held_out)).nll)
+    np.testing.assert_array_equal(found, score(model.eval(), corpus.evaluation).nll)
     model.train()
     assert install(parse_loss("ce"), model) is None
     assert torch.equal(before, torch.random.get_rng_state())
@@ -185,7 +185,7 @@ def test_the_recipe(tmp_path: Path) -> None:
 def test_held_out_losses_are_plain_whatever_the_training(corpus: Corpus, model_dir: Any) -> None:
     ours, values = run("ce:label_smoothing=0.5", recipe(model_dir), corpus)
     plain, _ = run("ce", recipe(model_dir), corpus)
-    expected = score(ours.model, as_examples(corpus.held_out)).nll
+    expected = score(ours.model, corpus.evaluation).nll
     np.testing.assert_allclose(ours.nll, expected, rtol=1e-5)
     assert ours.curve[0] == plain.curve[0]  # before the first step
     assert ours.curve[-1] != plain.curve[-1]
@@ -227,10 +227,10 @@ def test_the_built_in_model_starts_from_the_seed(corpus: Corpus) -> None:
 
 @pytest.mark.parametrize("noise", [0.0, 0.25, 1.0])
 def test_noise_replaces_its_share_of_labels_and_no_input(noise: float) -> None:
-    blocks = torch.full((400, 50), 7)
-    data = LabelledBlocks(blocks, 1000, noise, seed=1)
+    blocks = plain(torch.full((400, 50), 7))
+    data = noisy(blocks, 1000, noise, seed=1)
     labels = torch.stack([data[i]["labels"] for i in range(len(data))])
-    assert torch.equal(labels, LabelledBlocks(blocks, 1000, noise, seed=1).labels)
+    assert torch.equal(labels, noisy(blocks, 1000, noise, seed=1).labels)
     inputs = torch.stack([data[i]["input_ids"] for i in range(len(data))])
     assert torch.equal(inputs, torch.full((400, 50), 7))
     replaced = labels[labels != 7]
@@ -241,7 +241,7 @@ def test_noise_replaces_its_share_of_labels_and_no_input(noise: float) -> None:
     )
     if noise:
         assert abs(replaced.double().mean().item() - 499.5) < 4 * 289 / len(replaced) ** 0.5
-        assert not torch.equal(labels, LabelledBlocks(blocks, 1000, noise, seed=2).labels)
+        assert not torch.equal(labels, noisy(blocks, 1000, noise, seed=2).labels)
 
 
 def test_a_diverged_run_stops_and_says_so(corpus: Corpus, model_dir: Any) -> None:
@@ -303,7 +303,7 @@ def test_adapters_are_trained_alone_and_merged(corpus: Corpus, model_dir: Any, t
     difference = result.model.model.layers[0].mlp.up_proj.weight - before["model.layers.0.mlp.up_proj.weight"]
     assert torch.linalg.matrix_rank(difference.detach(), rtol=1e-3) == 2
     result.model.save_pretrained(tmp_path)
-    saved = score(load_model(str(tmp_path)), as_examples(corpus.held_out)).nll
+    saved = score(load_model(str(tmp_path)), corpus.evaluation).nll
     np.testing.assert_allclose(saved, result.nll, rtol=1e-5, atol=1e-6)
     assert result.curve[-1][1] == pytest.approx(saved.mean(), rel=1e-4)  # adapters, before they were merged
 

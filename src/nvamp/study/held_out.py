@@ -15,6 +15,7 @@ from nvamp.functional import token_nll
 from nvamp.integrations.modes import in_mode
 from nvamp.integrations.transformers import logits_of
 from nvamp.integrations.transformers.patching import installed_loss, linear_token_nll_of
+from nvamp.study.packing import IGNORED
 
 BATCH_TOKENS = 1024  # in a batch of examples, which has at least one
 
@@ -52,11 +53,6 @@ class TokenScores(NamedTuple):
     labels: NDArray[np.int64]
 
 
-def as_examples(blocks: Tensor) -> list[Example]:
-    """Each of the blocks [blocks, sequence] as inputs and as labels."""
-    return [{"input_ids": block, "labels": block} for block in blocks]
-
-
 @torch.no_grad()
 def score(model: Any, examples: Examples, bf16: bool = False) -> TokenScores:
     """Score the labels of `examples` that are not −100 on the device of `model`, in evaluation mode.
@@ -68,7 +64,7 @@ def score(model: Any, examples: Examples, bf16: bool = False) -> TokenScores:
     parts = []
     with in_mode(model, False), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for batch in _batches(examples):
-            labels = pad(batch.pop("labels")[:, 1:], (0, 1), value=-100).to(device)
+            labels = pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED).to(device)
             losses = _losses(model, {name: x.to(device) for name, x in batch.items()})
             nll, metrics = losses(labels)
             confidence = (-losses(metrics.prediction)[0].float()).exp()
@@ -80,7 +76,7 @@ def score(model: Any, examples: Examples, bf16: bool = False) -> TokenScores:
                 metrics.entropy.float(),
                 labels,
             )
-            parts.append([field[labels != -100].cpu() for field in fields])
+            parts.append([field[labels != IGNORED].cpu() for field in fields])
     return TokenScores(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
 

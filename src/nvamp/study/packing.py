@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nvamp.study import StudyError
 from nvamp.study.chats import Encoded
 
 IGNORED = -100  # the label of a token that is not learned
@@ -66,6 +67,20 @@ def plain(inputs: Tensor) -> Blocks:
     return Blocks(inputs, inputs)
 
 
+def noisy(blocks: Blocks, vocabulary: int, noise: float | Tensor, seed: int) -> Blocks:
+    """The blocks with random tokens, uniform over the vocabulary, in place of some of the labels.
+
+    Args:
+        noise: the probability that a label is replaced: one number, or a tensor [blocks, sequence]. Labels
+            that are not learned stay.
+    """
+    shape = blocks.inputs.shape
+    generator = torch.Generator().manual_seed(seed)
+    replaced = torch.rand(shape, generator=generator) < noise
+    tokens = torch.randint(vocabulary, shape, generator=generator)
+    return replace(blocks, labels=torch.where(replaced & (blocks.labels != IGNORED), tokens, blocks.labels))
+
+
 def spread(blocks: Tensor, limit: int) -> Tensor:
     """At most `limit` of the blocks, evenly spaced."""
     if len(blocks) <= limit:
@@ -86,8 +101,10 @@ def pack_text(documents: Iterable[list[int]], sequence: int, prefix: list[int]) 
     The prefix is not learned. An incomplete block is dropped.
 
     Args:
-        sequence: the length of a block; longer than the prefix.
+        sequence: the length of a block: the prefix, and at least a token to see and one to predict.
     """
+    if sequence < len(prefix) + 2:
+        raise StudyError(f"expected blocks of at least {len(prefix) + 2} tokens, got {sequence}")
     if not prefix:
         return plain(pack(documents, sequence))
     ids, places = [], []  # a place: how many tokens of the prefix precede a token in its document

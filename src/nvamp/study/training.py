@@ -14,7 +14,6 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from nvamp.integrations.modes import in_mode
@@ -26,7 +25,7 @@ from nvamp.study.generation import generation_metrics
 from nvamp.study.held_out import Examples, TokenScores, score
 from nvamp.study.losses import Loss
 from nvamp.study.models import Lora, build_model, quiet
-from nvamp.study.packing import IGNORED
+from nvamp.study.packing import noisy
 from nvamp.study.watching import Clock, LossTimes, Progress, Watch
 
 CURVE_TOKENS = 4096  # held-out tokens in each evaluation during a run
@@ -99,38 +98,6 @@ class Run:
         return not bool(np.isfinite(self.nll).all())
 
 
-class LabelledBlocks(Dataset[dict[str, Tensor]]):
-    """Blocks [blocks, sequence] as inputs and as labels; random tokens replace some of the labels.
-
-    `noise` is the probability that a label is replaced: one number, or a tensor [blocks, sequence]. The new
-    token is uniform over the vocabulary. Labels of -100 stay, and positions are those to give to the model.
-    """
-
-    def __init__(
-        self,
-        blocks: Tensor,
-        vocabulary: int,
-        noise: float | Tensor,
-        seed: int,
-        labels: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> None:
-        labels = blocks if labels is None else labels
-        generator = torch.Generator().manual_seed(seed)
-        replaced = torch.rand(blocks.shape, generator=generator) < noise
-        tokens = torch.randint(vocabulary, blocks.shape, generator=generator)
-        self.inputs = blocks
-        self.labels = torch.where(replaced & (labels != IGNORED), tokens, labels)
-        self.positions = positions
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        item = {"input_ids": self.inputs[index], "labels": self.labels[index]}
-        return item if self.positions is None else {**item, "position_ids": self.positions[index]}
-
-
 def train(
     loss: Loss,
     seed: int,
@@ -158,19 +125,11 @@ def train(
     if recipe.lora:
         model = recipe.lora.adapt(base)
     vocabulary = min(len(corpus.tokenizer), model.config.get_text_config().vocab_size)
-    blocks, held_out = corpus.training, corpus.evaluation
-    data = LabelledBlocks(
-        blocks.inputs,
-        vocabulary,
-        recipe.noise if noise is None else noise,
-        seed,
-        blocks.labels,
-        blocks.positions,
-    )
+    data = noisy(corpus.training, vocabulary, recipe.noise if noise is None else noise, seed)
     logits_because = install(loss, base)
     loss_times = LossTimes(base, Clock(device))
     sequence = corpus.train.shape[1]
-    few = held_out.spread(CURVE_TOKENS // sequence)
+    few = corpus.evaluation.spread(CURVE_TOKENS // sequence)
     evaluate = partial(_cross_entropy, few, recipe.bf16)
     watch = Watch(recipe.steps, loss_times, device, evaluate, progress)
     before = _cross_entropy(corpus.also, recipe.bf16, base.to(device)) if corpus.also else None
@@ -191,7 +150,7 @@ def train(
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast is `score`'s from here on
     if recipe.lora:
         model.merge_and_unload()
-    scores = score(base, held_out, recipe.bf16)
+    scores = score(base, corpus.evaluation, recipe.bf16)
     asked: dict[str, float] = {}
     if corpus.also and before is not None:
         after = _cross_entropy(corpus.also, recipe.bf16, base)
