@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def test_a_tenth_of_the_examples_is_held_out_and_only_that(tokenizer: Any) -> No
     for prompt in corpus.prompts:
         text = tokenizer.decode(prompt.ids)
         assert (text, prompt.answer) in pairs(60)
+        assert prompt.end == tokenizer.eos_token_id
 
 
 def test_the_order_of_the_rows_does_not_decide_what_is_held_out(tokenizer: Any) -> None:
@@ -112,6 +114,11 @@ def test_too_few_examples(tokenizer: Any, count: int) -> None:
         )
 
 
+def test_without_a_token_there_is_no_prompt(tokenizer: Any) -> None:
+    examples = [Pair("", f"answer {index}") for index in range(40)]
+    assert build_examples(Rows(examples=[*examples]), "pairs", 128, tokenizer).prompts == ()
+
+
 def test_prompts_are_in_the_fingerprint(tokenizer: Any) -> None:
     one = build_examples(Rows(examples=[*pairs(40)]), "pairs", 128, tokenizer)
     other = replace(one, prompts=(*one.prompts[:-1], one.prompts[0]))
@@ -133,9 +140,22 @@ def test_all_tokens_or_completions(tokenizer: Any) -> None:
     assert len(everything.training.learned) == int(own.sum()) - 36
 
 
-def test_a_tokenizer_without_a_template_gets_one(tokenizer: Any) -> None:
-    from copy import deepcopy
+def test_a_completion_ends_where_the_template_ends_a_turn(tokenizer: Any) -> None:
+    own = deepcopy(tokenizer)
+    own.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    own.chat_template = "{% for message in messages %}{{ message.content }}<|end|>{% endfor %}"
+    (end,) = own.convert_tokens_to_ids(["<|end|>"])
+    chats = [
+        Chat(({"role": "user", "content": a}, {"role": "assistant", "content": b}), 0) for a, b in pairs(40)
+    ]
+    corpus = build_examples(Rows(examples=[*chats]), "chats", 128, own)
+    assert corpus.prompts
+    for prompt in corpus.prompts:
+        assert prompt.end == end != own.eos_token_id
+        assert (own.decode(prompt.ids, skip_special_tokens=True), prompt.answer) in pairs(40)
 
+
+def test_a_tokenizer_without_a_template_gets_one(tokenizer: Any) -> None:
     chats = [
         Chat(({"role": "user", "content": a}, {"role": "assistant", "content": b}), 0) for a, b in pairs(40)
     ]

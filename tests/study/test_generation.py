@@ -40,11 +40,12 @@ def test_a_completion_is_greedy_and_ends(model: Any, tokenizer: Any) -> None:
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
 
+    first = expected.index(expected[3])
+    ended = tokenizer.decode(expected[: first + 1], skip_special_tokens=True)
+    assert complete(model, tokenizer, Prompt(ids, answer, expected[3])) == ended
     model.generation_config = copy.deepcopy(model.generation_config)
     model.generation_config.eos_token_id = expected[3]
-    first = expected.index(expected[3])
-    found = complete(model, tokenizer, Prompt(ids, answer))
-    assert found == tokenizer.decode(expected[: first + 1], skip_special_tokens=True)
+    assert complete(model, tokenizer, Prompt(ids, answer)) == ended
 
 
 def test_a_prompt_that_leaves_little_room(model: Any, tokenizer: Any) -> None:

@@ -26,10 +26,17 @@ CLASS_BOUNDS = (0.5, 0.9)
 
 
 class Prompt(NamedTuple):
-    """A held-out prompt: its tokens, and the answer of its example as text."""
+    """A held-out prompt.
+
+    Attributes:
+        ids: its tokens, at least one.
+        answer: the answer of its example as text.
+        end: the special token that ends the answer; `None` if there is none.
+    """
 
     ids: list[int]
     answer: str
+    end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Corpus:
         source: what the text is, for the report.
         excerpt: the beginning of the longest held-out document or example; if that is short, of the next
             ones too.
-        prompts: of the held-out examples that are whole; empty for text.
+        prompts: of the held-out examples that are whole and have one; empty for text.
         counts: what became of the rows of a dataset, in numbers.
         also: blocks of another text to evaluate on, before and after training; `None` for none.
         special_tokens: whether special tokens that the excerpt spells out are such, or else text.

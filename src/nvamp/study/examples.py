@@ -106,21 +106,24 @@ def build_examples(
         pack_examples(some, sequence, padding, together)
         for some in (new, [example for example, _ in evaluation])
     )
-    prompts = [
-        Prompt(ids[:answer], tokenizer.decode(ids[answer:end], skip_special_tokens=True))
-        for (ids, _, answer, end), whole in evaluation
-        if whole
-    ]
     return Corpus(
         tokenizer,
         blocks,
         held_out_blocks.spread(HELD_OUT_TOKENS // sequence),
         source,
         excerpt_of([_spelled(example.ids, tokenizer) for example, _ in evaluation]),
-        tuple(prompts),
+        tuple(_prompt(example, tokenizer) for example, whole in evaluation if whole and example.answer),
         counts,
         special_tokens=True,
     )
+
+
+def _prompt(example: Encoded, tokenizer: Any) -> Prompt:
+    """The prompt of an example that has one."""
+    answer = example.ids[example.answer : example.end]
+    special = answer and not tokenizer.decode(answer[-1:], skip_special_tokens=True)
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    return Prompt(example.ids[: example.answer], text, answer[-1] if special else None)
 
 
 def _spelled(ids: list[int], tokenizer: Any) -> str:

@@ -25,13 +25,13 @@ def generation_metrics(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) ->
 
 @torch.no_grad()
 def complete(model: Any, tokenizer: Any, prompt: Prompt) -> str:
-    """The greedy completion of a prompt, up to the end-of-text token or somewhat more than its answer."""
+    """The greedy completion of a prompt, up to a token that ends it or somewhat more than its answer."""
     answer = tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]
     room = (positions(model.config) or len(prompt.ids) + len(answer) + LONGER) - len(prompt.ids)
     if room < 1:
         return ""
     ids = torch.tensor([prompt.ids], device=model.device)
-    ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
+    ends = {prompt.end, tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
