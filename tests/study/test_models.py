@@ -167,6 +167,15 @@ def test_an_adapter_is_merged_into_what_it_adapts(directory: Path, tmp_path: Pat
     assert (plain - expected).abs().max() > 1e-3
 
 
+def test_an_adapter_with_missing_weights(directory: Path, tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(load_model(str(directory)), config).save_pretrained(adapter := tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(dict(list(weights.items())[1:]), adapter / "adapter_model.safetensors")
+    with pytest.raises(StudyError, match=rf"^--model {adapter}: Found missing adapter keys .*q_proj"):
+        load_model(str(adapter))
+
+
 def test_the_fingerprint_of_an_adapter_is_that_of_what_it_adapts_too(directory: Path, tmp_path: Path) -> None:
     config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     get_peft_model(load_model(str(directory)), config).save_pretrained(adapter := tmp_path / "adapter")

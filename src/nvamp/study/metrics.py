@@ -133,7 +133,7 @@ TIMES = (
         "tokens per second",
         "",
         0,
-        "The tokens of a batch over the time of the median step.",
+        "The tokens of a step over the time of the median one.",
         lower_is_better=False,
     ),
     Metric(

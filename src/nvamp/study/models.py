@@ -109,7 +109,10 @@ def _merged(base: Any, name: str) -> Any:
     import peft  # an extra
 
     try:
-        return peft.PeftModel.from_pretrained(base, name).merge_and_unload().requires_grad_(True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # filled with random numbers
+            adapter = peft.PeftModel.from_pretrained(base, name)
+        return adapter.merge_and_unload().requires_grad_(True)
     except Exception as error:  # the files of an adapter can raise any error
         raise StudyError(f"--model {name}: {_reason(error)}") from error
 
@@ -170,7 +173,7 @@ def model_bytes(name: str | None, corpus: Corpus) -> int:
                 model = build_model(None, corpus)
             else:
                 model = AutoModelForCausalLM.from_config(load_config(name), trust_remote_code=False)
-    except Exception:  # an adapter, or a model that cannot be built without its weights
+    except Exception:  # a model that cannot be built without its weights
         return 0
     return 4 * int(model.num_parameters())
 
