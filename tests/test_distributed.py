@@ -321,6 +321,8 @@ def test_a_copy_shares_the_group(tmp_path: Path) -> None:
         assert twin.process_group is criterion.process_group
         assert twin.vocab_group is criterion.vocab_group
         x, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
-        assert twin(x, labels) == criterion(x, labels) == nvamp.NVAMPLoss(gamma=0.5)(x, labels)
+        assert twin(x, labels) == criterion(x, labels)
+        # A vocabulary in parts, one of them here, adds up in another order.
+        torch.testing.assert_close(twin(x, labels), nvamp.NVAMPLoss(gamma=0.5)(x, labels))
     finally:
         dist.destroy_process_group()

@@ -143,6 +143,7 @@ def test_docs_are_drawn_from_the_record(name: str, tmp_path: Path) -> None:
     assert drawn == (program.DOCS / f"{name}.svg").read_text()
     assert (program.DOCS / f"{name}.md").read_text() == program.page(name)
     assert (program.DOCS / "README.md").read_text() == program.index()
+    assert (program.DOCS / "recipe.md").read_text() == program.recipe()
 
 
 def test_predictions_are_those_of_the_logits() -> None:

@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in names:
         draw(name, DOCS)
         (DOCS / f"{name}.md").write_text(page(name), encoding="utf-8")
+    (DOCS / "recipe.md").write_text(recipe(), encoding="utf-8")
     (DOCS / "README.md").write_text(index(), encoding="utf-8")
 
 
@@ -76,6 +77,11 @@ def index() -> str:
         title, answer = page(name).split("\n\n")[1:3]
         rows.append((name, title.removeprefix("# "), " ".join(answer.split("\n"))))
     return _render("README.md", rows=rows)
+
+
+def recipe() -> str:
+    """The page that says which setting to use for what."""
+    return _render("recipe.md", groups={path.stem: Group.read(path) for path in RESULTS.glob("*.json")})
 
 
 def _render(template: str, **values: Any) -> str:

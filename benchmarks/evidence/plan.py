@@ -101,8 +101,9 @@ def plan() -> list[Job]:
         START,
         *(
             job
+            for seed in range(5)
             for text in ("reference", "answers")
-            for job in _each(text, TUNED, range(5), 240, lr=LR / 4, text=text)
+            for job in _each(text, TUNED, (seed,), 240, lr=LR / 4, text=text)
         ),
         *_each("1500", LOSSES, range(2), 1500),
         *_each("240", LOSSES, range(5), 240),

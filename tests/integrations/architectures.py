@@ -130,19 +130,19 @@ _REASONS = {
         "InstructBlipForConditionalGeneration InstructBlipVideoForConditionalGeneration "
         "Kosmos2ForConditionalGeneration"
     ),
-    "needs sound": "VoxtralRealtimeForConditionalGeneration",
-    "needs the places or the kinds of its tokens": (
+    "needs audio": "VoxtralRealtimeForConditionalGeneration",
+    "needs the positions or the types of its tokens": (
         "Molmo2ForConditionalGeneration UdopForConditionalGeneration"
     ),
     "needs timm or SciPy, which the tests do not install": (
         "FastVlmForConditionalGeneration Gemma3nForConditionalGeneration InklingForConditionalGeneration "
         "PerceptionLMForConditionalGeneration"
     ),
-    "predicts something else than one token for each place": (
+    "predicts something other than one token for each position": (
         "DiaForConditionalGeneration DiffusionGemmaForBlockDiffusion MusicgenForCausalLM "
         "MusicgenMelodyForCausalLM PI0ForConditionalGeneration"
     ),
-    "does not become tiny by the sizes of its configuration": (
+    "cannot be made tiny by the sizes in its configuration": (
         "BltForCausalLM DeepseekOcr2ForConditionalGeneration Dots3NoteForConditionalGeneration "
         "Ernie4_5_VLMoeForConditionalGeneration Gemma4AssistantForCausalLM "
         "Gemma4UnifiedAssistantForCausalLM Glm5NextForConditionalGeneration "

@@ -43,7 +43,7 @@ def compute_loss_func(criterion: Criterion, model: Any = None) -> LossFunction:
             `XLNetLMHeadModel` and their like.
 
     Raises:
-        TypeError: a class instead of an instance, or a criterion of something else than logits; the own loss
+        TypeError: a class instead of an instance, or a criterion of something other than logits; the own loss
             of the model is the cross-entropy neither of the next label nor of the same; or, from the loss, an
             argument for which it has no use. It ignores `trainer` and arguments that are None, which ms-swift
             passes.
@@ -125,7 +125,7 @@ def loss_function(criterion: Criterion, model: Any, *, logits_without_labels: bo
     that it gets a class of its own, under the same name.
 
     Raises:
-        TypeError: a class instead of an instance, or a criterion of something else than logits; or the model
+        TypeError: a class instead of an instance, or a criterion of something other than logits; or the model
             computes its loss itself.
 
     Example:
