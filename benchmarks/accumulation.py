@@ -15,8 +15,9 @@ from torch import Tensor
 from benchmarks.measure import machine, show_rows
 from nvamp import NVAMPLoss
 from nvamp.objectives import Gradient
-from nvamp.study.compare import Settings, prepare
+from nvamp.study.compare import prepare
 from nvamp.study.models import build_model, quiet
+from nvamp.study.settings import Settings
 
 BLOCKS = 64
 MODES: tuple[Gradient, ...] = ("scalar", "token", "full")

@@ -22,8 +22,9 @@ from benchmarks.measure import machine, show_rows
 from nvamp.study import training
 from nvamp.study.corpus import Corpus
 from nvamp.study.losses import parse_loss
-from nvamp.study.models import Lora, quiet
+from nvamp.study.models import quiet
 from nvamp.study.packing import plain
+from nvamp.study.settings import Lora
 from nvamp.study.training import Recipe, train
 from nvamp.study.watching import PeakMemory
 

@@ -268,6 +268,12 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         (["compare", "--help"], 0, "--noise"),
         (["compare", "--bogus"], 2, "nvamp: No such option: --bogus"),
         (["compare", "--steps", "many"], 2, "'--steps'"),
+        (["compare", "--steps", "0"], 2, "nvamp: --steps must be at least 1, got 0\n"),
+        (
+            ["compare", "--loss-on", "prompts"],
+            2,
+            "nvamp: --loss-on: expected all or completions, got prompts\n",
+        ),
         (["inspect", "--text", "x"], 2, "--model"),
     ],
 )
@@ -283,6 +289,19 @@ def test_messages_do_not_wait_for_heavy_imports(arguments: list[str], code: int,
     assert shown.returncode == code
     assert said in shown.stdout + shown.stderr
     assert shown.stdout.endswith("heavy: set()\n")
+
+
+def test_an_unknown_loss_waits_for_pytorch_alone() -> None:
+    shown = python(
+        "-c",
+        "import sys; sys.argv = ['nvamp', 'compare', '--loss', 'bogus']\n"
+        "from nvamp.cli import main\n"
+        "try: main()\n"
+        "finally: print('heavy:', {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules))",
+    )
+    assert shown.returncode == 2
+    assert "--loss bogus" in shown.stderr
+    assert shown.stdout.endswith("heavy: {'torch'}\n")
 
 
 def test_the_module_is_the_program() -> None:

@@ -14,10 +14,11 @@ from transformers import AutoTokenizer
 from benchmarks.evidence.plan import Job
 from benchmarks.evidence.source import document_of, held_out_labels, kind_of
 from benchmarks.evidence.texts import other_texts
-from nvamp.study.compare import Settings, prepare
+from nvamp.study.compare import prepare
 from nvamp.study.corpus import Corpus
 from nvamp.study.files import replacing
 from nvamp.study.packing import plain
+from nvamp.study.settings import Settings
 from nvamp.study.sources import read_documents
 from nvamp.study.store import Json, write_json
 

@@ -11,6 +11,7 @@ from nvamp.study import StudyError
 from nvamp.study.extra import install_command
 from nvamp.study.model_files import check_model
 from nvamp.study.peers import Peers, join
+from nvamp.study.settings import Settings
 
 _INSTALL = "the command line needs {}, which is not installed: " + install_command("study")
 
@@ -248,13 +249,6 @@ def compare(
     Finished runs are kept: after Ctrl-C, the same command continues. Under torchrun the ranks share the runs.
     """
     peers: Peers = context.obj
-    if model is not None:
-        check_model(model)  # its mistakes do not wait for PyTorch
-    from nvamp.study.compare import Settings, compare
-    from nvamp.study.report import write_report
-    from nvamp.study.store import Store, kept_runs
-    from nvamp.study.terminal import Terminal, show_results
-
     settings = Settings(
         losses=tuple(loss),
         seeds=seeds,
@@ -276,6 +270,17 @@ def compare(
         also=also,
         generate=generate,
     )
+    settings.check()  # mistakes of options and of a model's directory do not wait for PyTorch
+    if model is not None:
+        check_model(model)
+    from nvamp.study.losses import parse_losses
+
+    parse_losses(loss)  # nor do those of losses wait for the other libraries
+    from nvamp.study.compare import compare
+    from nvamp.study.report import write_report
+    from nvamp.study.store import Store, kept_runs
+    from nvamp.study.terminal import Terminal, show_results
+
     console = Console()
     try:
         with Store(out) as store:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from nvamp.study.compare import Settings, compare
+from nvamp.study.compare import compare
 from nvamp.study.corpus import Corpus, build_corpus, train_tokenizer
 from nvamp.study.metrics import HELD_OUT, METRICS, TIMES
 from nvamp.study.models import quiet
+from nvamp.study.settings import Settings
 from nvamp.study.store import Store
 from nvamp.study.watching import Progress
 

@@ -7,8 +7,9 @@ import pytest
 
 import nvamp.study.compare
 from nvamp.study import StudyError
-from nvamp.study.compare import Settings
+from nvamp.study.compare import recipe_of
 from nvamp.study.config import read_config
+from nvamp.study.settings import Settings
 from nvamp.study.training import train
 from tests.study.conftest import study, without_times
 
@@ -119,7 +120,7 @@ def test_bad_settings_are_told_in_one_line(
     ],
 )
 def test_epochs_are_steps(settings: Settings, changes: dict[str, Any], steps: int) -> None:
-    assert replace(settings, **changes).recipe(33).steps == steps
+    assert recipe_of(replace(settings, **changes), 33).steps == steps
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_epochs_are_steps(settings: Settings, changes: dict[str, Any], steps: in
     ],
 )
 def test_learning_rates(settings: Settings, changes: dict[str, Any], lr: float) -> None:
-    assert replace(settings, **{"lr": None, **changes}).recipe(33).lr == lr
+    assert recipe_of(replace(settings, **{"lr": None, **changes}), 33).lr == lr
 
 
 def test_adapters_need_their_package(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,14 @@ from transformers import TrainerCallback
 
 from nvamp.study import StudyError, examples
 from nvamp.study.chats import TEMPLATE
-from nvamp.study.compare import Settings, prepare
+from nvamp.study.compare import prepare
 from nvamp.study.corpus import Corpus, frequency_classes
 from nvamp.study.examples import build_examples
 from nvamp.study.losses import parse_loss
-from nvamp.study.models import Lora
 from nvamp.study.packing import IGNORED
 from nvamp.study.results import describe_corpus
 from nvamp.study.rows import Chat, Pair, Rows
+from nvamp.study.settings import Lora, Settings
 from nvamp.study.training import Recipe, train
 from tests.study.conftest import small_llama, study, words
 

@@ -15,12 +15,13 @@ from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
 
-from nvamp.study import StudyError, compare, models
+from nvamp.study import StudyError
 from nvamp.study.chats import prefix_of
 from nvamp.study.corpus import Corpus
 from nvamp.study.inspect.inputs import read_inputs
 from nvamp.study.inspect.page import inspect_models
 from nvamp.study.models import build_model, load_model, load_tokenizer, max_positions, model_fingerprint
+from nvamp.study.settings import Settings, compare, models
 
 LOADERS = {"model": load_model, "tokenizer": load_tokenizer, "configuration": max_positions}
 
@@ -134,7 +135,7 @@ def test_a_model_that_would_give_wrong_numbers_is_refused(
     said = re.escape(f"--model {directory}: {message.format(path=directory)}")
     monkeypatch.setattr(compare, "read_documents", None)
     with pytest.raises(StudyError, match=said):
-        compare.prepare(compare.Settings(("ce",), 1, 1, 1, model=str(directory), text=(str(text_dir),)))
+        compare.prepare(Settings(("ce",), 1, 1, 1, model=str(directory), text=(str(text_dir),)))
     (text := tmp_path / "text").write_text("alpha beta")
     with pytest.raises(StudyError, match=said):
         inspect_models(read_inputs([str(directory)], text, tmp_path / "page.html"), ["ce"], lambda *_: None)
@@ -203,7 +204,7 @@ def test_a_text_beyond_the_embedding(directory: Path, text_dir: Path) -> None:
     model = load_model(str(directory))
     model.resize_token_embeddings(20)
     model.save_pretrained(directory)
-    settings = compare.Settings(("ce",), 1, 1, 1, model=str(directory), text=(str(text_dir),))
+    settings = Settings(("ce",), 1, 1, 1, model=str(directory), text=(str(text_dir),))
     with pytest.raises(
         StudyError, match=r"^--text: the tokenizer gives token \d+, but the model has 20 tokens$"
     ):

@@ -14,8 +14,9 @@ import pytest
 import torch.distributed as dist
 
 from nvamp.study import StudyError
-from nvamp.study.compare import Settings, compare
+from nvamp.study.compare import compare
 from nvamp.study.peers import Peers, hide, join
+from nvamp.study.settings import Settings
 from nvamp.study.store import Store
 from tests.study.conftest import Silent, started, study, without_times
 

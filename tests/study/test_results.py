@@ -8,8 +8,8 @@ import pytest
 
 import nvamp.study.compare
 from nvamp.study import StudyError
-from nvamp.study.compare import Settings
 from nvamp.study.metrics import METRICS, TIMES, measured
+from nvamp.study.settings import Settings
 from nvamp.study.training import train
 from tests.study.conftest import study
 

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import nvamp.study.compare
 import nvamp.study.store
 from nvamp.study import StudyError
-from nvamp.study.compare import Settings, compare, prepare
+from nvamp.study.compare import compare, prepare, recipe_of
 from nvamp.study.inspect.score import inspect_text
 from nvamp.study.losses import MODES, parse_losses
 from nvamp.study.models import build_model, load_model
+from nvamp.study.settings import Settings
 from nvamp.study.store import Store, _canonical, _checksum, conditions, finite, versions, write_json
 from nvamp.study.training import train
 from nvamp.study.watching import Progress
@@ -334,7 +335,7 @@ def test_space_is_checked_before_training(
 def test_other_versions_and_devices_are_another_study(
     one: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    corpus, recipe = prepare(one), one.recipe(1)
+    corpus, recipe = prepare(one), recipe_of(one, 1)
     with Store(tmp_path) as store:
         store.claim(conditions(recipe, corpus), overwrite=False)
     monkeypatch.setattr(nvamp.study.store, "versions", lambda: {**here, name: "another"})

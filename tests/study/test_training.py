@@ -14,8 +14,9 @@ from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
 from nvamp.study.held_out import score
 from nvamp.study.losses import parse_loss
-from nvamp.study.models import Lora, build_model, load_model
+from nvamp.study.models import build_model, load_model
 from nvamp.study.packing import noisy, plain
+from nvamp.study.settings import Lora
 from nvamp.study.training import Recipe, Run, install, train, training_arguments
 from tests.study.conftest import dropping
 

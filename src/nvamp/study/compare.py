@@ -3,9 +3,8 @@
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
-from importlib.util import find_spec
 from math import ceil, inf
 from pathlib import Path
 from typing import Protocol
@@ -17,10 +16,8 @@ from nvamp.study.chats import prefix_of
 from nvamp.study.config import CONFIG, write_config
 from nvamp.study.corpus import HELD_OUT_TOKENS, Corpus, build_corpus, frequency_classes, tokenize
 from nvamp.study.examples import build_examples
-from nvamp.study.extra import install_command
 from nvamp.study.losses import Loss, parse_losses
 from nvamp.study.models import (
-    Lora,
     check_tokens,
     keeps_apart,
     load_config,
@@ -34,6 +31,7 @@ from nvamp.study.packing import Blocks, pack_text
 from nvamp.study.peers import POLL, Peers
 from nvamp.study.results import describe, describe_corpus, gather
 from nvamp.study.rows import Rows, read_rows
+from nvamp.study.settings import NO_COMPLETIONS, Lora, Settings
 from nvamp.study.sources import bounded, read_documents, shuffled
 from nvamp.study.store import Json, Store, conditions, finite, kept_runs, versions
 from nvamp.study.training import Recipe, train
@@ -41,108 +39,12 @@ from nvamp.study.watching import Progress
 
 SEQUENCE = 64  # tokens in a block, for the built-in model on text
 SEQUENCE_LONG = 256  # for pretrained ones, and for examples
-LOSS_ON = ("all", "completions")
-_NO_COMPLETIONS = "--loss-on completions: expected messages, or prompt and completion, got text"
 STEPS = 240
 LR = 2e-3
 LR_PRETRAINED = 5e-5
 LR_LORA = 2e-4
 
 Pair = tuple[Loss, int]  # the loss and the seed of a run
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asks of a study; the fields are the options of `nvamp compare`.
-
-    Attributes:
-        losses: specs; the first one is the baseline.
-        seeds: the number of seeds, which are 0, 1, ...
-        steps: `None` for the default, or if there are epochs.
-        lr: of a loss without one of its own; `None` for the default.
-        sequence: `None` for the default.
-        lora: "r" or "r,alpha".
-        loss_on: which tokens of examples are learned, of `LOSS_ON`; `None` for the default.
-        special_tokens: whether special tokens that the text spells out are such, or else text.
-        also: a file or directory of another text, on which models are evaluated before and after training.
-        generate: the most held-out prompts to complete.
-    """
-
-    losses: tuple[str, ...]
-    seeds: int
-    steps: int | None
-    batch_size: int
-    lr: float | None = None
-    noise: float = 0.0
-    model: str | None = None
-    text: tuple[str, ...] = ()
-    dataset: tuple[str, ...] = ()
-    epochs: float | None = None
-    accumulate: int = 1
-    sequence: int | None = None
-    lora: str | None = None
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    loss_on: str | None = None
-    special_tokens: bool = False
-    also: str | None = None
-    generate: int = 0
-
-    def check(self) -> None:
-        """Raise a `StudyError` if an option is out of range."""
-        counts = {"seeds": 1, "steps": 1, "batch_size": 1, "accumulate": 1, "sequence": 2}
-        for name, least in counts.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise StudyError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-        for name in ("lr", "epochs"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < inf:
-                raise StudyError(f"--{name} must be finite and positive, got {value:g}")
-        if self.steps is not None and self.epochs is not None:
-            raise StudyError("--steps and --epochs exclude each other")
-        if not 0 <= self.noise <= 1:
-            raise StudyError(f"--noise must be between 0 and 1, got {self.noise:g}")
-        if self.generate < 0:
-            raise StudyError(f"--generate must be at least 0, got {self.generate}")
-        if not self.losses:
-            raise StudyError("--loss: expected at least one")
-        if self.loss_on not in (None, *LOSS_ON):
-            raise StudyError(f"--loss-on: expected {' or '.join(LOSS_ON)}, got {self.loss_on}")
-        if self.loss_on == "completions" and not self.dataset:
-            raise StudyError(_NO_COMPLETIONS)
-        if self.text and self.dataset:
-            raise StudyError("--text and --dataset exclude each other")
-        if self.lora is not None:
-            Lora.parse(self.lora)
-            if self.model is None:
-                raise StudyError("--lora adapts a trained model: name one with --model")
-            if find_spec("peft") is None:
-                raise StudyError(f"--lora needs peft, which is not installed: {install_command('lora')}")
-        if self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-            raise StudyError(f"--bf16: {torch.cuda.get_device_name()} does not compute in bfloat16")
-
-    def recipe(self, examples: int) -> Recipe:
-        """How each model is trained on so many examples."""
-        lr = LR if self.model is None else LR_PRETRAINED if self.lora is None else LR_LORA
-        return Recipe(
-            steps=self._steps(examples),
-            batch_size=self.batch_size,
-            lr=self.lr or lr,
-            noise=self.noise,
-            model=self.model,
-            bf16=self.bf16,
-            accumulate=self.accumulate,
-            gradient_checkpointing=self.gradient_checkpointing,
-            generate=self.generate,
-            lora=None if self.lora is None else Lora.parse(self.lora),
-        )
-
-    def _steps(self, examples: int) -> int:
-        if self.epochs is None:
-            return self.steps or STEPS
-        in_epoch = ceil(examples // self.batch_size / self.accumulate)  # the last step may be a smaller one
-        return ceil(self.epochs * in_epoch)
 
 
 class Display(Protocol):
@@ -181,6 +83,8 @@ def compare(
     """
     quiet()
     settings.check()
+    if settings.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise StudyError(f"--bf16: {torch.cuda.get_device_name()} does not compute in bfloat16")
     losses = parse_losses(list(settings.losses))
     out = store.out
     if overwrite and settings.model and out.resolve() in Path(settings.model).resolve().parents:
@@ -188,7 +92,7 @@ def compare(
     if peers.rank == 0:  # another rank might see the directory while the first one is creating it
         store.check()
     corpus = prepare(settings, out)
-    recipe = settings.recipe(len(corpus.train))
+    recipe = recipe_of(settings, len(corpus.train))
     # Seed by seed: an interrupted study then has its first seeds under every loss.
     pairs = [(loss, seed) for seed in range(settings.seeds) for loss in losses]
 
@@ -271,6 +175,31 @@ def _results(
     return results
 
 
+def recipe_of(settings: Settings, examples: int) -> Recipe:
+    """How each model is trained on so many examples."""
+    lr = LR if settings.model is None else LR_PRETRAINED if settings.lora is None else LR_LORA
+    return Recipe(
+        steps=_steps(settings, examples),
+        batch_size=settings.batch_size,
+        lr=settings.lr or lr,
+        noise=settings.noise,
+        model=settings.model,
+        bf16=settings.bf16,
+        accumulate=settings.accumulate,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        generate=settings.generate,
+        lora=None if settings.lora is None else Lora.parse(settings.lora),
+    )
+
+
+def _steps(settings: Settings, examples: int) -> int:
+    if settings.epochs is None:
+        return settings.steps or STEPS
+    # The last step of an epoch may be a smaller one.
+    in_epoch = ceil(examples // settings.batch_size / settings.accumulate)
+    return ceil(settings.epochs * in_epoch)
+
+
 def prepare(settings: Settings, out: Path | None = None) -> Corpus:
     """Read, split, tokenize and pack the text; files in the directory `out` are ignored."""
     tokenizer, together, most = None, True, inf
@@ -335,7 +264,7 @@ def _read(settings: Settings, out: Path | None) -> tuple[Rows, str]:
     if rows.examples:
         return rows, source
     if settings.loss_on == "completions":
-        raise StudyError(_NO_COMPLETIONS)
+        raise StudyError(NO_COMPLETIONS)
     if empty := rows.dropped.total():
         source += f" ({empty:,} empty rows dropped)"
     return Rows(bounded(shuffled(rows.texts))), source

@@ -4,13 +4,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import TYPE_CHECKING
 
 import nvamp
-from nvamp.integrations.transformers import Criterion
 from nvamp.objectives import GRADIENTS, NVAMP, OBJECTIVES
 from nvamp.objectives.spec import LossSpec
 from nvamp.objectives.spec import parse_loss as parse_spec
 from nvamp.study import StudyError
+
+if TYPE_CHECKING:  # it would import transformers, for which a wrong loss need not wait
+    from nvamp.integrations.transformers import Criterion
 
 # The objectives that need nothing of a token beside its loss: text has no more.
 KNOWN = tuple(name for name, objective in OBJECTIVES.items() if not objective().inputs)
@@ -29,11 +32,11 @@ class Loss:
     """
 
     spec: LossSpec
-    own: Criterion | None = None
+    own: "Criterion | None" = None
     lr: float | None = None
 
     @property
-    def criterion(self) -> Criterion:
+    def criterion(self) -> "Criterion":
         """The loss of logits; it shifts the labels."""
         return self.own or nvamp.Loss(self.spec.objective, **self.spec.token_options)
 

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 import warnings
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,40 +41,6 @@ def build_model(name: str | None, corpus: Corpus, scale: int = 1) -> Any:
             pad_token_id=None,
         )
     )
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters of the linear layers, except the output layer.
-
-    Attributes:
-        r: their rank.
-        alpha: what they add is scaled by alpha / r.
-    """
-
-    r: int
-    alpha: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Lora":
-        """From `r` or `r,alpha`; alpha is twice the rank if it is left out."""
-        r, comma, alpha = text.partition(",")
-        numbers = (r, alpha) if comma else (r,)
-        if not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
-            raise StudyError(f"--lora {text}: expected r or r,alpha, such as 8 or 8,16")
-        return cls(int(r), int(alpha) if comma else 2 * int(r))
-
-    def __str__(self) -> str:
-        return f"{self.r},{self.alpha}"
-
-    def adapt(self, model: Any) -> Any:
-        """The model with fresh adapters, a `PeftModel`; the rest of it is frozen."""
-        import peft  # an extra
-
-        config = peft.LoraConfig(
-            r=self.r, lora_alpha=self.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        return peft.get_peft_model(model, config)
 
 
 def load_model(name: str) -> Any:

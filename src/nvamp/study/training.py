@@ -24,8 +24,9 @@ from nvamp.study.corpus import Corpus
 from nvamp.study.generation import generation_metrics
 from nvamp.study.held_out import Examples, TokenScores, score
 from nvamp.study.losses import Loss
-from nvamp.study.models import Lora, build_model, quiet
+from nvamp.study.models import build_model, quiet
 from nvamp.study.packing import noisy
+from nvamp.study.settings import Lora
 from nvamp.study.watching import Clock, LossTimes, Progress, Watch
 
 CURVE_TOKENS = 4096  # held-out tokens in each evaluation during a run
