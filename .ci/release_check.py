@@ -81,7 +81,7 @@ def check_installed(wheel: Path) -> None:
         assert said.returncode == 2, said
         assert said.stdout == "", said.stdout
         assert said.stderr.count("\n") == 1, said.stderr
-        assert "pip install 'nvamp-loss[study]'" in said.stderr, said.stderr
+        assert f"pip install 'nvamp-loss[study] @ {wheel.resolve().as_uri()}'" in said.stderr, said.stderr
 
 
 if __name__ == "__main__":

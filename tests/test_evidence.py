@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.evidence import __main__ as program
-from benchmarks.evidence import fronts, held_out, plan, source
+from benchmarks.evidence import formats, fronts, held_out, plan, source
 from benchmarks.evidence import training as train
 from benchmarks.evidence.fronts import Group
 from benchmarks.evidence.plan import Job
@@ -234,6 +234,16 @@ def test_what_runs_can_see() -> None:
     assert not fronts.equivalent(value, 3, within=2.91 * error)
     assert fronts.equivalent(value, 3, within=2.93 * error)
     assert not fronts.equivalent(Estimate(0.0, None), 1)
+
+
+def test_numbers_of_the_pages() -> None:
+    assert formats.signed(Estimate(-0.25, 0.5), 2) == "−0.25 (−0.75 to +0.25)"
+    assert formats.signed(Estimate(0.04, None), 1) == formats.mean_only(Estimate(-0.04, None), 1) == "0.0"
+    assert formats.plain(Estimate(4.4731, 0.0123)) == "4.473 ± 0.012"
+    assert formats.size(Estimate(-0.25, 0.5), 2) == "0.25"
+    assert formats.starred(Estimate(-1.8, 1.7)) == "−1.8*"
+    assert formats.starred(Estimate(-1.8, 1.9)) == formats.starred(Estimate(-1.8, None)) == "−1.8"
+    assert formats.plain(None) == formats.starred(None) == "–"
 
 
 def test_the_theory() -> None:
