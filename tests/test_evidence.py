@@ -146,6 +146,70 @@ def test_docs_are_drawn_from_the_record(name: str, tmp_path: Path) -> None:
     assert (program.DOCS / "recipe.md").read_text() == program.recipe()
 
 
+def excludes_zero(value: Estimate | None) -> bool:
+    return value is not None and value.half_width is not None and abs(value.mean) > value.half_width
+
+
+def test_the_answer_of_the_fronts_is_that_of_the_record() -> None:
+    groups = program.groups("front")
+    early, late = groups["240"], groups["6000"]
+    smooth = early.beyond("ce:label_smoothing=0.1", 0.5)
+    assert smooth is not None
+    assert excludes_zero(smooth)
+    assert smooth.mean < -1
+    for loss in plan.LONG:
+        for price in fronts.PRICES:
+            gap = late.beyond(loss, price)
+            assert gap is None or not excludes_zero(gap) or gap.mean >= 0
+    for group in (early, groups["1500"], late):
+        for key in ("mean", "cvar"):
+            assert not excludes_zero(group.change("nvamp", key))
+        share = group.change("nvamp:gamma=0.04,tail=0.05", "cvar")
+        assert excludes_zero(share)
+    assert not any(run["diverged"] for group in groups.values() for run in group.runs.values())
+
+
+def test_the_answer_of_the_extremes_is_that_of_the_record() -> None:
+    late = program.groups("extremes")["6000"]
+    smooth, mixture = late.change("ce:label_smoothing=0.05", "max"), late.mixed("max", 0)
+    assert smooth is not None
+    assert mixture is not None
+    assert mixture.mean < smooth.mean < 0
+    others = [late.change(loss, "extreme") for loss in plan.CORE[1:] if "smoothing" not in loss]
+    best = late.change("ce:label_smoothing=0.05", "extreme")
+    assert best is not None
+    assert all(value is None or value.mean > best.mean for value in others)
+
+
+def test_the_answer_of_the_types_is_that_of_the_record() -> None:
+    groups = program.groups("types")
+    for loss in ("nvamp", "nvamp:gamma=0.04,tail=0.05"):
+        for group in groups.values():
+            change = group.type_change(loss, "rare")
+            assert change is not None
+            assert not excludes_zero(change) or change.mean > 0
+    for name in ("rare", "mid", "frequent"):
+        effort = groups["6000"].effort("nvamp", name)
+        assert effort is not None
+        assert effort.mean == pytest.approx(1, abs=0.01)
+
+
+def test_the_answer_of_fine_tuning_is_that_of_the_record() -> None:
+    groups = program.groups("finetuning")
+    before = next(iter(groups["start"].runs.values()))
+    for name in ("reference", "answers"):
+        usual = groups[name].gained("ce", before)
+        dft = groups[name].gained("dft", before)
+        assert usual is not None
+        assert dft is not None
+        assert dft.mean > 2 * usual.mean
+        assert not excludes_zero(groups[name].change("entropy:kind=eaft", "mean"))
+        for loss in plan.TUNED[1:]:
+            gained = groups[name].gained(loss, before)
+            assert gained is not None
+            assert gained.mean > usual.mean - 0.03
+
+
 def test_predictions_are_those_of_the_logits() -> None:
     logits = torch.tensor([[[2.0, 0.0, -1.0], [0.5, 0.5, 0.0], [0.0, 3.0, 0.0]]])
     blocks = torch.tensor([[1, 0, 2]])
