@@ -304,6 +304,7 @@ def test_numbers_of_the_pages() -> None:
     assert formats.signed(Estimate(-0.25, 0.5), 2) == "−0.25 (−0.75 to +0.25)"
     assert formats.signed(Estimate(0.04, None), 1) == formats.mean_only(Estimate(-0.04, None), 1) == "0.0"
     assert formats.plain(Estimate(4.4731, 0.0123)) == "4.473 ± 0.012"
+    assert formats.around(Estimate(-0.25, 0.5), 2) == "−0.25\u00a0±\u00a00.50"
     assert formats.size(Estimate(-0.25, 0.5), 2) == "0.25"
     assert formats.starred(Estimate(-1.8, 1.7)) == "−1.8*"
     assert formats.starred(Estimate(-1.8, 1.9)) == formats.starred(Estimate(-1.8, None)) == "−1.8"

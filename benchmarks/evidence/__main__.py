@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from benchmarks.evidence import fronts, plan
 from benchmarks.evidence import training as train
 from benchmarks.evidence.drawing import STYLE, save
-from benchmarks.evidence.formats import mean_only, plain, signed, size, starred
+from benchmarks.evidence.formats import around, mean_only, plain, signed, size, starred
 from benchmarks.evidence.fronts import Group
 from benchmarks.evidence.gather import gather
 from benchmarks.evidence.held_out import MIXES, TEMPERATURES
@@ -93,8 +93,8 @@ def _render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.globals |= {"plan": plan, "fronts": fronts, "TEMPERATURES": TEMPERATURES, "MIXES": MIXES}
-    environment.filters |= {"plain": plain, "signed": signed, "mean_only": mean_only, "size": size}
-    environment.filters["starred"] = starred
+    filters = (around, mean_only, plain, signed, size, starred)
+    environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template(template).render(**values)
 
 

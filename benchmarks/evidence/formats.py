@@ -35,6 +35,15 @@ def signed(value: Estimate | None, decimals: int = 3) -> str:
     return f"{_shown(value.mean, decimals, '+')} ({low} to {high})"
 
 
+def around(value: Estimate | None, decimals: int = 1) -> str:
+    """`+0.4 ± 0.8`: the same, short enough for a table."""
+    if value is None or value.half_width is None:
+        return mean_only(value, decimals)
+    return f"{_shown(value.mean, decimals, '+')} ± {_shown(value.half_width, decimals)}".replace(
+        " ", "\u00a0"
+    )
+
+
 def starred(value: Estimate | None, decimals: int = 1) -> str:
     """`−1.8*`: a difference, with a star if its 95% interval excludes zero."""
     clear = value is not None and value.half_width is not None and abs(value.mean) > value.half_width
