@@ -91,6 +91,7 @@ def _each(group: str, losses: Sequence[str], seeds: Sequence[int], steps: int, *
             yield Job(group, loss, seed, steps, **more)
 
 
+ON_A_CARD = ("wide",)  # groups that a processor would need days for
 START = Job("start", "ce", 0, 1500)  # its model is what is fine-tuned
 
 

@@ -115,7 +115,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=(), help="groups of the plan")
     parser.add_argument("--seconds", type=float, default=inf, help="start nothing that would end later")
     args = parser.parse_args(arguments)
-    jobs = [job for job in plan.plan() if not args.only or job.group in args.only]
+    without = () if torch.cuda.is_available() else plan.ON_A_CARD
+    jobs = [
+        job for job in plan.plan() if job.group not in without and (not args.only or job.group in args.only)
+    ]
     runs = Runs(args.out, TEXT)
     if args.workers == 1:
         work(jobs, runs, args.seconds)
