@@ -112,6 +112,13 @@ def test_questions_end_to_end(tiny: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len(capsys.readouterr().out.splitlines()) == 1  # what is missing, and no more
 
 
+def test_the_plan_has_each_run_once() -> None:
+    jobs = plan.plan()
+    assert len({job.name for job in jobs}) == len(jobs)
+    for job in jobs:
+        train.loss_of(job)  # every loss is one
+
+
 def test_a_run_that_another_process_holds_is_left_to_it(tiny: Path) -> None:
     runs = Runs(tiny / "store", train.TEXT)
     first, second = plan.plan()[:2]

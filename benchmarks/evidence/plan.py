@@ -97,7 +97,7 @@ START = Job("start", "ce", 0, 1500)  # its model is what is fine-tuned
 
 def plan() -> list[Job]:
     """All runs, the most important first; the longest of them early, so that none is left over at the end."""
-    return [
+    jobs = [
         *_each("6000", LONG, range(3), 6000),
         START,
         *(
@@ -116,3 +116,4 @@ def plan() -> list[Job]:
         *_each("noise10", NOISY, range(3), 1500, changes={"noise": 0.1}),
         *_each("wide", WIDE, range(3), 3000, batch_size=32, changes={"scale": 2}),
     ]
+    return list({job.name: job for job in jobs}.values())  # what is wanted early is part of a whole, too
