@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 import nvamp.study.compare
+import nvamp.study.settings
 from nvamp.study import StudyError
 from nvamp.study.compare import recipe_of
 from nvamp.study.config import read_config
@@ -137,7 +138,7 @@ def test_learning_rates(settings: Settings, changes: dict[str, Any], lr: float) 
 
 
 def test_adapters_need_their_package(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvamp.study.compare, "find_spec", lambda name: None)
+    monkeypatch.setattr(nvamp.study.settings, "find_spec", lambda name: None)
     with pytest.raises(StudyError, match=r"^--lora needs peft, .* pip install -e '.*\[lora\]'$"):
         replace(settings, lora="8").check()
 

@@ -15,13 +15,13 @@ from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
 
-from nvamp.study import StudyError
+from nvamp.study import StudyError, compare, models
 from nvamp.study.chats import prefix_of
 from nvamp.study.corpus import Corpus
 from nvamp.study.inspect.inputs import read_inputs
 from nvamp.study.inspect.page import inspect_models
 from nvamp.study.models import build_model, load_model, load_tokenizer, max_positions, model_fingerprint
-from nvamp.study.settings import Settings, compare, models
+from nvamp.study.settings import Settings
 
 LOADERS = {"model": load_model, "tokenizer": load_tokenizer, "configuration": max_positions}
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nvamp.study import StudyError
 from nvamp.study.chats import Encoded
 from nvamp.study.held_out import score
 from nvamp.study.models import keeps_apart
@@ -43,6 +44,10 @@ def test_a_prefix_begins_each_document_and_each_block(
     documents: list[list[int]], sequence: int, length: int
 ) -> None:
     prefix = [1, 2][:length]
+    if sequence < length + 2:  # no token to see, or none to predict
+        with pytest.raises(StudyError, match=f"expected blocks of at least {length + 2} tokens"):
+            pack_text(documents, sequence, prefix)
+        return
     blocks = pack_text(documents, sequence, prefix)
     assert blocks.positions is blocks.examples is None
     text = [token for document in documents for token in document]
