@@ -105,6 +105,16 @@ def test_kernel_is_the_definition(
         assert_same(by_kernel(*arguments), by_definition(*arguments), batch[1], has_kinks(*batch))
 
 
+@pytest.mark.parametrize(
+    "gap", [1, 16, 33]
+)  # within a block of 16, in the same lane of the next one, and in another
+def test_kernel_takes_the_first_of_equal_losses(gap: int) -> None:
+    ell = torch.ones(64, dtype=torch.float64)
+    ell[[3, 3 + gap]] = 5.0
+    arguments = (ell, all_valid(ell), None, NVAMP(gamma=0.5))
+    assert_same(by_kernel(*arguments), by_definition(*arguments), all_valid(ell))
+
+
 @pytest.mark.parametrize("labels", [torch.int64, torch.int32])
 @pytest.mark.parametrize("ignore_index", [-100, 0, 2**31 - 1])
 def test_kernel_reads_labels(labels: torch.dtype, ignore_index: int) -> None:

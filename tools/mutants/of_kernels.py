@@ -34,6 +34,6 @@ MUTANTS = [
     mutant("        tl.store(x_ptr + edges, tl.zeros(edges.shape, narrow), mask=edges >= 0)\n        return\n    weight", "        return\n    weight", "engine", "test_one_pass and accelerator and triton-0-plain"),
     # Launches.
     # The objective in one kernel.
-    fused("(candidate > best) |", "(candidate >= best) |", "definition"),
+    fused("(candidate > best) |", "(candidate >= best) |", "first_of_equal"),
     Mutant(f"{FUSED}.py", "        and not objective.tail\n", "", "tests/test_fused.py", "cannot_judge"),
 ]
