@@ -69,7 +69,7 @@ def tiny(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     smoothed = "ce:label_smoothing=0.1"
     runs = {
         "240": [("ce", 0), (smoothed, 0), ("ce", 1), (smoothed, 1)],
-        "1500": [("ce", 0), (smoothed, 0), ("ce>tail:strength=2", 0), ("entropy:kind=eaft", 0)],
+        "1500": [("ce", 0), (smoothed, 0), ("ce>tail:strength=2", 0), ("entropy", 0)],
         "6000": [("ce", 0), (smoothed, 0)],
         "noise30": [("ce", 0), (smoothed, 0)],
     }
@@ -210,7 +210,7 @@ def test_the_answer_of_fine_tuning_is_that_of_the_record() -> None:
         assert usual is not None
         assert dft is not None
         assert dft.mean > 2 * usual.mean
-        assert not excludes_zero(groups[name].change("entropy:kind=eaft", "mean"))
+        assert not excludes_zero(groups[name].change("entropy", "mean"))
         for loss in plan.TUNED[1:]:
             gained = groups[name].gained(loss, before)
             assert gained is not None

@@ -28,7 +28,7 @@ LOSSES = (
     "truncated:share=0.05",
     "focal:gamma=1",
     "gce:q=0.3",
-    "entropy:kind=eaft",
+    "entropy",
     "entropy:kind=mile",
     "dft",
     "ce:z_loss=0.0001",
@@ -49,7 +49,7 @@ TUNED = (
     "ce",
     "nvamp:gamma=0.02,tail=0.05",
     "ce:label_smoothing=0.05",
-    "entropy:kind=eaft",
+    "entropy",
     "entropy:kind=mile",
     "dft",
 )
