@@ -251,3 +251,10 @@ def test_every_metric_is_known() -> None:
     keys = [metric.key for metric in METRICS]
     assert set(HELD_OUT) < set(keys)
     assert measured(METRICS, dict.fromkeys(HELD_OUT)) == [ESTIMATES[key] for key in keys if key in HELD_OUT]
+
+
+def test_seeds_that_agree_to_the_digit_prove_nothing() -> None:
+    found = difference([3.9, 3.9], [3.8, 3.8])  # one token of a thousand more that is right, twice
+    assert found is not None
+    assert found.half_width == pytest.approx(0, abs=1e-12)
+    assert verdict(Estimate(found.mean, 0.0), lower_is_better=False) == "no clear difference"

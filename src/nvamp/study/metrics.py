@@ -369,7 +369,8 @@ def verdict(difference: Estimate | None, lower_is_better: bool) -> str:
         return "no value"
     if difference.half_width is None:
         return "one seed, no interval"
-    if abs(difference.mean) <= difference.half_width:
+    # Of a coarse metric, such as one token more that is right, all seeds may have the same by chance.
+    if difference.half_width == 0 or abs(difference.mean) <= difference.half_width:
         return "no clear difference"
     return "better" if (difference.mean < 0) == lower_is_better else "worse"
 
