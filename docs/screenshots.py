@@ -16,7 +16,7 @@ SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--study", type=Path, default=Path("runs/compare"), help="a folder of nvamp compare")
-    parser.add_argument("--loss", default="nvamp-gamma=0.04-tail=0.05", help="whose page of nvamp inspect to show")
+    parser.add_argument("--loss", default="nvamp-gamma=0.04-tail=0.05", help="whose page to show")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the pictures")
     args = parser.parse_args()
     pages = {
