@@ -24,6 +24,7 @@ MUTANTS = [
     objective("statistics", "index = index.masked_fill(elsewhere, -1)", "pass", "nvamp", "no_valid"),
     objective("statistics", "exponent - (bias + 40)", "exponent - (bias + 70)", "nvamp", "huge"),
     objective("statistics", "again = scale / scales", "again = torch.ones_like(scales)", "ranks", "huge"),
+    objective("dft", "batch.mean(p * batch.nll, p)", "batch.mean(p * batch.nll, p * (1 - batch.nll))", "values", "definition"),
     objective("nvamp", 'return 3 if self.mode == "full" else 2', "return 2", "nvamp", "derivative"),
     objective("nvamp", 'return self.gradient if self.alpha or self.gradient == "detached" else "scalar"', "return self.gradient", "nvamp", "without_alpha or derivative"),
     objective("nvamp", "s.scale * batch.nll - s.scale * s.mean, s.scale * s.std", "batch.nll - s.mean, s.std", "nvamp", "huge"),
