@@ -30,20 +30,18 @@ def panels(count: int, height: float = 3.2) -> tuple[Figure, Any]:
     return figure, figure.subplots(1, count)
 
 
-def intervals(
-    axes: Any, rows: Sequence[str], series: Mapping[str, Sequence[Estimate | None]], first: int = 0
-) -> None:
-    """A dot and its 95% interval for each row, the first on top; `first` is the first series' colour."""
+def intervals(axes: Any, rows: Sequence[str], series: Mapping[str, Sequence[Estimate | None]]) -> None:
+    """A dot and its 95% interval for each row, the first on top."""
     for index, (label, values) in enumerate(series.items()):
         found = [(place, value) for place, value in enumerate(values) if value is not None]
         axes.errorbar(
             [value.mean for _, value in found],
             [place + (index - (len(series) - 1) / 2) * 0.22 for place, _ in found],
             xerr=[value.half_width or 0 for _, value in found],
-            fmt="osD^"[(first + index) % 4],
+            fmt="osD^"[index % 4],
             markersize=4,
             linewidth=1.3,
-            color=COLOURS[(first + index) % len(COLOURS)],
+            color=COLOURS[index % len(COLOURS)],
             label=label,
         )
     axes.set_yticks(range(len(rows)), rows)

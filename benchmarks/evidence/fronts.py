@@ -72,16 +72,13 @@ class Group:
         )
         return "; ".join(f"{count} on {device}" for device, count in counts.items())
 
-    def diverged(self, loss: str, lr: float | None = None) -> int:
-        return sum(self.runs[loss, lr or self.usual, seed]["diverged"] for seed in self.seeds(loss, lr))
-
-    def values(self, loss: str, key: str, lr: float | None = None) -> Estimate | None:
+    def values(self, loss: str, key: str) -> Estimate | None:
         """A metric of the runs as trained, on all held-out tokens."""
-        return self._each(loss, lr, lambda run, base: run["metrics"][key])
+        return self._each(loss, lambda run, base: run["metrics"][key])
 
-    def change(self, loss: str, key: str, lr: float | None = None) -> Estimate | None:
+    def change(self, loss: str, key: str) -> Estimate | None:
         """The change of a metric as trained, on all held-out tokens."""
-        return self._each(loss, lr, lambda run, base: _percent(run["metrics"][key], base["metrics"][key]))
+        return self._each(loss, lambda run, base: _percent(run["metrics"][key], base["metrics"][key]))
 
     def change_of_seed(self, loss: str, key: str, lr: float, seed: int) -> Estimate | None:
         """The same of one seed, which has no interval."""
@@ -92,15 +89,15 @@ class Group:
 
     def shift(self, loss: str, key: str) -> Estimate | None:
         """The change of a metric as trained, in nats."""
-        return self._each(loss, None, lambda run, base: run["metrics"][key] - base["metrics"][key])
+        return self._each(loss, lambda run, base: run["metrics"][key] - base["metrics"][key])
 
     def gained(self, loss: str, start: Json) -> Estimate | None:
         """The mean loss of the first text after fine-tuning, minus that of the model `start`, in nats."""
-        return self._each(loss, None, lambda run, base: run["first"]["mean"] - start["metrics"]["mean"])
+        return self._each(loss, lambda run, base: run["first"]["mean"] - start["metrics"]["mean"])
 
     def calibration(self, loss: str, index: int) -> Estimate | None:
         """The expected calibration error in percent, on the half to measure on, at a temperature."""
-        return self._each(loss, None, lambda run, base: run["halves"][MEASURED_ON]["ece"][index])
+        return self._each(loss, lambda run, base: run["halves"][MEASURED_ON]["ece"][index])
 
     def smallest_visible(self, key: str, losses: Sequence[str]) -> str:
         """The range, over losses, of the smallest change that is seen as clear four times out of five."""
@@ -115,19 +112,17 @@ class Group:
 
     def type_change(self, loss: str, kind: str) -> Estimate | None:
         """The change of the mean loss of a type of tokens."""
-        return self._each(
-            loss, None, lambda run, base: _percent(run["types"][kind][0], base["types"][kind][0])
-        )
+        return self._each(loss, lambda run, base: _percent(run["types"][kind][0], base["types"][kind][0]))
 
     def effort(self, loss: str, kind: str) -> Estimate | None:
         """The effort that a loss gives a type of tokens; `None` if it takes more than token losses."""
         return self._each(
-            loss, None, lambda run, base: run["types"][kind][1] if len(run["types"][kind]) > 1 else None
+            loss, lambda run, base: run["types"][kind][1] if len(run["types"][kind]) > 1 else None
         )
 
     def at_price(self, loss: str, price: float) -> Estimate | None:
         """The change of the tail at the temperature at which the mean is `price` percent higher."""
-        return self._each(loss, None, lambda run, base: tail_at(run, base, price))
+        return self._each(loss, lambda run, base: tail_at(run, base, price))
 
     def beyond(self, loss: str, price: float) -> Estimate | None:
         """The same minus that of cross-entropy's model: below zero is beyond its front."""
@@ -136,17 +131,16 @@ class Group:
             ours, theirs = tail_at(run, base, price), tail_at(base, base, price)
             return None if ours is None or theirs is None else ours - theirs
 
-        return self._each(loss, None, gap)
+        return self._each(loss, gap)
 
     def lowest(self, loss: str) -> Estimate | None:
         """The change of the mean at the temperature at which it is lowest."""
-        return self._each(loss, None, lambda run, base: float(front(run, base)[0].min()))
+        return self._each(loss, lambda run, base: float(front(run, base)[0].min()))
 
     def at_temperature(self, loss: str, key: str, index: int) -> Estimate | None:
         """The change of a metric, on the half to measure on, at a temperature for all seeds."""
         return self._each(
             loss,
-            None,
             lambda run, base: _percent(
                 run["halves"][MEASURED_ON][key][index], base["halves"][MEASURED_ON][key][AS_TRAINED]
             ),
@@ -156,7 +150,6 @@ class Group:
         """The change of a metric by mixing cross-entropy's model with the uniform distribution."""
         return self._each(
             CE,
-            None,
             lambda run, base: _percent(
                 run["mixes"][MEASURED_ON][key][index], base["halves"][MEASURED_ON][key][AS_TRAINED]
             ),
@@ -181,12 +174,9 @@ class Group:
                 found[index] = float(tail)
         return min(found, key=lambda index: found[index]) if found else None
 
-    def _each(
-        self, loss: str, lr: float | None, number: Callable[[Json, Json], float | None]
-    ) -> Estimate | None:
+    def _each(self, loss: str, number: Callable[[Json, Json], float | None]) -> Estimate | None:
         pairs = [
-            (self.runs[loss, lr or self.usual, seed], self.runs[CE, self.usual, seed])
-            for seed in self.seeds(loss, lr)
+            (self.runs[loss, self.usual, seed], self.runs[CE, self.usual, seed]) for seed in self.seeds(loss)
         ]
         if any(run["diverged"] or base["diverged"] for run, base in pairs):
             return None

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from torch import Tensor
 from transformers import TrainerCallback
 
 from nvamp.integrations.modes import in_mode
@@ -105,7 +104,6 @@ def train(
     recipe: Recipe,
     corpus: Corpus,
     progress: Progress,
-    noise: Tensor | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
     """Train a fresh model with `loss`; `seed` and `recipe` alone determine everything else.
@@ -113,7 +111,6 @@ def train(
     A learning rate of the loss's own takes the place of the recipe's.
 
     Args:
-        noise: the probability that each label is replaced, [blocks, sequence]; the recipe's if `None`.
         callbacks: further callbacks for the `Trainer`, to watch the run.
     """
     quiet()
@@ -126,7 +123,7 @@ def train(
     if recipe.lora:
         model = recipe.lora.adapt(base)
     vocabulary = min(len(corpus.tokenizer), model.config.get_text_config().vocab_size)
-    data = noisy(corpus.training, vocabulary, recipe.noise if noise is None else noise, seed)
+    data = noisy(corpus.training, vocabulary, recipe.noise, seed)
     logits_because = install(loss, base)
     loss_times = LossTimes(base, Clock(device))
     sequence = corpus.train.shape[1]
