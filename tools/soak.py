@@ -32,6 +32,7 @@ from nvamp.study.losses import KNOWN
 from nvamp.study.metrics import HELD_OUT
 from tests.study.conftest import small_llama, words
 
+CHATS = Path(__file__).parents[1] / "examples/data/chat.jsonl"
 TRIES = 20  # commands until a study must be finished
 LONGEST = 3.0  # seconds until a kill, at most
 MISTAKES = (
@@ -45,6 +46,12 @@ MISTAKES = (
     ["--text", ""],
     ["--model", "./none"],
     ["--out", ""],
+    ["--lora", "0"],
+    ["--epochs", "0", "--steps", "1"],
+    ["--accumulate", "0"],
+    ["--loss-on", "bogus"],
+    ["--dataset", "./none.jsonl"],
+    ["--config", "./none.toml"],
     ["--bogus"],
 )
 
@@ -145,23 +152,33 @@ class Soak:
         self.log = scratch / "errors"
         self.count: Counter[str] = Counter()
         self.text.mkdir()
-        documents = [words(seed, 60) for seed in range(20)]
+        documents = [words(seed, 200) for seed in range(80)]
         for index, document in enumerate(documents):
             (self.text / f"{index}.txt").write_text(document)
         tokenizer = train_tokenizer(documents)
-        small_llama(tokenizer, 16).save_pretrained(self.model)
+        small_llama(tokenizer, 256).save_pretrained(self.model)
         tokenizer.save_pretrained(self.model)
+
+    def options(self, rng: random.Random) -> list[str]:
+        """Those of a small study, of plain text or of chats."""
+        options = [f"--loss={loss}" for loss in rng.sample(KNOWN, rng.randint(1, 2))]
+        options += ["--seeds", str(rng.randint(1, 2)), "--steps", str(rng.randint(1, 3))]
+        options += ["--batch-size", str(rng.choice((1, 4))), "--model", str(self.model)]
+        if rng.random() < 0.5:
+            options += ["--dataset", str(CHATS), "--loss-on", rng.choice(("all", "completions"))]
+            options += ["--generate", str(rng.choice((0, 2)))]
+        else:
+            options += ["--text", str(self.text), "--noise", str(rng.choice((0.0, 0.2, 1.0)))]
+        options += rng.choice(([], [], ["--lora", "2"]))
+        options += rng.choice(([], ["--bf16"], ["--gradient-checkpointing"], ["--accumulate", "2"]))
+        return [*options, *rng.choice(([], ["--also", str(self.text)]))]
 
     def round(self, seed: int) -> None:
         rng = random.Random(seed)
         out, whole = self.scratch / "out", self.scratch / "whole"
         for path in (out, whole):
             shutil.rmtree(path, ignore_errors=True)
-        options = [f"--loss={loss}" for loss in rng.sample(KNOWN, rng.randint(1, 2))]
-        options += ["--seeds", str(rng.randint(1, 2)), "--steps", str(rng.randint(1, 3))]
-        options += ["--batch-size", str(rng.choice((1, 4))), "--noise", str(rng.choice((0.0, 0.2, 1.0)))]
-        options += ["--model", str(self.model), "--text", str(self.text)]
-        study = ["compare", *options, "--out", str(out)]
+        study = ["compare", *self.options(rng), "--out", str(out)]
         self.count["rounds"] += 1
         for left in reversed(range(TRIES)):
             if rng.random() < 0.3:
@@ -218,8 +235,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(10**9))
     arguments = parser.parse_args()
     started, seed = time.monotonic(), arguments.seed
-    for module in ("compare", "report", "inspect.page"):  # so that the forks need not import them
-        import_module(f"nvamp.study.{module}")
+    for module in ("nvamp.study.compare", "nvamp.study.report", "nvamp.study.inspect.page", "peft"):
+        import_module(module)  # so that the forks need not
     with tempfile.TemporaryDirectory() as scratch:
         soak = Soak(Path(scratch))
         while time.monotonic() - started < arguments.seconds:

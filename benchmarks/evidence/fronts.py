@@ -59,7 +59,7 @@ class Group:
     def passes(self) -> float:
         """How often the runs see each token of the text."""
         run, text = next(iter(self.runs.values())), self.about["text"]
-        return float(run["steps"] * run["batch_size"] * text["sequence"] / text["train_tokens"])
+        return float(run["steps"] * run["batch_size"] / text["train_blocks"])
 
     def title(self, short: bool = False) -> str:
         steps = f"{self.steps():,} steps"

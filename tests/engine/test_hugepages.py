@@ -1,5 +1,7 @@
 """Huge pages are asked for, and nothing else changes."""
 
+import ctypes
+import mmap
 import re
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nvamp.engine import hugepages
 from nvamp.engine.hugepages import in_huge_pages
 
 
@@ -40,6 +43,45 @@ def test_the_tensor_is_as_it_was(size: int, dtype: torch.dtype) -> None:
     assert same.fill_(3).eq(3).all()
 
 
-def test_other_devices_are_left_alone() -> None:
+class Recorder:
+    """Takes the place of the C library."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int, int]] = []
+
+    def madvise(self, start: ctypes.c_void_p, length: ctypes.c_size_t, advice: int) -> None:
+        self.asked.append((start.value or 0, length.value, advice))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    recorder = Recorder()
+    monkeypatch.setattr(hugepages, "_LIBC", recorder)
+    return recorder.asked
+
+
+@pytest.mark.parametrize("offset", [0, 64, 4095])
+def test_whole_pages_inside_the_memory_are_asked_for(
+    asked: list[tuple[int, int, int]], offset: int
+) -> None:
+    """The first page may hold other things, too; the last is the allocator's to the end."""
+    memory = torch.empty(2**22 + 2 * mmap.PAGESIZE, dtype=torch.uint8)
+    offset += -memory.data_ptr() % mmap.PAGESIZE
+    x = memory[offset : offset + 2**22]
+    in_huge_pages(x)
+    start, length, advice = asked.pop()
+    assert start % mmap.PAGESIZE == 0
+    assert x.data_ptr() <= start < x.data_ptr() + mmap.PAGESIZE
+    assert start + length == x.data_ptr() + x.nbytes
+    assert advice == mmap.MADV_HUGEPAGE
+
+
+def test_small_memory_is_left_alone(asked: list[tuple[int, int, int]]) -> None:
+    in_huge_pages(torch.empty(2**22 - 1, dtype=torch.uint8))
+    assert asked == []
+
+
+def test_other_devices_are_left_alone(asked: list[tuple[int, int, int]]) -> None:
     x = torch.empty(2**24, device="meta")
     assert in_huge_pages(x) is x
+    assert asked == []

@@ -176,6 +176,43 @@ def test_of_tied_losses_in_several_blocks_the_first_counts() -> None:
     assert (float(largest.loss[1]), int(largest.row[1])) == (1, 0)
 
 
+def test_of_the_largest_loss_every_class_and_every_feature_is_kept() -> None:
+    for features, vocab in ((3000, 2), (2, 3000)):
+        head = Head(torch.randn(5, features), torch.zeros(vocab, features), None, torch.zeros(5).long())
+        grad = torch.randn(5, vocab)
+        largest = Largest.none(head, 1)
+        chunk = Chunk(0, 0, torch.tensor([1.0, 3, 2, 0, 1]), head.labels, grad, head.hidden)
+        triton.keep_largest(largest, chunk, Options())
+        assert torch.equal(largest.hidden, head.hidden[1])
+        assert torch.equal(largest.grad, grad[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_is_alike(dtype: torch.dtype) -> None:
+    """Element by element."""
+
+    def distances(x: Tensor) -> Tensor:
+        index = torch.arange(x.untyped_storage().nbytes() // x.itemsize)
+        return x.itemsize * index.as_strided(x.shape, x.stride(), x.storage_offset()) + address(x)
+
+    def address(x: Tensor) -> int:
+        return x.untyped_storage().data_ptr()
+
+    memory = torch.zeros(400, dtype=dtype)
+    shapes = [
+        memory[start:].as_strided((outer, 3, 5), (outer_stride, pitch, step))
+        for start, outer, outer_stride, pitch, step in product((0, 1, 8), (1, 2), (40, 41), (8, 9), (1, 2))
+    ]
+    found = set()
+    for x, out in product(shapes, shapes):
+        if len(x) == len(out):
+            really = bool(((distances(x) - distances(out)) % 16 == 0).all())
+            assert triton._alike(x, out) <= really
+            found.add((triton._alike(x, out), really))
+    assert {(True, True), (False, False)} <= found
+    assert all(triton._alike(x, x) for x in shapes)
+
+
 class Allocations(TorchDispatchMode):
     """The most bytes that tensors have at any time, without those that were there before."""
 

@@ -69,6 +69,7 @@ def test_a_prefix_begins_each_document_and_each_block(
 def test_examples_are_whole_and_apart(found: list[Encoded], sequence: int, together: bool) -> None:
     blocks = pack_examples(found, sequence, 77, together)
     assert blocks.examples is not None
+    assert blocks.tokens == sum(len(example.ids) for example in found)
     for index, example in enumerate(found):
         own = blocks.examples == index
         assert own.any(1).sum() == 1  # in one block

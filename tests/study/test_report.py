@@ -82,7 +82,7 @@ def test_the_page_says_it_all(results: dict[str, Any], tmp_path: Path) -> None:
         "4.00 ± 0.50",
         "−2.00 ± 0.50",
         "7,000 (6,000 to 8,000)",
-        "1,234,567 tokens, of which each run sees 122,880: 0.1 passes over the text",
+        "1,234,567 tokens, over which each run passes 0.1 times",
         "nvamp compare --text '<script>' --seeds 3",
         "2.13.0",
         "the built-in Llama, from scratch",

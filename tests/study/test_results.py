@@ -34,7 +34,7 @@ def test_results_are_those_of_the_runs(settings: Settings, tmp_path: Path) -> No
         values = [runs["dft", seed][time.key] for seed in (0, 1)]
         expected = {"median": np.mean(values), "low": min(values), "high": max(values)}
         assert dft["times"][time.key] == pytest.approx(expected)
-    assert results["tokens_seen"] == 6 * 8 * 16
+    assert results["passes"] == 6 * 8 / results["text"]["train_blocks"]
     assert results["text"]["worst_tokens"] == -(-results["text"]["held_out_tokens"] // 20)
 
     nll = np.stack([np.load(tmp_path / "runs" / f"dft-seed{seed}.npy") for seed in (0, 1)])
@@ -135,6 +135,15 @@ def test_completions_and_another_text(settings: Settings, chats: Path, tmp_path:
     assert runs["ce", 0]["forgotten"] != 0
     with pytest.raises(StudyError, match=r"--generate 3 \(now 2\)"):
         study(replace(asked, generate=2), tmp_path / "out")
+
+
+def test_prompts_that_do_not_fit(settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    rows = ({"prompt": f"{i}", "completion": " beta gamma" * 20} for i in range(300))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = replace(settings, text=(), dataset=(str(path),), generate=1, sequence=16)
+    with pytest.raises(StudyError, match=r"^--generate: no held-out prompt with its answer fits into 16 tok"):
+        study(asked, tmp_path / "out")
 
 
 def test_what_cannot_be_asked(settings: Settings, tmp_path: Path) -> None:

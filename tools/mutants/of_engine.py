@@ -86,6 +86,13 @@ MUTANTS = [
     mutant("inplace", "return not _graph_is_kept() and not torch.is_grad_enabled()", "return not torch.is_grad_enabled()", "ops", "left_alone or backward_twice"),
     mutant("operator", "or x.is_neg()\n", "\n", "ops", "negative_views"),
     mutant("operator", "ctx.set_materialize_grads(False)\n", "pass\n", "entropy", "losses_alone"),
+    # Memory in huge pages.
+    mutant("hugepages", '_LIBC is not None and fresh.device.type == "cpu" and', "_LIBC is not None and", "hugepages", "left_alone"),
+    mutant("hugepages", "fresh.nbytes >= _WORTHWHILE", "fresh.nbytes > 0", "hugepages", "small"),
+    mutant("hugepages", "fresh.nbytes >= _WORTHWHILE", "fresh.nbytes > _WORTHWHILE", "hugepages", "inside"),
+    mutant("hugepages", "-(-fresh.data_ptr() // mmap.PAGESIZE)", "(fresh.data_ptr() // mmap.PAGESIZE)", "hugepages", "inside"),
+    mutant("hugepages", "fresh.data_ptr() + fresh.nbytes - start", "fresh.nbytes", "hugepages", "inside"),
+    mutant("hugepages", "mmap.MADV_HUGEPAGE", "mmap.MADV_NOHUGEPAGE", "hugepages", "is_advised"),
     # The oracle.
     mutant("reference", "torch.where(valid, weight * opt.z_loss * z.logsumexp(-1).square(), 0)", "weight * opt.z_loss * z.logsumexp(-1).square()", "engine", "token_nll and reference and z_loss and not linear"),
     mutant("reference", "torch.where(labelled, head.hidden, 0)", "head.hidden", "engine", "hidden_states_may_hold_anything and reference"),

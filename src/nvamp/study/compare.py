@@ -168,7 +168,7 @@ def _results(
             "versions": versions(),
             "settings": {**asdict(settings), "steps": recipe.steps, "lr": recipe.lr, "out": str(store.out)},
             "text": describe_corpus(corpus),
-            "tokens_seen": recipe.steps * recipe.accumulate * recipe.batch_size * corpus.train.shape[1],
+            "passes": recipe.steps * recipe.accumulate * recipe.batch_size / len(corpus.train),
             **gather(losses, settings.seeds, store),
         }
     )
@@ -230,8 +230,10 @@ def prepare(settings: Settings, out: Path | None = None) -> Corpus:
         raise StudyError(f"{'--dataset' if settings.dataset else '--text'}: {error}") from error
     if settings.generate and not corpus.prompts:
         raise StudyError(
-            "--generate: expected prompts with answers to complete: --dataset with messages, or with prompt "
-            "and completion"
+            f"--generate: no held-out prompt with its answer fits into {sequence} tokens (--sequence)"
+            if corpus.counts.get("cut_examples")
+            else "--generate: expected prompts with answers to complete: --dataset with messages, or with "
+            "prompt and completion"
         )
     return corpus if settings.also is None else replace(corpus, also=_also(settings, corpus, out))
 

@@ -37,6 +37,11 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are, padding aside."""
+        return self.inputs.numel() if self.examples is None else int((self.examples >= 0).sum())
+
     def __getitem__(self, index: int | slice) -> dict[str, Tensor]:
         """What a model takes, of one block or of several."""
         item = {"input_ids": self.inputs[index], "labels": self.labels[index]}
