@@ -61,9 +61,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize("offset", [0, 64, 4095])
-def test_whole_pages_inside_the_memory_are_asked_for(
-    asked: list[tuple[int, int, int]], offset: int
-) -> None:
+def test_whole_pages_inside_the_memory_are_asked_for(asked: list[tuple[int, int, int]], offset: int) -> None:
     """The first page may hold other things, too; the last is the allocator's to the end."""
     memory = torch.empty(2**22 + 2 * mmap.PAGESIZE, dtype=torch.uint8)
     offset += -memory.data_ptr() % mmap.PAGESIZE
