@@ -1,5 +1,6 @@
 """Ranks in the tests: real processes of one gloo group."""
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,18 @@ import torch.multiprocessing as mp
 
 T = TypeVar("T")
 
+# Imported once: each rank is a fork of a process that has them.
+multiprocessing.set_forkserver_preload(["nvamp", "torch._dynamo", "torch.distributed.fsdp", "triton"])
+
 
 def on_ranks(function: Callable[[int, int], T], world: int, folder: Path) -> list[T]:
     """What function(rank, world) returns in each of that many processes of one group.
 
     The function and what it returns are pickled; `folder` is empty before, and is where the ranks meet.
     """
-    mp.spawn(_rank, (function, world, folder), nprocs=world)  # type: ignore[no-untyped-call]
+    mp.start_processes(  # type: ignore[no-untyped-call]
+        _rank, (function, world, folder), nprocs=world, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
