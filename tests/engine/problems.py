@@ -79,6 +79,21 @@ def gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, lis
     return value.detach(), list(torch.autograd.grad(value, leaves))
 
 
+def with_gradient(f: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """f(x) [N], and the gradient of its weighted sum by x."""
+    leaf = x.detach().requires_grad_()
+    values = f(leaf)
+    return values.detach(), torch.autograd.grad((weight * values).sum(), leaf)[0]
+
+
+def assert_no_worse(
+    got: tuple[Tensor, Tensor], eager: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], factor: float
+) -> None:
+    """Values and gradient are at most so many times as far from the truth as those of eager."""
+    for one, other, exact in zip(got, eager, truth, strict=True):
+        assert oracle.relative_error(one, exact) <= factor * oracle.relative_error(other, exact)
+
+
 def layouts(x: Tensor) -> dict[str, Tensor]:
     """The values of x [A, B, V] in memory of several layouts."""
     a, b, v = x.shape
