@@ -137,6 +137,32 @@ def test_sizes_of_programs(vocab: int, dtype: torch.dtype) -> None:
         assert lanes <= 32 * warps
 
 
+@pytest.mark.parametrize("vocab", [32000, 50257, 262144])
+def test_a_program_with_a_softcap_takes_half(vocab: int) -> None:
+    """It needs more registers."""
+    for launch_of in (triton.streaming, triton.revisiting):
+        assert (
+            2 * launch_of(vocab, torch.bfloat16, True).block == launch_of(vocab, torch.bfloat16, False).block
+        )
+
+
+def test_no_program_is_no_launch() -> None:
+    """A GPU refuses a grid of none."""
+    kernel: Any = {}
+    triton.launch(kernel, 0, triton.Launch(64, 1), torch.empty(0))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3, 4, 5), (4, 5), (2, 2, 3, 2, 5)])
+def test_planes_hold_all_rows_in_their_order(shape: tuple[int, ...]) -> None:
+    wide = torch.randn([size + 2 for size in shape])
+    for logits in (wide[tuple(slice(1, 1 + size) for size in shape)], torch.randn(shape)):
+        found = torch.full((logits.numel() // shape[-1], shape[-1]), torch.nan)
+        for plane, rows in triton._planes(logits):
+            assert plane.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+            found[rows] = plane.reshape(-1, shape[-1])
+        assert torch.equal(found, logits.reshape(-1, shape[-1]))
+
+
 SHAPES = [(8192, 4096, 128256), (16384, 2048, 151936), (4096, 8192, 262144), (32768, 576, 49152), (1, 8, 64)]
 
 

@@ -157,7 +157,7 @@ def token_nll(logits: Tensor, labels: Tensor, metrics: int, opt: Options) -> tup
         rest.append(norm[..., 0] - sum_below / logits.shape[-1])
     weights = weights_of(labels, opt)
     if weights is not None:
-        nll *= weights[..., 1].masked_fill(labels == opt.ignore_index, 0)
+        nll *= weights[..., 1]
     return nll, norm, *rest
 
 
@@ -238,7 +238,7 @@ def token_nll_backward(
             vocab,
             ENTROPY=of_entropy is not None,
             PART=classes is not None,
-            ADJACENT=x.stride(-1) == grad.stride(-1) == 1,
+            ADJACENT=x.stride(-1) == 1,  # and grad is x, or contiguous
             ALIKE=_alike(x, grad),
             **sizes.lanes(logits.dtype),
             **options_of(opt, norm),
