@@ -227,8 +227,9 @@ def ranks_that_differ_are_told_so(rank: int, world: int) -> None:
             criterion(x, labels, **options)
         assert Loss(CrossEntropy(), process_group=group)(x.float(), labels).isfinite()  # still in step
 
+    others = [*range(world - 1)] if last else [world - 1]
     refused(
-        "the objective is Tail.* and another on ranks" if last else "the objective is NVAMP",
+        rf"the objective is {'Tail' if last else 'NVAMP'}.* and another on ranks \[{str(others)[1:-1]}\]",
         Loss(Tail() if last else NVAMP(), process_group=group),
     )
     refused("the objective is", Loss(NVAMP(gamma=0.5 if last else 0.1), process_group=group))

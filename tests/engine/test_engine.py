@@ -604,6 +604,14 @@ def test_label_smoothing_keeps_its_digits(backend: str, offset: float) -> None:
 # Edges -------------------------------------------------------------------------------------------------
 
 
+@with_fused
+@pytest.mark.usefixtures("unwritten_is_nan")
+def test_the_norm_of_ignored_rows_is_written(backend: str) -> None:
+    p = make_problem()
+    assert (p.labels == IGNORED).any()
+    assert backends.load(backend).token_nll(p.logits, p.labels, 0, Options())[1].isfinite().all()
+
+
 @with_backend
 @pytest.mark.usefixtures("device_kind")
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf])

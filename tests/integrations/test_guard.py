@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import MethodType
@@ -20,7 +21,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 
 from nvamp import LinearLoss, Loss, NVAMPLoss, TokenLoss
-from nvamp.integrations.transformers import compute_loss_func, loss_function, patch, patching, unpatch
+from nvamp.integrations.transformers import compute_loss_func, guard, loss_function, patch, patching, unpatch
 from nvamp.integrations.trl import SFTTrainer
 from nvamp.objectives import DFT, NVAMP
 from nvamp.study.models import quiet
@@ -187,6 +188,15 @@ def test_calls_for_logits(way: str) -> None:
     logits = allowed(TOKENS).logits
     assert torch.equal(logits, expected)
     assert logits.requires_grad
+
+
+@pytest.mark.parametrize(("trainer", "refused"), [("sft_trainer", True), ("dpo_trainer", False)])
+def test_trl_calls_for_logits(trainer: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `SFTTrainer` does for a loss in place of the criterion, and others for a loss of another kind."""
+    monkeypatch.setattr(guard, "_caller_in_trl", lambda: f"trl.trainer.{trainer}")
+    model = give(tiny(), "patch")
+    with pytest.raises(RuntimeError, match="without labels") if refused else nullcontext():
+        model(TOKENS)
 
 
 # Trainers of TRL -----------------------------------------------------------------------------------------

@@ -139,6 +139,19 @@ def test_the_first_exchange_is_like_any_other(numbers: int, dtype: torch.dtype) 
         torch.testing.assert_close(part, [x, x.sum(0), x[1]], rtol=0, atol=0)
 
 
+def test_ranks_that_differ_get_nan_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a compiled call, which cannot raise an error."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+    def found(ranks: Ranks) -> list[Tensor]:
+        ours = [Exchange(ranks, {"a number": ranks.rank}).ranks for _ in range(2)]
+        return [ours[0].total(torch.ones(3)), ours[1].total(torch.ones(3, dtype=torch.int64))]
+
+    for numbers, counts in on_threads(2, found):
+        assert numbers.isnan().all()
+        assert counts.tolist() == [2, 2, 2]
+
+
 # Objectives --------------------------------------------------------------------------------------------
 
 

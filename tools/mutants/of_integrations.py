@@ -39,6 +39,11 @@ MUTANTS = [
     of_transformers("alignment", "tolerance = 0.1 *", "tolerance = 2 *", "alignment", "of_neither"),
     of_transformers("guard", "could_train = model.training and not", "could_train = not", "guard", "calls_for_logits"),
     of_transformers("guard", "model.training and not loss.logits_without_labels and", "model.training and", "guard", "calls_for_logits"),
+    of_transformers("guard", "        if _caller_in_trl() == _SFT:\n", "        if True:\n", "guard", "trainers_with_another_loss"),
+    of_transformers("guard", "elif could_train and _caller_in_trl() in (None, _SFT):", "elif could_train:", "guard", "trainers_with_another_loss"),
+    of_transformers("guard", "in (None, _SFT):", "is None:", "guard", "trl_calls"),
+    of_transformers("guard", " and logits.requires_grad", "", "guard", "calls_for_logits"),
+    of_transformers("guard", "labels is not None and isinstance(outputs, tuple)", "isinstance(outputs, tuple)", "guard", "calls_for_logits"),
     of_transformers("guard", 'outputs.get("loss") is not None', "False", "guard", "ignores_its_loss"),
     # Logits that are not computed.
     of_transformers("deferred", "self._cap is not None and number <= 0", "self._cap is not None and number < 0", "alignment", "refused"),

@@ -32,6 +32,11 @@ MUTANTS = [
     # One pass over a chunk.
     mutant("tl.store(nll_ptr + row, nll * weight)", "tl.store(nll_ptr + row, nll)", "engine", "cannot_be_looked_for and triton and pass"),
     mutant("        tl.store(x_ptr + edges, tl.zeros(edges.shape, narrow), mask=edges >= 0)\n        return\n    weight", "        return\n    weight", "engine", "test_one_pass and accelerator and triton-0-plain"),
+    mutant("        tl.store(norm_ptr + 2 * row, 0)\n        tl.store(norm_ptr + 2 * row + 1, 0)\n        if METRICS", "        if METRICS", "engine", "norm_of_ignored"),
+    mutant("            tl.store(entropy_ptr + row, 0)\n", "            pass\n", "entropy", "ignored_rows_may and triton"),
+    mutant("            tl.store(prediction_ptr + row, 0)\n", "            pass\n", "entropy", "all_metrics and triton"),
+    mutant("vocab * (_finite(top) - _anchor(at_label)) - sum_z", "vocab * _finite(top) - sum_z", "parts", "keeps_its_digits and triton"),
+    mutant("tl.where(valid, at_label, 0)", "at_label", "parts", "options and triton and plain"),
     # Launches.
     launching("// (1 + capped)", "// 1", "triton", "takes_half"),
     launching("max(triton.next_power_of_2(columns), 16 // dtype.itemsize)", "triton.next_power_of_2(columns)", "triton", "sizes_of_programs"),

@@ -74,4 +74,14 @@ MUTANTS = [
     mutant("distributed", "if group.ndim != 1:", "if False:", "test_distributed", "group_is_checked"),
     mutant("ranks", "rows.sum(0, dtype=x.dtype)", "rows.amax(0)", "objectives/test_ranks", "first_exchange"),
     mutant("dtensors", "dim not in possible or dim in found", "dim not in possible", "test_sharded", "dtensors-2"),
+    # Ranks in step.
+    mutant("ranks", "self.skip, self._failed = self.made, True", "self.skip, self._failed = 0, True", "test_distributed", "an_error_anywhere and 2"),
+    mutant("ranks", "self.skip, self._failed = self.made, True", "self.skip, self._failed = self.made, False", "test_distributed", "an_error_anywhere and 2"),
+    mutant("ranks", "self.terms = dict.fromkeys(self.terms, UNKNOWN)", "pass", "test_distributed", "a_bad_argument or an_error_anywhere"),
+    mutant("ranks", " & (heads != UNKNOWN + 1)", "", "test_distributed", "a_bad_argument and 2"),
+    mutant("ranks", "self.in_step = False", "pass", "test_distributed", "that_differ and 2"),
+    mutant("ranks", "numbers = [word - 1 for word in words]", "numbers = words", "test_distributed", "different_steps and 2"),
+    mutant("ranks", "if word != words[self._others.rank]]", "if word]", "test_distributed", "that_differ and 2"),
+    mutant("ranks", "fits = len(words) <= ROOM", "fits = True", "objectives/test_ranks", "first_exchange"),
+    mutant("ranks", "return torch.where(wrong, torch.nan, x) if x.is_floating_point() else x", "return x", "objectives/test_ranks", "nobody_looks"),
 ]

@@ -404,7 +404,8 @@ def nll_kernel(
     """Losses and norm of logits [outer, inner, V]: a program a row, which it reads once.
 
     With PART it writes what they follow from: to `nll` the z of a label that is here, and to `norm`
-    Σ exp(z − largest) without the logarithm. With SUM it writes Σ (largest − z) to `sum_below`.
+    Σ exp(z − largest) without the logarithm. With SUM it writes Σ (largest − z) to `sum_below`, which
+    is 0 before.
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row).to(tl.int64)
@@ -412,8 +413,6 @@ def nll_kernel(
         tl.store(nll_ptr + row, 0)
         tl.store(norm_ptr + 2 * row, 0)
         tl.store(norm_ptr + 2 * row + 1, 0)
-        if SUM:
-            tl.store(sum_below_ptr + row, 0)
         if METRICS:
             tl.store(entropy_ptr + row, 0)
             tl.store(prediction_ptr + row, 0)
