@@ -286,6 +286,16 @@ def test_the_front_is_read_between_temperatures() -> None:
     assert group.choose("other", 0.4) is None
 
 
+def test_what_is_chosen_on_some_seeds_is_measured_on_others() -> None:
+    light, lighter = ([(x, y - less) for x, y in CE_FRONT] for less in (1, 2))
+    group = runs_of({"ce": [CE_FRONT] * 3, "lucky": [lighter, light, light], "other": [light, lighter]})
+    losses = ("ce", "lucky", "other")
+    assert group.best(losses, 0.5, [0, 1]) == ("lucky", 4)  # the other has no more seeds
+    assert group.at_temperature("lucky", "cvar", 4, [2]) == Estimate(pytest.approx(-1), None)
+    assert group.best(losses, 1.5, [0, 1]) == ("lucky", 5)
+    assert group.best(losses, -0.5, [0, 1]) is None
+
+
 def test_changes_are_paired_by_seed() -> None:
     group = runs_of({"ce": [CE_FRONT] * 3, "other": [CE_FRONT]})
     assert group.seeds("other") == [0]

@@ -137,13 +137,16 @@ class Group:
         """The change of the mean at the temperature at which it is lowest."""
         return self._each(loss, lambda run, base: float(front(run, base)[0].min()))
 
-    def at_temperature(self, loss: str, key: str, index: int) -> Estimate | None:
-        """The change of a metric, on the half to measure on, at a temperature for all seeds."""
+    def at_temperature(
+        self, loss: str, key: str, index: int, seeds: Sequence[int] | None = None
+    ) -> Estimate | None:
+        """The change of a metric, on the half to measure on, at a temperature for all (or these) seeds."""
         return self._each(
             loss,
             lambda run, base: _percent(
                 run["halves"][MEASURED_ON][key][index], base["halves"][MEASURED_ON][key][AS_TRAINED]
             ),
+            seeds,
         )
 
     def mixed(self, key: str, index: int) -> Estimate | None:
@@ -157,6 +160,24 @@ class Group:
 
     def choose(self, loss: str, price: float) -> int | None:
         """The place of the temperature with the lightest tail for at most `price`, on one half."""
+        found = self._affordable(loss, price, self.seeds(loss))
+        return min(found, key=lambda index: found[index]) if found else None
+
+    def best(self, losses: Sequence[str], price: float, seeds: Sequence[int]) -> tuple[str, int] | None:
+        """The loss and the place of its temperature with the lightest tail for at most `price`.
+
+        It is chosen on some seeds and one half of the documents, to be measured on the others.
+        """
+        found = {
+            (loss, index): tail
+            for loss in losses
+            if set(seeds) < set(self.seeds(loss))
+            for index, tail in self._affordable(loss, price, seeds).items()
+        }
+        return min(found, key=lambda pair: found[pair]) if found else None
+
+    def _affordable(self, loss: str, price: float, seeds: Sequence[int]) -> dict[int, float]:
+        """The places of the temperatures at which the mean costs at most `price`, and their tails."""
         found: dict[int, float] = {}
         for index in range(len(TEMPERATURES)):
             changes = [
@@ -167,17 +188,21 @@ class Group:
                     )
                     for key in ("mean", "cvar")
                 ]
-                for seed in self.seeds(loss)
+                for seed in seeds
             ]
             mean, tail = np.mean(changes, axis=0)
             if mean <= price:
                 found[index] = float(tail)
-        return min(found, key=lambda index: found[index]) if found else None
+        return found
 
-    def _each(self, loss: str, number: Callable[[Json, Json], float | None]) -> Estimate | None:
-        pairs = [
-            (self.runs[loss, self.usual, seed], self.runs[CE, self.usual, seed]) for seed in self.seeds(loss)
-        ]
+    def _each(
+        self,
+        loss: str,
+        number: Callable[[Json, Json], float | None],
+        seeds: Sequence[int] | None = None,
+    ) -> Estimate | None:
+        of = self.seeds(loss) if seeds is None else seeds
+        pairs = [(self.runs[loss, self.usual, seed], self.runs[CE, self.usual, seed]) for seed in of]
         if any(run["diverged"] or base["diverged"] for run, base in pairs):
             return None
         return estimate([number(run, base) for run, base in pairs])
