@@ -183,6 +183,24 @@ def test_a_prefix_begins_every_example(own: Any, around: str, prefix: list[str])
     assert ids.count(own.bos_token_id) == 1
 
 
+WITH_TOOLS = """\
+{% for tool in tools or [] %}{{ tool['name'] + ': ' + tool['about'] + '\n' }}{% endfor %}""" + CHATML.replace(
+    "message['content'] + '<|im_end|>\n'",
+    "message['content'] }}{% for call in message['tool_calls'] or [] %}{{ '<call>' + call['name'] }}{% endfor %}"
+    "{{ '<|im_end|>\n'",
+)
+
+
+def test_the_template_describes_the_tools(own: Any) -> None:
+    own.chat_template = WITH_TOOLS
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "tail"}]}
+    tools = [{"name": "tail", "about": "mean <|im_end|> worst"}]
+    encoded = encode(Chat((*MESSAGES[:2], call), 0, tools), own, completions=True, special=False)
+    assert own.decode(encoded.ids).startswith("tail: mean <|im_end|> worst\n<|im_start|>system")
+    assert encoded.ids.count(own.convert_tokens_to_ids("<|im_end|>")) == 3  # that of the tool is text
+    assert learned(own, encoded) == ["<call>tail<|im_end|>"]
+
+
 def test_an_answer_that_a_template_changes_is_refused(own: Any) -> None:
     own.chat_template = THINKING.replace("message['content'].strip()", "message['content'].upper()")
     with pytest.raises(ChatError, match=r"^the chat template changes the assistant's turns$"):

@@ -116,6 +116,7 @@ def test_rows_that_are_no_chat_are_counted(tmp_path: Path) -> None:
         [user, {"role": "assistant", "content": None}],
         [user, {"role": None, "content": "b"}],
         [user, call, assistant],
+        [user, call],
         ["hello"],
         [{"role": "user", "content": ["a"]}, assistant],
     ]
@@ -124,6 +125,7 @@ def test_rows_that_are_no_chat_are_counted(tmp_path: Path) -> None:
     assert found.examples == [
         Chat((user, assistant), 0),
         Chat((user, {**call, "content": ""}, assistant), 0),
+        Chat((user, {**call, "content": ""}), 0),
     ]
     assert found.dropped == {
         "no message of an assistant": 4,
@@ -131,6 +133,22 @@ def test_rows_that_are_no_chat_are_counted(tmp_path: Path) -> None:
     }
     message = refused(written(tmp_path / "none.jsonl", [{"messages": [user]}] * 3))
     assert message == "nothing to learn in its 3 rows: 3 with no message of an assistant"
+
+
+def test_chats_bring_their_tools(tmp_path: Path) -> None:
+    """As TRL takes them: JSON schemas, or the text of them."""
+    schema = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    messages = EXPECTED[0].messages
+    expected = [Chat(messages, 0, [schema]), Chat(messages, 0)]
+    rows: list[Any] = [{"messages": messages, "tools": [schema]}, {"messages": messages, "tools": []}]
+    assert read_rows(written(tmp_path / "lists.jsonl", rows)).examples == expected
+    texts = [{**row, "tools": json.dumps(row["tools"])} for row in rows]
+    texts += [{"messages": messages, "tools": "[{"}, {"messages": messages, "tools": "{}"}]
+    found = read_rows(written(tmp_path / "texts.jsonl", texts))
+    assert found.examples == expected
+    assert found.dropped == {"tools that are no JSON": 1, "tools that are no list": 1}
+    prompts = [{"prompt": messages[:1], "completion": messages[1:], "tools": [schema]}]
+    assert read_rows(written(tmp_path / "prompts.jsonl", prompts)).examples == [Chat(messages, 1, [schema])]
 
 
 def test_a_column_of_several_is_named(tmp_path: Path) -> None:

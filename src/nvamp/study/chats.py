@@ -1,7 +1,7 @@
 """Prompts, completions and chats as tokens, and which of these a model learns."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -93,17 +93,16 @@ def _encode_pair(pair: Pair, tokenizer: Any, special: bool) -> Encoded:
 
 
 def _encode_chat(chat: Chat, tokenizer: Any, special: bool) -> Encoded:
-    messages: Sequence[Message] = chat.messages
-    mark = ""
+    messages, tools, mark = chat.messages, chat.tools, ""
     if not special:
-        messages, mark = _protected(messages, tokenizer.all_special_tokens)
+        (messages, tools), mark = _protected((messages, tools), tokenizer.all_special_tokens)
 
     def render(count: int, ask: bool = False) -> str:
         """The first messages as text, and if `ask` what precedes an answer to them."""
         if not count:
             return ""
         rendered: str = tokenizer.apply_chat_template(
-            list(messages[:count]), tokenize=False, add_generation_prompt=ask
+            list(messages[:count]), tools=tools, tokenize=False, add_generation_prompt=ask
         )
         return rendered
 
@@ -112,6 +111,7 @@ def _encode_chat(chat: Chat, tokenizer: Any, special: bool) -> Encoded:
         if chat.completion == 0 and _MARKS_ANSWERS.search(tokenizer.get_chat_template()):
             found = tokenizer.apply_chat_template(
                 list(messages),
+                tools=tools,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
                 tokenizer_kwargs={"return_offsets_mapping": True},
@@ -142,25 +142,39 @@ def _encode_chat(chat: Chat, tokenizer: Any, special: bool) -> Encoded:
     return Encoded(ids, learned, *_last_run(learned))
 
 
-def _protected(messages: Sequence[Message], special: Sequence[str]) -> tuple[Sequence[Message], str]:
-    """The messages with a mark inside every special token that they spell out, and the mark.
+def _protected(chat: Any, special: Sequence[str]) -> tuple[Any, str]:
+    """The strings of a chat, at any depth, with a mark inside every special token that they spell out.
 
-    The mark is a character that the messages do not have; a token of it is to be left out. It is empty if
-    they spell out no special token.
+    The mark, returned too, is a character that the chat does not have; a token of it is to be left out. It is
+    empty if no special token is spelled out.
     """
-    text = "".join(str(message) for message in messages)
+    text = "".join(_strings(chat))
     spelled = [token for token in special if token in text]
     if not spelled:
-        return messages, ""
+        return chat, ""
     mark = next(chr(code) for code in _PRIVATE if chr(code) not in text)
     found = re.compile("|".join(re.escape(token) for token in sorted(spelled, key=len, reverse=True)))
 
     def protect(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        return found.sub(lambda match: f"{match[0][0]}{mark}{match[0][1:]}", value)
+        if isinstance(value, str):
+            return found.sub(lambda match: f"{match[0][0]}{mark}{match[0][1:]}", value)
+        if isinstance(value, Mapping):
+            return {key: protect(inner) for key, inner in value.items()}
+        return [protect(inner) for inner in value] if isinstance(value, list | tuple) else value
 
-    return [{key: protect(value) for key, value in message.items()} for message in messages], mark
+    return protect(chat), mark
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in a value, but keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
 
 
 def _turns(
@@ -182,7 +196,7 @@ def _turns(
         at = len(through)
         if not text.startswith(through):
             begins, close = text.find(content, begin), through[through.rfind(content) + len(content) :]
-            if begin < 0 or begins < 0:
+            if begin < 0 or begins < 0 or not content:
                 raise ChatError("the chat template changes the assistant's turns")
             at = begins + len(content)
             at += _shared(text[at:], close)

@@ -1,5 +1,6 @@
 """The rows of a dataset: texts, prompts with completions, and chats, in the columns that TRL knows."""
 
+import json
 import logging
 import os
 from collections import Counter
@@ -27,14 +28,18 @@ class Pair(NamedTuple):
 
 
 class Chat(NamedTuple):
-    """Messages, and the index of the first one that is no prompt: 0 for a chat, later for its completion."""
+    """Messages, the index of the first one that is no prompt, and the tools that a chat template describes.
+
+    The index is 0 for a chat, and later for its completion.
+    """
 
     messages: tuple[Message, ...]
     completion: int
+    tools: Sequence[Any] | None = None
 
     @property
     def characters(self) -> int:
-        return sum(len(message["content"]) for message in self.messages)
+        return sum(len(message["content"]) for message in self.messages) + len(str(self.tools or ""))
 
 
 Example = Pair | Chat
@@ -184,13 +189,11 @@ def _take(rows: Any, wanted: str) -> Rows:
     if wanted:
         if wanted not in features:
             raise StudyError(f"no column {wanted!r}, {_columns(features)}")
-        if _is_chat(features[wanted]):
-            return _gather(_chat(row[wanted]) for row in rows.select_columns(wanted))
-        return _texts(rows, wanted)
+        return _chats(rows, wanted) if _is_chat(features[wanted]) else _texts(rows, wanted)
     if "messages" in features:
         if not _is_chat(features["messages"]):
             raise StudyError(f"messages: expected lists of {_MESSAGE}, {_columns(features)}")
-        return _gather(_chat(row["messages"]) for row in rows.select_columns("messages"))
+        return _chats(rows, "messages")
     if {"prompt", "completion"} <= features.keys():
         return _pairs(rows)
     return _texts(rows, _text_column(features))
@@ -198,16 +201,24 @@ def _take(rows: Any, wanted: str) -> Rows:
 
 def _pairs(rows: Any) -> Rows:
     both = [rows.features[name] for name in ("prompt", "completion")]
-    rows = rows.select_columns(["prompt", "completion"])
     if all(map(_is_chat, both)):
-        return _gather(_chat(row["completion"], row["prompt"]) for row in rows)
+        return _chats(rows, "completion", "prompt")
     if not all(map(_is_text, both)):
         raise StudyError(
             f"prompt and completion: expected two strings, or two lists of {_MESSAGE}, "
             + _columns(rows.features)
         )
     return _gather(
-        Pair(row["prompt"] or "", row["completion"]) if row["completion"] else "no completion" for row in rows
+        Pair(row["prompt"] or "", row["completion"]) if row["completion"] else "no completion"
+        for row in rows.select_columns(["prompt", "completion"])
+    )
+
+
+def _chats(rows: Any, column: str, prompt: str = "") -> Rows:
+    """The chats of a column, with a prompt from another one, and what the column "tools" has for them."""
+    columns = [name for name in (column, prompt, "tools") if name in rows.features]
+    return _gather(
+        _chat(row[column], row.get(prompt), row.get("tools")) for row in rows.select_columns(columns)
     )
 
 
@@ -245,26 +256,40 @@ def _gather(found: Iterable[Example | str]) -> Rows:
     return rows
 
 
-def _chat(messages: Sequence[Any] | None, prompt: Sequence[Any] | None = None) -> Chat | str:
-    """The chat of a row, or why it has none."""
+def _chat(messages: Sequence[Any] | None, prompt: Sequence[Any] | None, tools: Any) -> Chat | str:
+    """The chat of a row, or why it has none. Tools are a list of JSON schemas, or JSON text of one."""
+    try:
+        tools = _without_nulls(json.loads(tools) if isinstance(tools, str) else tools)
+    except json.JSONDecodeError:
+        return "tools that are no JSON"
+    if not isinstance(tools, list | None):
+        return "tools that are no list"
     before, after = ([_message(message) for message in some or ()] for some in (prompt, messages))
     kept = [message for message in (*before, *after) if message is not None]
     if len(kept) < len(before) + len(after):
         return f"a message that is not {_MESSAGE}"
-    if not any(message["role"] == "assistant" and message["content"] for message in kept[len(before) :]):
+    if not any(map(_says_something, kept[len(before) :])):
         return "no message of an assistant"
-    return Chat(tuple(kept), len(before))
+    return Chat(tuple(kept), len(before), tools or None)
+
+
+def _says_something(message: Message) -> bool:
+    return message["role"] == "assistant" and bool(message["content"] or message.get("tool_calls"))
 
 
 def _message(found: Any) -> Message | None:
-    """A message without keys that are null, which rows have for keys of other rows; its content is a string.
-
-    `None` if it has no role, or its content is something else.
-    """
+    """A message whose content is a string; `None` if it has no role, or its content is something else."""
     if not isinstance(found, Mapping):
         return None
-    message = {"content": "", **{key: value for key, value in found.items() if value is not None}}
+    message = {"content": "", **_without_nulls(found)}
     return message if all(isinstance(message.get(key), str) for key in ("role", "content")) else None
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys that are null, at any depth: a row has them for keys of other rows."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _is_text(feature: Any) -> bool:
