@@ -335,6 +335,27 @@ def test_help_is_short_too(
     assert "Usage: " in capsys.readouterr().out
 
 
+def test_ctrl_c_where_python_drops_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a callback, which can raise nothing."""
+
+    class Freed:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def work(**_: object) -> None:
+        Freed()
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    monkeypatch.setattr("nvamp.cli.app", work)
+    hook = sys.unraisablehook
+    assert run(monkeypatch) == 130
+    assert capsys.readouterr().err == ""
+    assert sys.unraisablehook is hook
+
+
 def test_ctrl_c_while_packages_are_imported() -> None:
     ended = python(
         "-c",

@@ -3,6 +3,10 @@
 import io
 import shlex
 import sys
+import threading
+from _thread import interrupt_main
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +52,8 @@ def main() -> None:
         elif isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # not every console knows ± and the names of all files
         _check_encoding(sys.argv[1:])
-        code = app(prog_name="nvamp", standalone_mode=False, obj=peers)
+        with _no_interrupt_lost():
+            code = app(prog_name="nvamp", standalone_mode=False, obj=peers)
     except typer.TyperException as error:
         # Without arguments the help is shown, and the error has no message.
         if message := error.format_message():
@@ -63,6 +68,26 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Interrupts once more where Python drops a Ctrl-C: in `__del__` and in callbacks of weak references."""
+    told = sys.unraisablehook
+
+    def again(dropped: "sys.UnraisableHookArgs") -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            later = threading.Timer(0.1, interrupt_main)
+            later.daemon = True  # what has ended by then needs none
+            later.start()
+        else:
+            told(dropped)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = told
 
 
 def _say(message: str, peers: Peers) -> None:
