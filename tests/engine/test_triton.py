@@ -202,6 +202,16 @@ def test_of_tied_losses_in_several_blocks_the_first_counts() -> None:
     assert (float(largest.loss[1]), int(largest.row[1])) == (1, 0)
 
 
+def test_losses_of_half_precision_are_compared_in_float32() -> None:
+    hidden, weight = torch.zeros(2, 1, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.bfloat16)
+    head = Head(hidden, weight, None, torch.zeros(2, dtype=torch.int64))
+    largest = Largest.none(head, 2)
+    for row, loss in enumerate((6.01, 6.005)):  # both would be 6 in bfloat16
+        nll, grad, one = torch.tensor([loss]), torch.zeros(1, 2, dtype=torch.bfloat16), slice(row, row + 1)
+        triton.keep_largest(largest, Chunk(row, row, nll, head.labels[one], grad, hidden[one]), Options())
+    assert largest.row.tolist() == [0, 0, 0]
+
+
 def test_of_the_largest_loss_every_class_and_every_feature_is_kept() -> None:
     for features, vocab in ((3000, 2), (2, 3000)):
         head = Head(torch.randn(5, features), torch.zeros(vocab, features), None, torch.zeros(5).long())

@@ -148,6 +148,17 @@ def test_special_tokens_in_a_message_stay_text(own: Any, template: str) -> None:
     assert learned(own, plain)[-1].removeprefix("<think>\n\n</think>\n\n").startswith(f"a {spelled} b<|")
 
 
+@pytest.mark.parametrize("spelled", ["<x>y<", "<x> y", "<x"])
+def test_special_tokens_that_overlap_stay_text(own: Any, spelled: str) -> None:
+    tokens = ["<x>", ">y<", "<x"]
+    own.add_special_tokens({"additional_special_tokens": tokens})
+    own.chat_template = CHATML
+    chat = Chat(({"role": "user", "content": spelled}, {"role": "assistant", "content": "b"}), 0)
+    encoded = encode(chat, own, completions=True, special=False)
+    assert not set(own.convert_tokens_to_ids(tokens)) & set(encoded.ids)
+    assert own.decode(encoded.ids) == own.apply_chat_template(list(chat.messages), tokenize=False)
+
+
 def test_a_pair_is_its_text_and_an_end(own: Any) -> None:
     encoded = encode(Pair("alpha be", "ta <|endoftext|>"), own, completions=True, special=False)
     assert own.decode(encoded.ids) == "alpha beta <|endoftext|><|endoftext|>"

@@ -8,7 +8,7 @@ import pytest
 import nvamp.study.compare
 import nvamp.study.settings
 from nvamp.study import StudyError
-from nvamp.study.compare import recipe_of
+from nvamp.study.compare import prepare, recipe_of
 from nvamp.study.config import read_config
 from nvamp.study.settings import Settings
 from nvamp.study.training import train
@@ -107,6 +107,21 @@ def test_bad_settings_are_told_in_one_line(
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"noise": 0.0}, {"noise": 1.0}, {"sequence": 2}, {"seeds": 1}, {"generate": 0}]
+)
+def test_the_ends_of_a_range_are_in_it(settings: Settings, change: dict[str, Any]) -> None:
+    replace(settings, **change).check()
+
+
+def test_a_training_text_of_few_tokens(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("a" * 9000 + "".join(map(chr, range(0x4E00, 0x4E00 + 1000))))
+    with pytest.raises(
+        StudyError, match="too short: 0 training blocks of 64 tokens do not fill a batch of 1"
+    ):
+        prepare(Settings(("ce",), 1, 1, 1, text=(str(tmp_path / "text"),), sequence=64))
 
 
 @pytest.mark.parametrize(

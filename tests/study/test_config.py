@@ -26,6 +26,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     [
         (b"stepz = 3", "unknown key 'stepz', known are loss, steps"),
         (b"steps = ", "Invalid value"),
+        (b'steps = "\n"', "Illegal character"),
         (b"\xff", "'utf-8' codec can't decode"),
     ],
 )

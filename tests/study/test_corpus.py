@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvamp.study import StudyError
+from nvamp.study import StudyError, corpus
 from nvamp.study.corpus import EXCERPT, build_corpus, frequency_classes, split, tokenize
 from tests.study.conftest import words
 
@@ -27,6 +27,10 @@ def test_about_a_tenth_is_held_out(lengths: list[int]) -> None:
     assert 0 < sum(map(len, held_out)) <= 0.2 * sum(lengths)
 
 
+def test_of_ten_documents_one_is_held_out() -> None:
+    assert split(["x" * 100] * 10) == (["x" * 100] * 9, ["x" * 100])
+
+
 def test_a_single_document_is_split_by_position() -> None:
     assert split(["a" * 90 + "b" * 10]) == (["a" * 90], ["b" * 10])
 
@@ -36,6 +40,11 @@ def test_tokenize_gives_back_the_text_and_ends_each_document(tokenizer: Any) -> 
     ids = list(tokenize(texts, tokenizer))
     assert [document[-1] for document in ids] == [tokenizer.eos_token_id] * 2
     assert [tokenizer.decode(document[:-1]) for document in ids] == ["alpha\n\tβeta 🙂", "gamma"]
+
+
+def test_tokenize_leaves_no_document_out(tokenizer: Any) -> None:
+    texts = [f"alpha {index}" for index in range(600)]
+    assert [tokenizer.decode(ids[:-1]) for ids in tokenize(texts, tokenizer)] == texts
 
 
 def test_frequency_classes_by_hand() -> None:
@@ -63,14 +72,38 @@ def test_the_corpus_of_the_same_text_is_the_same(documents: list[str]) -> None:
 
 def test_no_held_out_text_is_trained_on(documents: list[str], tokenizer: Any) -> None:
     marked = [f"mark{index} {document}" for index, document in enumerate(documents)]
-    corpus = build_corpus(marked, "words", 16, tokenizer)
-    trained = tokenizer.decode(corpus.train.flatten())
-    held_out = tokenizer.decode(corpus.held_out.flatten())
+    found = build_corpus(marked, "words", 16, tokenizer)
+    trained = tokenizer.decode(found.train.flatten())
+    held_out = tokenizer.decode(found.held_out.flatten())
     seen = [f"mark{index} " in trained for index in range(len(marked))]
     kept = [f"mark{index} " in held_out for index in range(len(marked))]
     assert sum(kept) >= 4
     assert sum(seen) >= 30
     assert not any(a and b for a, b in zip(seen, kept, strict=True))
+
+
+def test_the_tokenizer_is_made_of_the_training_text(
+    documents: list[str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    def trained(texts: list[str]) -> Any:
+        seen.append(texts)
+        return tokenizer
+
+    monkeypatch.setattr(corpus, "train_tokenizer", trained)
+    build_corpus(documents, "words", 16)
+    assert seen == [split(documents)[0]]
+
+
+def test_no_more_is_evaluated_than_the_limit(
+    documents: list[str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = build_corpus(documents, "words", 16, tokenizer).held_out
+    monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 64)
+    some = build_corpus(documents, "words", 16, tokenizer).held_out
+    assert len(every) > len(some) == 4
+    assert torch.equal(some[[0, -1]], every[[0, -1]])
 
 
 def test_too_short_a_text() -> None:

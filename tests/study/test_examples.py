@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import TrainerCallback
 
 from nvamp.study import StudyError, examples
-from nvamp.study.chats import TEMPLATE
+from nvamp.study.chats import TEMPLATE, encode
 from nvamp.study.compare import prepare
 from nvamp.study.corpus import Corpus, frequency_classes
-from nvamp.study.examples import build_examples
+from nvamp.study.examples import _Encoder, build_examples
 from nvamp.study.losses import parse_loss
 from nvamp.study.packing import IGNORED
 from nvamp.study.results import describe_corpus
 from nvamp.study.rows import Chat, Pair, Rows
 from nvamp.study.settings import Lora, Settings
+from nvamp.study.sources import shuffled
 from nvamp.study.training import Recipe, train
 from tests.study.conftest import small_llama, study, words
 
@@ -81,6 +83,8 @@ def test_what_is_cut_and_dropped_is_counted(tokenizer: Any) -> None:
     )  # none of those cut
     described = describe_corpus(corpus)
     assert described["cut_examples"] == 3
+    assert corpus.training.examples is not None
+    assert described["train_tokens"] == (corpus.training.examples != -1).sum() < corpus.train.numel()
     assert described["held_out_tokens"] == int((corpus.evaluation.labels != IGNORED).sum())
     assert described["learned_tokens"] == int((corpus.training.labels != IGNORED).sum())
 
@@ -97,6 +101,73 @@ def test_what_is_held_out_is_not_trained_on_a_second_time(tokenizer: Any) -> Non
     )
 
 
+def test_an_example_that_fills_a_block_is_whole(tokenizer: Any) -> None:
+    pair = Pair("alpha beta", " gamma delta")
+    whole = encode(pair, tokenizer, True, False)
+    length = len(whole.ids)
+    for sequence, cut in ((length + 1, 0), (length, 0), (length - 1, 1), (whole.answer + 1, 1)):
+        encoder = _Encoder(tokenizer, sequence, True, False)
+        ((found, is_whole),) = encoder.encode([pair])
+        assert found.ids == whole.ids[:sequence]
+        assert (is_whole, encoder.cut) == (not cut, cut)
+    encoder = _Encoder(tokenizer, whole.answer, True, False)  # the answer begins beyond the block
+    assert encoder.encode([pair]) == []
+    assert encoder.dropped.total() == 1
+
+
+def test_a_single_token_has_nothing_to_learn(tokenizer: Any) -> None:
+    own = deepcopy(tokenizer)
+    own.eos_token = None
+    (alpha,) = own("alpha")["input_ids"]
+    assert encode(Pair("", "alpha"), own, True, False).ids == [alpha]
+    assert _Encoder(own, 8, True, False).encode([Pair("", "alpha")]) == []
+
+
+def test_one_of_few_examples_is_held_out(tokenizer: Any) -> None:
+    counts = build_examples(Rows(examples=[*pairs(4)]), "pairs", 128, tokenizer).counts
+    assert (counts["examples"], counts["held_out_examples"]) == (3, 1)
+
+
+def test_reasons_to_drop_are_named_up_to_three(tokenizer: Any) -> None:
+    for count, end in ((3, ""), (4, ", ...")):
+        dropped = Counter(dict.fromkeys("abcd"[:count], 1))
+        corpus = build_examples(Rows(examples=[*pairs(40)], dropped=dropped), "pairs", 128, tokenizer)
+        assert corpus.source.endswith(f"{count} dropped: 1 a, 1 b, 1 c{end})")
+
+
+def test_the_tokenizer_is_made_of_the_training_examples(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def trained(texts: list[str]) -> Any:
+        seen.extend(texts)
+        return deepcopy(tokenizer)
+
+    monkeypatch.setattr(examples, "train_tokenizer", trained)
+    corpus = build_examples(Rows(examples=[*pairs(60)]), "pairs", 128)
+    assert len(seen) == corpus.counts["examples"] == 54
+    held_out = texts(corpus, "evaluation")
+    assert not any(text.split()[0] + " " in held_out for text in seen)
+
+
+def test_no_more_is_evaluated_than_the_limit(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "HELD_OUT_TOKENS", 256)
+    corpus = build_examples(Rows(examples=[*pairs(60)]), "pairs", 128, tokenizer, together=False)
+    assert (len(corpus.evaluation), corpus.counts["held_out_examples"]) == (2, 6)
+
+
+def test_the_excerpt_is_without_what_a_tokenizer_puts_before_a_text(tokenizer: Any) -> None:
+    own = deepcopy(tokenizer)
+    end = own.eos_token
+    own._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, own.eos_token_id)]
+    )
+    corpus = build_examples(Rows(examples=[*pairs(40)]), "pairs", 128, own)
+    assert corpus.held_out[0, 0] == own.eos_token_id
+    assert corpus.excerpt.startswith("mark")
+
+
 def test_no_more_is_read_than_the_limit(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examples, "MAX_CHARACTERS", sum(pair.characters for pair in pairs(60)) // 2)
     corpus = build_examples(Rows(examples=[*pairs(60)]), "pairs", 128, tokenizer)
@@ -104,6 +175,11 @@ def test_no_more_is_read_than_the_limit(tokenizer: Any, monkeypatch: pytest.Monk
     assert reason.startswith("beyond ")
     assert 25 <= beyond <= 35
     assert beyond + corpus.counts["examples"] + corpus.counts["held_out_examples"] == 60
+    some = sum(pair.characters for pair in shuffled(pairs(60))[:20])
+    for limit, taken in ((some, 20), (some - 1, 19)):
+        monkeypatch.setattr(examples, "MAX_CHARACTERS", limit)
+        counts = build_examples(Rows(examples=[*pairs(60)]), "pairs", 128, tokenizer).counts
+        assert counts["examples"] + counts["held_out_examples"] == taken
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -119,10 +195,15 @@ def test_without_a_token_there_is_no_prompt(tokenizer: Any) -> None:
     assert build_examples(Rows(examples=[*examples]), "pairs", 128, tokenizer).prompts == ()
 
 
-def test_prompts_are_in_the_fingerprint(tokenizer: Any) -> None:
+def test_all_that_a_study_reads_is_in_the_fingerprint(tokenizer: Any) -> None:
     one = build_examples(Rows(examples=[*pairs(40)]), "pairs", 128, tokenizer)
-    other = replace(one, prompts=(*one.prompts[:-1], one.prompts[0]))
-    assert one.fingerprint() == replace(one).fingerprint() != other.fingerprint()
+    others = [
+        replace(one, prompts=(*one.prompts[:-1], one.prompts[0])),
+        replace(one, also=one.evaluation),
+        replace(one, training=replace(one.training, positions=None)),
+    ]
+    assert one.fingerprint() == replace(one).fingerprint()
+    assert len({corpus.fingerprint() for corpus in (one, *others)}) == 4
 
 
 def test_all_tokens_or_completions(tokenizer: Any) -> None:
@@ -153,6 +234,17 @@ def test_a_completion_ends_where_the_template_ends_a_turn(tokenizer: Any) -> Non
     for prompt in corpus.prompts:
         assert prompt.end == end != own.eos_token_id
         assert (own.decode(prompt.ids, skip_special_tokens=True), prompt.answer) in pairs(40)
+
+
+def test_an_answer_may_end_without_a_special_token(tokenizer: Any) -> None:
+    own = deepcopy(tokenizer)
+    own.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    chats = [
+        Chat(({"role": "user", "content": a}, {"role": "assistant", "content": b}), 0) for a, b in pairs(40)
+    ]
+    prompts = build_examples(Rows(examples=[*chats]), "chats", 128, own).prompts
+    assert {prompt.end for prompt in prompts} == {None}
+    assert {prompt.answer.split()[0] for prompt in prompts} <= set(words(0, 200).split())
 
 
 def test_a_tokenizer_without_a_template_gets_one(tokenizer: Any) -> None:
@@ -287,5 +379,7 @@ def test_special_tokens_of_a_text_are_text_unless_asked_for(tokenizer: Any, tmp_
     counts = []
     for special in (False, True):
         corpus = prepare(replace(settings, special_tokens=special))
-        counts.append(int((corpus.train == corpus.tokenizer.eos_token_id).sum()))
-    assert counts[1] >= 1.5 * counts[0] > 0
+        ends = [(blocks == corpus.tokenizer.eos_token_id).sum() for blocks in (corpus.train, corpus.held_out)]
+        counts.append(torch.stack(ends))
+    assert (counts[1] >= 1.5 * counts[0]).all()
+    assert counts[0].all()

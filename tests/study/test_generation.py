@@ -9,7 +9,7 @@ import torch
 import nvamp.study.generation
 from nvamp.study.corpus import Prompt
 from nvamp.study.generation import LONGER, complete, generation_metrics, token_f1
-from tests.study.conftest import small_llama
+from tests.study.conftest import dropping, small_llama
 
 
 @pytest.fixture
@@ -46,6 +46,24 @@ def test_a_completion_is_greedy_and_ends(model: Any, tokenizer: Any) -> None:
     model.generation_config = copy.deepcopy(model.generation_config)
     model.generation_config.eos_token_id = expected[3]
     assert complete(model, tokenizer, Prompt(ids, answer)) == ended
+
+
+def test_the_tokenizers_end_ends_a_completion(model: Any, tokenizer: Any) -> None:
+    ids = tokenizer("alpha beta")["input_ids"]
+    model.generation_config.eos_token_id = None
+    whole = complete(model, tokenizer, Prompt(ids, "gamma"))
+    own = copy.deepcopy(tokenizer)
+    own.eos_token = own.convert_ids_to_tokens(greedy(model, ids, 2)[-1])
+    assert len(complete(model, own, Prompt(ids, "gamma"))) < len(whole)
+
+
+def test_a_completion_is_greedy_whatever_the_model_would_do(tokenizer: Any) -> None:
+    model = dropping(len(tokenizer))
+    ids = tokenizer("alpha")["input_ids"]
+    expected = complete(model.eval(), tokenizer, Prompt(ids, "beta"))
+    config = model.generation_config
+    config.do_sample, config.num_beams, config.repetition_penalty = True, 3, 5.0
+    assert [complete(model.train(), tokenizer, Prompt(ids, "beta")) for _ in range(3)] == [expected] * 3
 
 
 def test_a_prompt_that_leaves_little_room(model: Any, tokenizer: Any) -> None:

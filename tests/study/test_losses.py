@@ -79,12 +79,11 @@ def test_every_objective_that_text_is_enough_for_can_be_trained_with(name: str) 
 
 
 def test_options_reach_the_criterion() -> None:
-    criterion = parse_loss(
-        "nvamp:gamma=0.05,gradient=token,alpha=0.5,label_smoothing=0.1,softcap=30"
-    ).criterion
-    assert isinstance(criterion, nvamp.Loss)
-    assert criterion.objective == NVAMP(alpha=0.5, gamma=0.05, gradient="token")
-    assert (criterion.label_smoothing, criterion.softcap, criterion.z_loss) == (0.1, 30, 0)
+    loss = parse_loss("nvamp:gamma=0.05,gradient=token,alpha=0.5,label_smoothing=0.1,softcap=30")
+    assert isinstance(loss.criterion, nvamp.Loss)
+    for criterion in (loss.criterion, loss.linear):
+        assert criterion.objective == NVAMP(alpha=0.5, gamma=0.05, gradient="token")
+        assert (criterion.label_smoothing, criterion.softcap, criterion.z_loss) == (0.1, 30, 0)
 
 
 def test_label_smoothing_is_that_of_pytorch() -> None:
@@ -178,6 +177,7 @@ def test_a_loss_named_twice() -> None:
 def test_a_learning_rate_after_the_loss() -> None:
     loss = parse_loss("nvamp:tail=0.05,gamma=0.04@2e-4")
     assert (loss.lr, loss.name) == (2e-4, "nvamp:gamma=0.04,tail=0.05@0.0002")
+    assert loss.slug == "nvamp-gamma=0.04-tail=0.05@0.0002"
     assert loss.spec == parse_loss("nvamp:gamma=0.04,tail=0.05").spec
     assert len(parse_losses(["nvamp", "nvamp@1e-4", "nvamp@2e-4"])) == 3
     with pytest.raises(StudyError, match=r"^--loss ce@1e-3: named twice$"):

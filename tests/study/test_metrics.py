@@ -26,6 +26,7 @@ from nvamp.study.metrics import (
     measured,
     range_of,
     verdict,
+    worst,
 )
 
 LOSSES = st.lists(st.floats(0, 50, width=32), min_size=1, max_size=200)
@@ -72,6 +73,7 @@ def test_calibration_error() -> None:
     right = np.array([True, False, False, True])
     assert calibration_error(np.full(4, 0.5, np.float32), right) == 0
     assert calibration_error(np.ones(4, np.float32), right) == 0.5  # the last bin holds 1
+    assert calibration_error(np.array([1, 0.9375], np.float32), right[1::2]) == (1.9375 - 1) / 2
     confidence = np.array([0.97, 0.97, 0.02, 0.02], np.float32)
     assert calibration_error(confidence, right) == pytest.approx((2 * 0.97 - 1 + 1 - 2 * 0.02) / 4)
 
@@ -96,6 +98,7 @@ def test_metrics_are_computed_in_float64() -> None:
 def test_cvar_of_a_hundred_is_of_five() -> None:
     assert cvar(np.arange(100.0)) == 97.0
     assert cvar(np.arange(101.0)) == pytest.approx(np.mean([95, 96, 97, 98, 99, 100]))
+    assert [worst(tokens) for tokens in range(10_000)] == [-(-tokens // 20) for tokens in range(10_000)]
 
 
 def test_classes_add_up_to_the_whole() -> None:
@@ -174,6 +177,7 @@ def test_a_loss_does_not_differ_from_itself(values: list[float]) -> None:
     [
         (Estimate(-1.0, 0.5), "better", "worse"),
         (Estimate(1.0, 0.5), "worse", "better"),
+        (Estimate(-1.0, 1.0), "no clear difference", "no clear difference"),
         (Estimate(-1.0, 1.5), "no clear difference", "no clear difference"),
         (Estimate(1.0, 1.5), "no clear difference", "no clear difference"),
         (Estimate(-1.0, None), "one seed, no interval", "one seed, no interval"),
@@ -224,6 +228,8 @@ def test_a_change_is_in_percent_or_points() -> None:
     assert change(ESTIMATES["cvar"], Estimate(-0.5, 0.1), Estimate(10.0, 1.0)) == Estimate(-5.0, 1.0)
     assert change(ESTIMATES["cvar"], Estimate(-0.5, None), Estimate(10.0, None)) == Estimate(-5.0, None)
     assert change(ESTIMATES["accuracy"], Estimate(2.0, 1.0), Estimate(50.0, 1.0)) == Estimate(2.0, 1.0)
+    forgotten = change(ESTIMATES["forgotten"], Estimate(-0.5, 0.1), Estimate(-10.0, 1.0))
+    assert forgotten == Estimate(-5.0, 1.0)  # less is less, of a negative number too
     assert change(ESTIMATES["cvar"], None, Estimate(10.0, 1.0)) is None
     assert change(ESTIMATES["cvar"], Estimate(1.0, 1.0), Estimate(0.0, 1.0)) is None
 

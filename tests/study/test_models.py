@@ -20,6 +20,7 @@ from nvamp.study.chats import prefix_of
 from nvamp.study.corpus import Corpus
 from nvamp.study.inspect.inputs import read_inputs
 from nvamp.study.inspect.page import inspect_models
+from nvamp.study.model_files import check_model
 from nvamp.study.models import build_model, load_model, load_tokenizer, max_positions, model_fingerprint
 from nvamp.study.settings import Settings
 
@@ -141,10 +142,40 @@ def test_a_model_that_would_give_wrong_numbers_is_refused(
         inspect_models(read_inputs([str(directory)], text, tmp_path / "page.html"), ["ce"], lambda *_: None)
 
 
+@pytest.mark.parametrize("name", ["spiece.model", "some.tiktoken", "tekken.json", "vocab.txt"])
+def test_a_tokenizer_by_the_names_of_its_files(name: str, directory: Path) -> None:
+    without_tokenizer(directory)
+    (directory / name).touch()
+    check_model(str(directory))
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000])
+def test_a_configuration_that_is_no_object_says_nothing(content: str, directory: Path) -> None:
+    (directory / "config.json").write_text(content)
+    check_model(str(directory))
+
+
+def test_a_model_beside_an_adapter_is_the_one_that_counts(directory: Path) -> None:
+    (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "./none"}')
+    assert max_positions(str(directory)) == 16
+
+
+def test_models_in_a_folder_are_named_up_to_four(directory: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for index in range(5):
+        shutil.copytree(directory, folder / f"m{index}")
+    named = ", ".join(str(folder / f"m{index}") for index in range(4))
+    for end in (" and 1 more", ""):
+        with pytest.raises(StudyError, match=f"name one of them: {re.escape(named)}{end}$"):
+            check_model(str(folder))
+        shutil.rmtree(folder / "m4", ignore_errors=True)
+
+
 def test_an_adapter_is_as_good_as_what_it_adapts(directory: Path, tmp_path: Path) -> None:
     config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     get_peft_model(load_model(str(directory)), config).save_pretrained(tmp_path / "adapter")
     assert max_positions(str(tmp_path / "adapter")) == 16
+    check_model(str(tmp_path / "adapter"), tokenizer=False)
     load_model(str(tmp_path / "adapter"))
     rewrite(directory, NORM, None)
     with pytest.raises(StudyError, match=f"--model {directory}: weights are missing: {NORM}"):

@@ -37,6 +37,7 @@ def test_spread_takes_distinct_blocks_from_end_to_end(blocks: int, limit: int) -
     assert len(set(taken)) == len(taken) == min(blocks, limit)
     assert taken[0] == 0
     assert limit == 1 or taken[-1] == blocks - 1
+    assert spread(torch.arange(blocks), 0).tolist() == [0]  # of blocks longer than the limit in tokens, one
 
 
 @given(st.lists(st.lists(st.integers(3, 9), max_size=9), max_size=10), st.integers(3, 7), st.integers(0, 2))
@@ -62,6 +63,11 @@ def test_a_prefix_begins_each_document_and_each_block(
         for row in blocks.inputs.tolist()
         if documents.count([]) == 0
     )
+
+
+def test_the_last_block_may_be_just_full() -> None:
+    for prefix in ([], [1]):
+        assert pack_text([[5] * (4 - len(prefix))], 4, prefix).inputs.tolist() == [[*prefix, 5, 5, 5, 5][:4]]
 
 
 @settings(deadline=None)  # each example is looked for in all blocks

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nvamp.study import StudyError
+from nvamp.study import StudyError, report
 from nvamp.study.metrics import METRICS, TIMES
 from nvamp.study.report import GLANCE, curves, panels, settings, styled, write_report
 from tests.study.conftest import diverge
@@ -101,6 +101,17 @@ def test_the_plot_of_intervals(results: dict[str, Any]) -> None:
     first, second = tail.rows
     assert (first["low"], first["middle"], first["high"]) == ("23.00", "32.00", "41.00")
     assert (second["low"], second["high"], second["text"]) == ("5.00", "23.00", "−2.00 ± 0.50%")
+
+
+def test_where_the_distributions_are_drawn(results: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[list[float], list[float]]] = []
+    monkeypatch.setattr(
+        report, "_draw", lambda axes, x, values, style: drawn.append(([*x], [*values["mean"]]))
+    )
+    report.density(results)
+    report.tail(results)
+    assert drawn[:3] == [([1.0, 3.0, 5.0], [0.25, 0.25, 0.0])] * 3  # in the middle of the bins
+    assert drawn[3:] == [([0.0, 3.0], [1.0, 0.5])] * 3  # a logarithm has no zero
 
 
 def test_a_default_is_shown_as_what_it_was(results: dict[str, Any]) -> None:

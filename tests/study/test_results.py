@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,13 @@ import pytest
 
 import nvamp.study.compare
 from nvamp.study import StudyError
+from nvamp.study.corpus import Corpus
+from nvamp.study.held_out import TokenScores
+from nvamp.study.losses import parse_loss
 from nvamp.study.metrics import METRICS, TIMES, measured
+from nvamp.study.results import Grid, _distribution, _summary, describe, describe_corpus
 from nvamp.study.settings import Settings
-from nvamp.study.training import train
+from nvamp.study.training import Run, train
 from tests.study.conftest import study
 
 
@@ -52,6 +57,65 @@ def test_results_are_those_of_the_runs(settings: Settings, tmp_path: Path) -> No
     assert curve[6]["mean"] < curve[0]["mean"]
     ends = [run["curve"][-1][1] for run in results["runs"] if run["loss"] == "dft"]
     assert curve[6]["half_width"] == pytest.approx(12.7062 * np.std(ends, ddof=1) / np.sqrt(2))
+
+
+def test_the_record_of_a_run() -> None:
+    labels, right = np.array([0, 0, 1]), np.array([True, False, False])
+    losses = [np.array([1, 2, 4], np.float32), np.array([1, np.nan, 4], np.float32)]
+    whole, diverged = (
+        describe(
+            parse_loss("ce"),
+            1,
+            Run(
+                SimpleNamespace(num_parameters=lambda: 5),
+                TokenScores(nll, right, np.array([0, 1, 0]), np.ones(3, np.float32), nll, labels),
+                asked={"exact_match": 50.0},
+                curve=[(0, 3.0)],
+                steps=7,
+                tokens_per_second=100.0,
+                loss_share=0.25,
+                seconds=2.0,
+                peak_memory=3_000_000,
+                logits_because=None,
+            ),
+            np.array([0, 2]),
+            np.array([0, 0, 0]),
+        )
+        for nll in losses
+    )
+    assert (whole["loss"], whole["seed"], whole["parameters"], whole["diverged"]) == ("ce", 1, 5, False)
+    found = whole["metrics"]
+    assert (found["frequent"], found["mid"], found["rare"]) == (1.5, None, 4.0)
+    assert (found["loss_share"], found["peak_memory"], found["exact_match"]) == (25.0, 3.0, 50.0)
+    assert diverged["diverged"]
+    assert diverged["metrics"]["exact_match"] is None
+    assert diverged["metrics"]["loss_share"] == 25.0
+
+
+def test_a_share_is_above_its_threshold() -> None:
+    grid = Grid(np.array([0.0, 2.0, 4.0]), np.array([0.0, 2.0, 4.0]))
+    found = _distribution([np.array([1, 2, 2, 4], np.float32)], grid)
+    assert found["survival"] == {"mean": [1.0, 0.25, 0.0], "half_width": [None] * 3}
+    assert found["density"]["mean"] == [0.125, 0.375]
+
+
+def test_the_cross_entropy_of_frequencies_by_definition(corpus: Corpus) -> None:
+    seen = np.bincount(corpus.train.flatten(), minlength=len(corpus.tokenizer)) + 1  # of Laplace
+    expected = -np.log(seen[corpus.held_out[:, 1:].flatten()] / seen.sum()).mean()
+    assert describe_corpus(corpus)["unigram_cross_entropy"] == pytest.approx(expected)
+
+
+def test_more_is_worse_or_better() -> None:
+    def records(value: float) -> list[dict[str, Any]]:
+        metrics = [{"cross_entropy": value * x, "accuracy": value * x} for x in (1.0, 1.001)]
+        return [
+            {"loss": "dft", "seed": seed, "diverged": False, "curve": [], "metrics": found}
+            for seed, found in enumerate(metrics)
+        ]
+
+    found = _summary("dft", records(3.0), records(2.0))
+    assert found["verdicts"] == {"cross_entropy": "worse", "accuracy": "better"}
+    assert [clause["verdict"] for clause in found["clauses"]] == ["worse", "better"]
 
 
 def test_what_a_loss_did_in_words(settings: Settings, tmp_path: Path) -> None:

@@ -100,9 +100,16 @@ def test_prompts_and_completions(tmp_path: Path) -> None:
     messages = CHATS[0]["messages"]
     assert isinstance(messages, list)
     found = read_rows(
-        written(tmp_path / "lists.jsonl", [{"prompt": messages[:1], "completion": messages[1:]}])
+        written(
+            tmp_path / "lists.jsonl",
+            [
+                {"prompt": messages[:1], "completion": messages[1:]},
+                {"prompt": messages, "completion": messages[:1]},
+            ],
+        )
     )
-    assert found == Rows(examples=[Chat(tuple(messages), 1)])
+    dropped = Counter({"no message of an assistant": 1})  # in the completion
+    assert found == Rows(examples=[Chat(tuple(messages), 1)], dropped=dropped)
 
 
 def test_rows_that_are_no_chat_are_counted(tmp_path: Path) -> None:
@@ -166,6 +173,8 @@ def test_a_column_of_several_is_named(tmp_path: Path) -> None:
     (named,) = written(tmp_path / "talks.jsonl", [{"talk": row["messages"], "text": "x"} for row in CHATS])
     assert read_rows([f"{named}#talk"]).examples == EXPECTED
     assert read_rows([named]).texts == ["x", "x"]
+    (tmp_path / "a#b.txt").write_text("eins\n")
+    assert read_rows([str(tmp_path / "a#b.txt")]).texts == ["eins"]
 
 
 @pytest.mark.parametrize(
@@ -178,6 +187,7 @@ def test_a_column_of_several_is_named(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "(list of {role: string, content: list of {type: string}})"),
         ({"prompt": "a", "completion": ["b"]}, "prompt and completion: expected two strings, or two lists of {role: string, content: string}, the columns are prompt (string), completion (list of string)"),
         ({f"c{index:02}": index for index in range(20)}, "c11 (int64) and 8 more"),
+        ({f"c{index:02}": index for index in range(12)}, "c10 (int64), c11 (int64)"),
     ],
 )  # fmt: skip
 def test_columns_that_are_something_else_are_named_with_their_types(
@@ -221,6 +231,19 @@ def test_damaged_files_say_what_is_wrong(tmp_path: Path, capfd: pytest.CaptureFi
         read_rows([""])
 
 
+def test_the_deepest_cause_that_says_something_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        try:
+            raise ValueError("what is wrong\nand more") from TimeoutError()
+        except ValueError as error:
+            raise RuntimeError("an error occurred") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert refused(written(tmp_path / "rows.jsonl", CHATS)) == "what is wrong"
+
+
 def test_a_hub_that_is_out_of_reach_is_asked_once(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,20 +261,26 @@ def test_a_hub_that_is_out_of_reach_is_asked_once(
     assert len(asked) == 1
     assert capfd.readouterr() == ("", "")
     assert constants.HF_HUB_OFFLINE
+    assert datasets.config.HF_HUB_OFFLINE
     assert refused(["some/dataset"]) == message
     assert len(asked) == 1
 
 
-def test_a_hub_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dataset", "wanted"), [("some/dataset:small", "small"), ("some/dataset", None), ("some/dataset:", None)]
+)
+def test_a_hub_that_answers_is_used(
+    dataset: str, wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Session:
         def head(self, url: str, timeout: float) -> None:
             assert (url, timeout) == (constants.ENDPOINT, 5.0)
 
     def load(name: str, configuration: str | None, split: str) -> datasets.Dataset:
-        assert (name, configuration, split) == ("some/dataset", "small", "train")
+        assert (name, configuration, split) == ("some/dataset", wanted, "train")
         return datasets.Dataset.from_list(CHATS)
 
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert read_rows(["some/dataset:small"]).examples == EXPECTED
+    assert read_rows([dataset]).examples == EXPECTED
     assert not constants.HF_HUB_OFFLINE

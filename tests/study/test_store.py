@@ -18,6 +18,7 @@ import nvamp.study.compare
 import nvamp.study.store
 from nvamp.study import StudyError
 from nvamp.study.compare import compare, prepare, recipe_of
+from nvamp.study.files import hold, remove
 from nvamp.study.inspect.score import inspect_text
 from nvamp.study.losses import MODES, parse_losses
 from nvamp.study.models import build_model, load_model
@@ -281,6 +282,22 @@ def test_a_directory_belongs_to_one_process_at_a_time(one: Settings, tmp_path: P
     (message,) = refused
     assert message.startswith(f"{tmp_path} is in use by process {os.getpid()} on ")
     assert study(one, tmp_path)[1].kept == 1
+
+
+def test_the_next_holder_alone_is_named(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    for _ in range(2):
+        with hold(lock):
+            assert lock.read_text().count("process ") == 1
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "directory").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "directory")
+    remove(link)
+    remove(tmp_path / "nothing")
+    assert [*tmp_path.iterdir()] == [tmp_path / "directory"]
 
 
 @pytest.mark.parametrize(

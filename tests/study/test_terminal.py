@@ -1,12 +1,16 @@
 """What a study prints."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from nvamp.study.chats import Encoded
+from nvamp.study.corpus import Corpus
 from nvamp.study.metrics import METRICS
+from nvamp.study.packing import pack_examples
 from nvamp.study.terminal import Terminal, show_results
 from tests.study.conftest import diverge
 
@@ -44,7 +48,7 @@ def test_logits_in_memory_are_reported_once(console: Console) -> None:
     ]
 
 
-@pytest.mark.parametrize(("width", "tables"), [(40, 3), (50, 3), (60, 2), (70, 1)])
+@pytest.mark.parametrize(("width", "tables"), [(37, 3), (40, 3), (50, 3), (60, 2), (70, 1)])
 def test_a_narrow_terminal_keeps_every_number(results: dict[str, Any], width: int, tables: int) -> None:
     console = Console(file=io.StringIO(), width=width)
     show_results(console, results)
@@ -69,9 +73,47 @@ def test_the_terminal_names_all_that_diverged_and_little_text(results: dict[str,
     assert "Caution: the held-out text is small, 252 tokens; its worst 5% are 13 tokens." in text
 
 
-@pytest.mark.parametrize("width", [50, 70, 120])
+@pytest.mark.parametrize(("tokens", "said"), [(99, True), (100, False)])
+def test_how_much_text_is_little(results: dict[str, Any], console: Console, tokens: int, said: bool) -> None:
+    results["text"]["worst_tokens"] = tokens
+    show_results(console, results)
+    assert ("Caution" in shown(console)) is said
+
+
+def test_one_seed_is_said(results: dict[str, Any], console: Console) -> None:
+    many = "mean ± 95% interval over 3 seeds", "median (lowest to highest)"
+    one = "Held-out text, one seed", "Tokens per second: "
+    for seeds, said, unsaid in ((3, many, one), (1, one, many)):
+        results["settings"]["seeds"] = seeds
+        at = len(shown(console))
+        show_results(console, results)
+        text = " ".join(shown(console)[at:].split())
+        assert all(words in text for words in said)
+        assert not any(words in text for words in unsaid)
+
+
+def test_progress_counts_the_steps_that_are_left(corpus: Corpus) -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
+    with Terminal(console) as terminal:
+        terminal.prepared(corpus, steps=20, runs=4, kept=1)
+        terminal.finished(RECORD)
+        terminal.run("ce", 1)(5, 1.0)
+    text = shown(console)
+    assert "25/60 loss 1.000" in text
+    assert "1 of 4 runs are already finished" in text
+
+
+def test_padding_is_no_text(console: Console, corpus: Corpus, tokenizer: Any) -> None:
+    padded = pack_examples([Encoded([1, 2, 3], [True] * 3, 0)] * 2, 5, 0, together=False)
+    Terminal(console).prepared(replace(corpus, training=padded, counts={"examples": 2}), 1, 1, 0)
+    assert "words: 6 tokens to train on (4 of them to learn)" in shown(console)
+
+
+@pytest.mark.parametrize("width", [50, 70, 99, 100, 120])
 def test_progress_on_a_narrow_terminal(width: int) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     with Terminal(console) as terminal:
         terminal.run("nvamp:gradient=token,label_smoothing=0.1", 1)(30, 6.1234)
     assert "30/? loss 6.123 " in shown(console)
+    assert ("━" in shown(console)) == (width >= 100)
+    assert "nvamp:" in shown(console)

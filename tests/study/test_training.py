@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import nvamp.study.held_out
 import nvamp.study.training
 from nvamp.integrations.transformers.alignment import OwnLoss
 from nvamp.study import StudyError
@@ -149,6 +150,24 @@ def test_held_out_scores_by_definition(corpus: Corpus, model_dir: Any) -> None:
         np.testing.assert_array_equal(found.labels, expected)
         np.testing.assert_allclose(found.confidence, log_p.exp().amax(-1), rtol=1e-5)
         np.testing.assert_allclose(found.entropy, -(log_p.exp() * log_p).sum(-1), rtol=1e-5)
+
+
+def test_held_out_blocks_longer_than_a_batch(
+    corpus: Corpus, model_dir: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model(str(model_dir), corpus)
+    expected = score(model, corpus.evaluation)
+    monkeypatch.setattr(nvamp.study.held_out, "BATCH_TOKENS", 8)
+    found = score(model, corpus.evaluation)
+    np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-5)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+
+
+def test_held_out_scores_in_bfloat16(corpus: Corpus, model_dir: Any) -> None:
+    model = build_model(str(model_dir), corpus)
+    exact, rounded = (score(model, corpus.evaluation, bf16).nll for bf16 in (False, True))
+    assert 0 < np.abs(rounded - exact).max() < 0.1
+    assert rounded.dtype == np.float32
 
 
 def test_position_ids_reach_the_model(corpus: Corpus, model_dir: Any) -> None:

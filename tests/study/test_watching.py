@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from nvamp.integrations.transformers import compute_loss_func
 from nvamp.study.corpus import Corpus
 from nvamp.study.losses import parse_loss
 from nvamp.study.training import Recipe, install, train
-from nvamp.study.watching import LossTimes, PeakMemory, Step
+from nvamp.study.watching import LossTimes, PeakMemory, Step, Watch
 from tests.study.conftest import small_llama
 
 CPU = torch.device("cpu")
@@ -90,6 +91,50 @@ def test_peak_memory_is_that_since_the_reset() -> None:
     after = peak.read()
     assert after is not None
     assert after < during - 2**25
+
+
+@pytest.fixture
+def watch() -> Watch:
+    """It looks at every second of 251 steps."""
+    times: Any = SimpleNamespace(step=None)
+    return Watch(251, times, CPU, lambda model: 1.0, lambda step, value: None)
+
+
+def test_times_are_medians_over_the_steps(watch: Watch) -> None:
+    watch.steps = [
+        Step(0, 10, [[1, 1.5, 4, 4.5]]),  # a tenth of it
+        Step(10, 30, [[11, 13, 14, 16], [20, 22, 23, 25]]),  # 8 of 20 in two passes
+        Step(30, 130, [[31, 71, 72, 122]]),
+    ]
+    assert watch.times() == (20, 0.4)
+
+
+def test_the_last_step_is_looked_at(watch: Watch) -> None:
+    looked = []
+    for step in (1, 2, 3, 250, 251):
+        control = SimpleNamespace(should_log=False)
+        watch.on_step_begin(None, None, control)
+        watch.on_step_end(None, SimpleNamespace(global_step=step, max_steps=251), control, model=None)
+        if control.should_log:
+            looked.append(step)
+    assert looked == [2, 250, 251]
+
+
+def test_the_peak_is_the_highest_of_the_steps_alone(watch: Watch) -> None:
+    peak = PeakMemory(CPU)
+    peak.reset()
+    before = peak.read()
+    if before is None:
+        pytest.skip("the system does not say")
+    torch.ones(2**26)
+    for size in (2**24, 1):
+        watch.on_step_begin(None, None, None)
+        torch.ones(size)
+        watch.on_step_end(
+            None, SimpleNamespace(global_step=1, max_steps=2), SimpleNamespace(should_log=True), model=None
+        )
+    assert watch.peak_memory is not None
+    assert 0.9 * 2**26 < watch.peak_memory - before < 2 * 2**26
 
 
 def test_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> None:

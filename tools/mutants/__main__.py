@@ -3,7 +3,7 @@
     python -m tools.mutants [--only TEXT ...] [--minutes M]
 
 The mutants are those of the modules beside this one. Each is made in a copy of the working tree, where the
-tests that must fail are run. With `--minutes` they are drawn by the day's date until time is up. The exit
+tests that must fail are run, after they have passed without it. With `--minutes` they are drawn by the day's date until time is up. The exit
 code is 1 if a mutant survives, or is no longer to be found in the code.
 """
 
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 COPIED = ("src", "tests", "benchmarks", "tools", "docs", "examples", "pyproject.toml", "README.md")
 AREAS = (of_engine, of_kernels, of_objectives, of_integrations, of_study)
 MUTANTS = [mutant for area in AREAS for mutant in area.MUTANTS]
+LONGEST = 120  # seconds for the tests of a mutant
 # Imported once: the process that runs a mutant's tests is a fork of one that has them.
 IMPORTED = ["pytest", "torch._dynamo", "triton", "transformers.trainer", "trl.trainer.sft_trainer"]
 
@@ -43,6 +44,7 @@ def main() -> int:
         random.Random(datetime.date.today().isoformat()).shuffle(chosen)
     end = time.monotonic() + 60 * (arguments.minutes or float("inf"))
     survivors = 0
+    passing: set[tuple[str, str]] = set()
     prepare()
     with tempfile.TemporaryDirectory() as directory:
         copy = copied(Path(directory))
@@ -50,7 +52,7 @@ def main() -> int:
             if time.monotonic() > end:
                 print(f"time is up after {number - 1} of {len(chosen)}")
                 break
-            result = tried(mutant, copy)
+            result = tried(mutant, copy, passing)
             survivors += result != "killed"
             print(f"{number}/{len(chosen)} {result}: {mutant.file}: {mutant.old.strip()!r}", flush=True)
     print(f"{survivors} not killed")
@@ -71,30 +73,43 @@ def prepare() -> None:
 def copied(directory: Path) -> Path:
     for name in COPIED:
         if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "results")
-            shutil.copytree(ROOT / name, directory / name, ignore=ignored)
+            shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, directory)
     return directory
 
 
-def tried(mutant: Mutant, copy: Path) -> str:
-    """What became of a mutant: killed, survived, or why that is not known."""
+def tried(mutant: Mutant, copy: Path, passing: set[tuple[str, str]]) -> str:
+    """What became of a mutant: killed, survived, or why that is not known.
+
+    Its tests must pass without it; those that have are in `passing`, where this adds more.
+    """
     path = copy / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != 1:
         return f"occurs {text.count(mutant.old)} times, not once"
+    tests = mutant.tests, mutant.names
+    if tests not in passing:
+        if (result := ended(*tests, copy)) != "survived":
+            return f"unknown, without it: {result}"
+        passing.add(tests)
     path.write_text(text.replace(mutant.old, mutant.new))
-    process = multiprocessing.Process(target=run, args=(copy, mutant.tests, mutant.names))
     try:
-        process.start()
-        process.join()
+        return ended(*tests, copy)
     finally:
         path.write_text(text)
+
+
+def ended(tests: str, names: str, copy: Path) -> str:
+    """How tests end in the copy as it is: killed if one fails, all crash or they run too long."""
+    process = multiprocessing.Process(target=run, args=(copy, tests, names))
+    process.start()
+    process.join(LONGEST)
+    if process.is_alive():
+        process.kill()
+        process.join()
     status = process.exitcode or 0
-    if status < 0:  # a signal: the tests have crashed
-        return "killed"
-    return RESULTS.get(status, f"the tests ended with status {status}")
+    return "killed" if status < 0 else RESULTS.get(status, f"the tests ended with status {status}")
 
 
 if __name__ == "__main__":

@@ -96,4 +96,8 @@ MUTANTS = [
     # The oracle.
     mutant("reference", "torch.where(valid, weight * opt.z_loss * z.logsumexp(-1).square(), 0)", "weight * opt.z_loss * z.logsumexp(-1).square()", "engine", "token_nll and reference and z_loss and not linear"),
     mutant("reference", "torch.where(labelled, head.hidden, 0)", "head.hidden", "engine", "hidden_states_may_hold_anything and reference"),
+    # Which devices may be asked, and the largest loss so far.
+    mutant("devices", 'return x.device.type == "cpu"', "return not x.is_cuda", "triton", "nothing_looks"),
+    mutant("backend", "new_zeros(head.hidden.shape[1])", "new_zeros(head.hidden.shape[0])", "triton", "every_class"),
+    mutant("backend", "dtype=accumulate_dtype(head.hidden.dtype))", "dtype=head.hidden.dtype)", "triton", "compared_in"),
 ]

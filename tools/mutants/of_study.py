@@ -4,6 +4,14 @@ from tools.mutants.mutant import Mutant
 
 STUDY, TESTS = "src/nvamp/study", "tests/study"
 
+
+def mutant(file: str, old: str, new: str, tests: str, names: str = "") -> Mutant:
+    """`file` and `tests` without the directories and endings that all of them have."""
+    directory, _, name = tests.rpartition("/")
+    at = f"{TESTS}/{directory}/" if directory else f"{TESTS}/"
+    return Mutant(f"{STUDY}/{file}.py", old, new, f"{at}test_{name}.py", names)
+
+
 MUTANTS = [
     Mutant(
         f"{STUDY}/metrics.py",
@@ -266,4 +274,132 @@ MUTANTS = [
         "tests/test_cli.py",
         "end_to_end",
     ),
+]
+
+# fmt: off
+MUTANTS += [
+    # What is asked for.
+    mutant("config", 'if value not in (None, False, ())', 'if value not in (None, ())', "config", "written"),
+    mutant("config", '"loss" if field == "losses" else ', '', "config", "written"),
+    mutant("settings", "if not 0 <= self.noise <= 1:", "if not 0 <= self.noise < 1:", "compare", "ends_of"),
+    mutant("settings", "if not 0 <= self.noise <= 1:", "if not 0 < self.noise <= 1:", "compare", "ends_of"),
+    mutant("losses", 'r"[:,]"', 'r"[:]"', "losses", "learning_rate"),
+    mutant("losses", "return nvamp.LinearLoss(self.spec.objective, **self.spec.token_options)", "return nvamp.LinearLoss(self.spec.objective)", "losses", "options_reach"),
+    mutant("extra", 'if (ROOT / "pyproject.toml").exists():', "if ROOT.exists():", "extra"),
+    mutant("hub", "        datasets.config.HF_HUB_OFFLINE = True\n", "", "rows", "reach"),
+    # Models and their files.
+    mutant("model_files", "or name.count(\"/\") > 1:", "or name.count(\"/\") > 0:", "inspect/page", "hubs_or"),
+    mutant("model_files", "if len(below) > NAMED else", "if len(below) >= NAMED else", "models", "up_to_four"),
+    mutant("model_files", "and {len(below) - NAMED} more", "and {len(below)} more", "models", "up_to_four"),
+    mutant("model_files", '("*", "*/*")', '("*",)', "models", "refused and folder"),
+    mutant("model_files", " or path.suffix in _TOKENIZER_SUFFIXES", "", "models", "names_of"),
+    mutant("model_files", "return found if isinstance(found, dict) else {}", "return found", "models", "no_object"),
+    mutant("model_files", '    if (Path(name) / "config.json").is_file():\n        return None\n', "", "models", "beside_an_adapter"),
+    mutant("model_files", 'CONFIGURATIONS = ("config.json", "adapter_config.json")', 'CONFIGURATIONS = ("config.json",)', "models", "as_good"),
+    # Rows of a dataset.
+    mutant("rows", "map(_says_something, kept[len(before) :])", "map(_says_something, kept)", "rows", "prompts"),
+    mutant("rows", "if len(features) > COLUMNS else", "if len(features) >= COLUMNS else", "rows", "something_else"),
+    mutant("rows", "load_dataset(name, configuration or None, split", "load_dataset(name, configuration, split", "rows", "answers"),
+    mutant("rows", '(name, "") if os.path.exists(name) else name.partition', "name.partition", "rows", "several"),
+    mutant("rows", '    if "text" in columns:\n        return "text"\n', "", "rows", "local"),
+    mutant("rows", 'or line\n', '\n', "rows", "deepest"),
+    # From text to blocks.
+    mutant("corpus", "if taken < wanted and", "if taken <= wanted and", "corpus", "of_ten"),
+    mutant("corpus", "and len(document) <= wanted", "", "corpus", "tenth"),
+    mutant("corpus", "if len(documents) < MIN_DOCUMENTS:", "if len(documents) <= MIN_DOCUMENTS:", "corpus", "of_ten"),
+    mutant("corpus", "evaluation.spread(HELD_OUT_TOKENS // sequence)", "evaluation.spread(HELD_OUT_TOKENS)", "corpus", "limit"),
+    mutant("corpus", "start : start + 256", "start : start + 255", "corpus", "tokenize"),
+    mutant("corpus", 'side="right"', 'side="left"', "corpus", "by_hand"),
+    mutant("corpus", "(self.training, self.evaluation, self.also)", "(self.training, self.evaluation)", "examples", "fingerprint"),
+    mutant("corpus", "            if blocks.positions is not None:\n                digest.update(blocks.positions.numpy().tobytes())\n", "", "examples", "fingerprint"),
+    mutant("corpus", "tokenize(held_out, tokenizer, special)", "tokenize(held_out, tokenizer)", "examples", "special"),
+    mutant("corpus", "train_tokenizer(train)\n", "train_tokenizer(documents)\n", "corpus", "made_of"),
+    mutant("packing", "max(limit, 1)", "limit", "packing", "spread"),
+    mutant("packing", "if end > len(stream):", "if end >= len(stream):", "packing", "just_full"),
+    mutant("packing", "before = prefix[: place[begin]]", "before = prefix", "packing", "prefix"),
+    mutant("packing", "bisect_left(free, (length, 0))", "bisect_left(free, (length + 1, 0))", "packing", "fill"),
+    # From examples to blocks.
+    mutant("examples", "whole = len(found.ids) <= self._sequence", "whole = len(found.ids) < self._sequence", "examples", "fills"),
+    mutant("examples", "found.learned[1 : self._sequence])", "found.learned[: self._sequence])", "examples", "single_token"),
+    mutant("examples", "found.learned[1 : self._sequence])", "found.learned[1 : self._sequence + 1])", "examples", "fills"),
+    mutant("examples", "max(1, round(HELD_OUT_SHARE * len(examples)))", "round(HELD_OUT_SHARE * len(examples))", "examples", "few"),
+    mutant("examples", "        if left < 0:", "        if left <= 0:", "examples", "limit"),
+    mutant("examples", "return examples[:index]", "return examples[: index + 1]", "examples", "limit"),
+    mutant("examples", "for example in train])", "for example in examples])", "examples", "made_of"),
+    mutant("examples", "if whole and example.answer)", "if example.answer)", "results", "do_not_fit"),
+    mutant("examples", "answer[-1] if special else None", "answer[-1]", "examples", "without_a_special"),
+    mutant("examples", '["..."] if len(dropped) > NAMED else []', '["..."] if len(dropped) >= NAMED else []', "examples", "reasons"),
+    mutant("examples", "ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids", "ids", "examples", "excerpt"),
+    mutant("examples", "held_out_blocks.spread(HELD_OUT_TOKENS // sequence)", "held_out_blocks", "examples", "limit"),
+    mutant("chats", "f\"{re.escape(token[0])}(?={re.escape(token[1:])})\"", "re.escape(token)", "chats", "overlap"),
+    mutant("chats", "and end > turn for", "and end >= turn for", "chats", "turns"),
+    mutant("chats", "    while begin and learned[begin - 1]:\n        begin -= 1\n", "    begin = learned.index(True) if end else 0\n", "chats", "turns_are"),
+    # Held-out numbers.
+    mutant("metrics", "ceil(TAIL * tokens)", "max(1, int(TAIL * tokens))", "metrics", "cvar"),
+    mutant("metrics", "np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)", "(confidence * CALIBRATION_BINS).astype(np.int64)", "metrics", "calibration"),
+    mutant("metrics", "abs(difference.mean) <= difference.half_width", "abs(difference.mean) < difference.half_width", "metrics", "verdicts"),
+    mutant("metrics", "scale = 100 / abs(baseline.mean)", "scale = 100 / baseline.mean", "metrics", "percent"),
+    mutant("metrics", "within = max(-low, high)", "within = min(-low, high)", "metrics", "words"),
+    mutant("held_out", "max(1, BATCH_TOKENS // len(examples[0][\"labels\"]))", "BATCH_TOKENS // len(examples[0][\"labels\"])", "training", "longer"),
+    mutant("held_out", "enabled=bf16", "enabled=False", "training", "bfloat16"),
+    mutant("held_out", "losses(metrics.prediction)", "losses(labels)", "training", "by_definition"),
+    mutant("generation", "min(room, len(answer) + LONGER)", "len(answer) + LONGER", "generation", "little_room"),
+    mutant("generation", "{prompt.end, tokenizer.eos_token_id, *", "{prompt.end, *", "generation", "tokenizers_end"),
+    mutant("generation", "with in_mode(model, False):\n        out", "with torch.no_grad():\n        out", "generation", "whatever"),
+    mutant("generation", "        repetition_penalty=1.0,\n", "", "generation", "whatever"),
+    mutant("generation", "        do_sample=False,\n", "", "generation", "whatever"),
+    mutant("generation", "        num_beams=1,\n", "", "generation", "whatever"),
+    # Times, and the curve.
+    mutant("watching", " or done == state.max_steps", "", "watching", "looked_at"),
+    mutant("watching", "for i in range(CURVE_POINTS + 1)}", "for i in range(CURVE_POINTS)}", "training", "same_run"),
+    mutant("watching", "        self._memory.reset()\n", "", "watching", "alone"),
+    mutant("watching", " + self._clock.seconds(*marks[2:])", "", "watching", "medians"),
+    mutant("watching", "sum(self._clock.seconds(*marks[:2])", "max(self._clock.seconds(*marks[:2])", "watching", "medians"),
+    mutant("watching", "self.peak_memory = max(peak, self.peak_memory or 0)", "self.peak_memory = peak", "watching", "alone"),
+    # Results of all seeds.
+    mutant("results", '"loss_share": 100 * run.loss_share', '"loss_share": run.loss_share', "results", "record_of"),
+    mutant("results", "run.peak_memory / 1e6", "run.peak_memory / 2**20", "results", "record_of"),
+    mutant("results", "minlength=len(corpus.tokenizer)) + 1\n", "minlength=len(corpus.tokenizer))\n", "results", "frequencies"),
+    mutant("results", "counts[labels]).mean())", "counts).mean())", "results", "frequencies"),
+    mutant("results", "verdict(paired, metric.lower_is_better)", "verdict(paired, True)", "results", "worse_or"),
+    mutant("results", "difference(values, reference)", "difference(reference, values)", "results", "of_the_runs"),
+    mutant("results", 'thresholds, side="right")', 'thresholds, side="left")', "results", "threshold"),
+    mutant("results", "classes[run.scores.labels]", "classes[run.scores.prediction]", "results", "record_of"),
+    mutant("results", "(dict.fromkeys(run.asked) if run.diverged else run.asked)", "run.asked", "results", "record_of"),
+    mutant("results", '"train_tokens": corpus.training.tokens', '"train_tokens": corpus.train.numel()', "examples", "cut"),
+    mutant("report", "[(low + high) / 2 for low, high in pairwise(edges)]", "[low for low, high in pairwise(edges)]", "report", "drawn"),
+    mutant("report", '["thresholds"][i] for i, _ in shares]', '["bin_edges"][i] for i, _ in shares]', "report", "distributions"),
+    mutant("report", 'str(escape(name))', "name", "report", "markup"),
+    mutant("report", '"completions" if "examples" in results["text"] else "all"', '"all"', "report", "default"),
+    # The terminal.
+    mutant("terminal", "total=(runs - kept) * self._steps", "total=runs * self._steps", "terminal", "steps"),
+    mutant("terminal", "{corpus.training.tokens:,}", "{corpus.train.numel():,}", "terminal", "padding"),
+    mutant("terminal", "completed = self._done * self._steps + step", "completed = step", "terminal", "steps"),
+    mutant("terminal", "max(1, (console.width - LABELS) // width)", "(console.width - LABELS) // width", "terminal", "narrow"),
+    mutant("terminal", 'if text["worst_tokens"] < SMALL_TAIL:', 'if text["worst_tokens"] <= SMALL_TAIL:', "terminal", "little"),
+    mutant("terminal", '["seeds"] > 1 else ""', '["seeds"] > 0 else ""', "terminal", "one_seed"),
+    mutant("terminal", "if seeds > 1 else", "if seeds > 0 else", "terminal", "one_seed"),
+    mutant("terminal", "*([BarColumn()] if console.width >= WIDE else [])", "BarColumn()", "terminal", "progress"),
+    # Files.
+    mutant("files", "    finally:\n        remove(temporary)", "    finally:\n        pass", "report", "cannot_be"),
+    mutant("files", "        if temporary.is_dir():\n            remove(path)\n", "", "store", "trained_again"),
+    mutant("files", " and not path.is_symlink()", "", "store", "a_link"),
+    mutant("files", "        file.truncate(0)\n", "", "store", "next_holder"),
+    mutant("files", "if c.isprintable() else", "if c.isascii() or c.isprintable() else", "sources", "fit_on"),
+    # Token by token.
+    mutant("inspect/inputs", "order.index(it.name) if it.name in order else len(order)", "order.index(it.name)", "inspect/inputs", "without_results"),
+    mutant("inspect/inputs", "report if report.exists() else None", "report", "inspect/inputs", "knows"),
+    mutant("inspect/page", "np.rint(scores.alternative_nll / STEP)", "(scores.alternative_nll / STEP)", "inspect/page", "data_of"),
+    mutant("inspect/page", "2**16 - 1)", "2**16)", "inspect/page", "data_of"),
+    mutant("inspect/page", "(term.weights * len(term.weights))", "term.weights", "inspect/page", "data_of"),
+    mutant("inspect/page", ' / statistics["std"]', "", "inspect/page", "data_of"),
+    mutant("inspect/page", " and len(one.scores.nll) == len(other.scores.nll)", "", "inspect/inputs", "same"),
+    mutant("inspect/page", "for it in inspected for index, piece", "for it in inspected[:1] for index, piece", "inspect/page", "data_of"),
+    mutant("inspect/page", "if len(others) > FEW * len(numbers)", "if len(others) >= FEW * len(numbers)", "inspect/page", "most"),
+    mutant("inspect/weights", "nll = torch.from_numpy(ell).double()", "nll = torch.from_numpy(ell)", "inspect/score", "add_up"),
+    mutant("inspect/score", "row[len(start) + span.scored - span.begin - 1 : -1]", "row[len(start) + span.scored - span.begin :]", "inspect/score", "those_of"),
+    mutant("inspect/score", "max(1, LOGITS // (length", "(LOGITS // (length", "inspect/score", "window_has"),
+    mutant("inspect/score", "min(positions(model.config) or WINDOW, WINDOW)", "positions(model.config) or WINDOW", "inspect/score", "window_has"),
+    mutant("inspect/score", ", clean_up_tokenization_spaces=False", "", "inspect/score", "punctuation"),
+    Mutant("src/nvamp/__main__.py", "\nmain()\n", "\nif __name__ == \"nvamp\":\n    main()\n", "tests/test_cli.py", "the_module"),
 ]

@@ -121,7 +121,7 @@ def _encode_chat(chat: Chat, tokenizer: Any, special: bool) -> Encoded:
             turns = _turns(chat.completion, messages, text, render)
             found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             learned = [
-                any(begin < end and begin < turn_end and end > turn for turn, turn_end in turns)
+                any(begin < turn_end and end > turn for turn, turn_end in turns)
                 for begin, end in found["offset_mapping"]
             ]
     except ChatError:
@@ -153,11 +153,12 @@ def _protected(chat: Any, special: Sequence[str]) -> tuple[Any, str]:
     if not spelled:
         return chat, ""
     mark = next(chr(code) for code in _PRIVATE if chr(code) not in text)
-    found = re.compile("|".join(re.escape(token) for token in sorted(spelled, key=len, reverse=True)))
+    # Its first character alone is matched, because the rest may begin another one.
+    found = re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in spelled))
 
     def protect(value: Any) -> Any:
         if isinstance(value, str):
-            return found.sub(lambda match: f"{match[0][0]}{mark}{match[0][1:]}", value)
+            return found.sub(lambda match: match[0] + mark, value)
         if isinstance(value, Mapping):
             return {key: protect(inner) for key, inner in value.items()}
         return [protect(inner) for inner in value] if isinstance(value, list | tuple) else value

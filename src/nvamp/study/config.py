@@ -32,7 +32,7 @@ def read_config(path: Path, options: Collection[str]) -> dict[str, Any]:
     except OSError as error:
         raise StudyError(f"--config {path}: {error.strerror}") from error
     except ValueError as error:  # of the encoding or of TOML
-        raise StudyError(f"--config {path}: {str(error).splitlines()[0]}") from error
+        raise StudyError(f"--config {path}: {error}") from error
     for key in values:
         if key not in options:
             raise StudyError(f"--config {path}: unknown key {key!r}, known are {', '.join(options)}")

@@ -107,7 +107,7 @@ def build_corpus(
     prefix = prefix_of(tokenizer)
     training = pack_text(tokenize(train, tokenizer, special), sequence, prefix)
     evaluation = pack_text(tokenize(held_out, tokenizer, special), sequence, prefix)
-    if not len(training) or not len(evaluation):
+    if not len(evaluation):
         raise StudyError(f"the text is too short: not one held-out block of {sequence} tokens in {source}")
     return Corpus(
         tokenizer,

@@ -11,11 +11,10 @@ def reach_hub() -> bool:
     import datasets
     from huggingface_hub import constants, get_session
 
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=CONNECT)
-            return True
-        except Exception:  # of the library below, which has changed
-            constants.HF_HUB_OFFLINE = True
-    datasets.config.HF_HUB_OFFLINE = True
-    return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=CONNECT)
+        return True
+    except Exception:  # of the library below, which has changed
+        constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+        return False

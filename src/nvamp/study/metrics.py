@@ -303,7 +303,7 @@ def cvar(nll: NDArray[Any]) -> float:
 
 def worst(tokens: int) -> int:
     """The number of token losses in the tail of so many."""
-    return ceil(round(TAIL * tokens, 9))
+    return ceil(TAIL * tokens)
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:

@@ -64,7 +64,7 @@ class Terminal:
         learned = len(corpus.training.learned)
         some = f" ({learned:,} of them to learn)" if corpus.counts else ""
         self._print(
-            f"{corpus.source}: {corpus.train.numel():,} tokens to train on{some}, "
+            f"{corpus.source}: {corpus.training.tokens:,} tokens to train on{some}, "
             f"{len(corpus.evaluation.learned):,} held out; {len(corpus.tokenizer):,} token types"
         )
         if kept:

@@ -112,14 +112,14 @@ class LossTimes:
 
     def _before_layer(self, layer: Any, args: tuple[Tensor, ...]) -> None:
         hidden = args[0]
-        if self.step is not None and hidden.requires_grad:  # not in evaluation
+        if self.step is not None:  # not in evaluation
             marks = [self._mark()]
             self.step.passes.append(marks)
             _on_gradient(hidden, lambda: marks.append(self._mark()))
 
     def _after_model(self, model: Any, args: Any, outputs: Any) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
-        if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
+        if isinstance(loss, Tensor) and loss.dim() == 0:
             self._after_loss(loss)
 
     def _after_loss(self, loss: Tensor) -> None:

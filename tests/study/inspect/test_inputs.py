@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, processors
 
 from nvamp.study import StudyError
+from nvamp.study.corpus import END_OF_TEXT
 from nvamp.study.inspect.inputs import Inputs, link, read_inputs
 from nvamp.study.inspect.page import inspect_models
 from tests.processes import python
@@ -49,6 +51,12 @@ def test_a_study_is_its_first_models_with_the_baseline_first(study: Path, text: 
     assert names(inputs) == ["nvamp, seed 0", "ce, seed 0", "dft, seed 0"]
     assert {subject.report for subject in inputs.subjects} == {study / "report.html"}
     assert [subject.trained for subject in inputs.subjects] == list(LOSSES)
+
+
+def test_a_study_without_results_is_in_the_order_of_names(study: Path, text: Path, tmp_path: Path) -> None:
+    (study / "results.json").unlink()
+    inputs = read_inputs([str(study)], text, tmp_path / "page.html")
+    assert names(inputs) == ["ce, seed 0", "dft, seed 0", "nvamp, seed 0"]
 
 
 def test_a_model_knows_its_study(
@@ -100,12 +108,20 @@ def test_a_study_that_kept_no_model(study: Path, text: Path, tmp_path: Path) -> 
         read_inputs([str(study)], text, tmp_path / "page.html")
 
 
-def test_the_same_tokens_are_needed(study: Path, model_dir: Path, text: Path, tmp_path: Path) -> None:
-    """Another tokenizer reads the text as other tokens."""
-    other = study / "models" / "ce-seed0" / "tokenizer.json"
-    content: dict[str, Any] = json.loads(other.read_text())
-    content["model"]["merges"] = []
-    other.write_text(json.dumps(content))
+@pytest.mark.parametrize("other", ["tokens", "prefix"])
+def test_the_same_tokens_are_needed(other: str, study: Path, text: Path, tmp_path: Path) -> None:
+    """Another tokenizer reads the text as other tokens, or has one before them that predicts the first."""
+    path = study / "models" / "ce-seed0" / "tokenizer.json"
+    if other == "tokens":
+        content: dict[str, Any] = json.loads(path.read_text())
+        content["model"]["merges"] = []
+        path.write_text(json.dumps(content))
+    else:
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))]
+        )
+        tokenizer.save(str(path))
     inputs = read_inputs([str(study)], text, tmp_path / "page.html")
     with pytest.raises(StudyError) as error:
         inspect_models(inputs, [], lambda *_: None)

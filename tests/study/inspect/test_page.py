@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from nvamp.study import StudyError
 from nvamp.study.inspect import score
 from nvamp.study.inspect.inputs import read_inputs
 from nvamp.study.inspect.page import (
+    STEP,
     Inspected,
     Inspection,
     formula,
@@ -36,6 +38,9 @@ def inspected(model: str | Path, text: Path, out: Path, losses: Sequence[str] = 
     return it.found
 
 
+TYPES = {"Uint8Array": "<u1", "Uint16Array": "<u2", "Uint32Array": "<u4", "Float32Array": "<f4"}
+
+
 @pytest.mark.parametrize(
     ("numbers", "kind"),
     [
@@ -49,8 +54,7 @@ def inspected(model: str | Path, text: Path, out: Path, losses: Sequence[str] = 
 def test_typed_arrays(numbers: Any, kind: str) -> None:
     found = typed_array(numbers)
     assert found["type"] == kind
-    dtype = {"Uint8Array": "<u1", "Uint16Array": "<u2", "Uint32Array": "<u4", "Float32Array": "<f4"}[kind]
-    back = np.frombuffer(base64.b64decode(found["base64"]), dtype)
+    back = np.frombuffer(base64.b64decode(found["base64"]), TYPES[kind])
     np.testing.assert_array_equal(back, numbers.ravel())
 
 
@@ -67,6 +71,33 @@ def test_numbers_of_which_most_are_the_same(others: int) -> None:
     back[at] = np.frombuffer(base64.b64decode(found["others"]["base64"]), "<f4")
     np.testing.assert_array_equal(back, numbers)
     assert at.tolist() == list(range(others))
+
+
+def numbers(array: dict[str, str]) -> NDArray[Any]:
+    """Those of a typed array."""
+    return np.frombuffer(base64.b64decode(array["base64"]), TYPES[array["type"]])
+
+
+def test_the_data_of_the_page_are_what_was_found(model_dir: Path) -> None:
+    tokenizer, losses = load_tokenizer(str(model_dir)), parse_losses(["ce", "nvamp"])
+    models = [load_model(str(model_dir)) for _ in range(2)]
+    torch.nn.init.normal_(models[1].lm_head.weight, generator=torch.Generator().manual_seed(0))
+    both = [inspect_text(model, tokenizer, words(1, 30), losses) for model in models]
+    both[0].scores.alternative_nll[:, -1] = 100.0  # beyond what a page can tell
+    data = page_data([Inspected("", found) for found in both])
+    tokens = [data["pieces"][index] for index in numbers(data["tokens"])]
+    assert "".join(tokens) == words(1, 30)
+    for found, shown in zip(both, data["models"], strict=True):
+        scores, statistics = found.scores, found.statistics
+        np.testing.assert_array_equal(numbers(shown["nll"]), scores.nll)
+        pieces = [data["pieces"][index] for index in numbers(shown["alternatives"])]
+        assert pieces == [found.pieces[index] for index in scores.alternatives.ravel().tolist()]
+        told = np.minimum(scores.alternative_nll.ravel(), STEP * 65_535)
+        np.testing.assert_allclose(STEP * numbers(shown["alternativeSteps"]), told, atol=0.501 * STEP)
+        z = (scores.nll - float(statistics.mean)) / float(statistics.std)
+        np.testing.assert_allclose(numbers(shown["z"]), z, atol=1e-5)
+        (term,) = shown["losses"][0]["terms"]
+        assert term["weights"]["usual"] == 1  # relative to cross-entropy, which this is
 
 
 @pytest.mark.parametrize("name", KNOWN)

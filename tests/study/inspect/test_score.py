@@ -12,6 +12,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from nvamp.functional import token_weights
 from nvamp.objectives import NVAMP, Batch, EntropyWeighted
 from nvamp.study import StudyError
+from nvamp.study.inspect import score
 from nvamp.study.inspect.score import ALTERNATIVES, inspect_text, spell, tokenize, windows
 from nvamp.study.inspect.weights import weigh
 from nvamp.study.losses import KNOWN, parse_losses
@@ -30,6 +31,10 @@ def test_every_token_is_scored_once_with_half_a_window_before_it(tokens: int, si
     assert {span.end - span.begin for span in spans} == {min(size, tokens)}
     assert spans[0].begin == 0
     assert all(span.scored - span.begin >= size / 2 for span in spans[1:])
+
+
+def test_a_window_of_one_token_moves_on() -> None:
+    assert list(windows(3, 1, 0)) == [(0, 0, 1), (1, 1, 2), (2, 2, 3)]
 
 
 def direct(model: Any, context: list[int]) -> torch.Tensor:
@@ -132,6 +137,17 @@ def test_a_prefix_that_leaves_no_room(model_dir: Path) -> None:
         inspect_text(model, tokenizer, "alpha beta", parse_losses(["ce"]))
 
 
+def test_a_window_has_a_most_and_a_batch_a_least(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the model takes, and however many logits a window has."""
+    model, tokenizer = load_model(str(model_dir)), load_tokenizer(str(model_dir))
+    expected = inspect_text(model, tokenizer, words(5, 60), parse_losses(["ce"]))
+    monkeypatch.setattr(score, "LOGITS", 1)
+    found = inspect_text(model, tokenizer, words(5, 60), parse_losses(["ce"]))
+    np.testing.assert_allclose(found.scores.nll, expected.scores.nll, rtol=1e-5)
+    monkeypatch.setattr(score, "WINDOW", 8)
+    assert inspect_text(model, tokenizer, words(5, 60), parse_losses(["ce"])).window == 8
+
+
 def test_dropout_does_not_touch_scores(tokenizer: Any) -> None:
     model = dropping(len(tokenizer))
     first, again = (
@@ -190,6 +206,17 @@ def test_a_leading_space_is_spelled() -> None:
     backend.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
     assert spell(tokenizer, [1, 9]) == {1: " b", 9: "[9]"}
+
+
+def test_a_space_before_punctuation_is_spelled() -> None:
+    backend = Tokenizer(models.WordLevel({"▁a": 0, "▁.": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="?", clean_up_tokenization_spaces=True
+    )
+    assert tokenizer.decode([0, 1]) == "a."
+    assert spell(tokenizer, [1]) == {1: " ."}
 
 
 def test_a_tokenizer_without_offsets_spells_the_text() -> None:

@@ -138,7 +138,6 @@ def tokenize(tokenizer: Any, text: str, special_tokens: bool = False) -> Tokens:
     if tokenizer.is_fast:
         found = tokenizer(text, return_offsets_mapping=True, **options)
         ids, ends = found["input_ids"], [end for _, end in found["offset_mapping"]]
-        ends = list(accumulate(ends, max))
         ends[-1:] = [len(text)] if ends else []  # the last token takes what is left over
     else:
         ids = tokenizer(text, **options)["input_ids"]
