@@ -3,8 +3,9 @@
     python -m tools.mutants [--only TEXT ...] [--minutes M]
 
 The mutants are those of the modules beside this one. Each is made in a copy of the working tree, where the
-tests that must fail are run, after they have passed without it. With `--minutes` they are drawn by the day's date until time is up. The exit
-code is 1 if a mutant survives, or is no longer to be found in the code.
+tests that must fail are run, once they have passed without it. With `--minutes` they are drawn by the day's
+date until time is up. The exit code is 1 if a mutant survives, is no longer to be found in the code, or has
+tests that fail without it.
 """
 
 import argparse
