@@ -159,16 +159,25 @@ def excludes_zero(value: Estimate | None) -> bool:
 
 def test_the_answer_of_the_fronts_is_that_of_the_record() -> None:
     groups = program.groups("front")
-    early, late = groups["240"], groups["6000"]
-    smooth = early.beyond("ce:label_smoothing=0.1", 0.5)
-    assert smooth is not None
-    assert excludes_zero(smooth)
-    assert smooth.mean < -1
+    early, middle, late = groups["240"], groups["1500"], groups["6000"]
+    for group, loss in (
+        (early, "ce:label_smoothing=0.1"),
+        (middle, "nvamp:gamma=0.02,tail=0.05"),
+        (middle, "ce:label_smoothing=0.05"),
+    ):
+        beyond = group.beyond(loss, 0.5)
+        assert beyond is not None
+        assert excludes_zero(beyond)
+        assert beyond.mean < -1
+    chosen = middle.best(plan.CORE, 0.5, [0, 1])
+    assert chosen is not None
+    kept = middle.at_temperature(chosen[0], "cvar", chosen[1], middle.seeds(chosen[0])[2:])
+    assert excludes_zero(kept)
     for loss in plan.LONG:
         for price in fronts.PRICES:
             gap = late.beyond(loss, price)
             assert gap is None or not excludes_zero(gap) or gap.mean >= 0
-    for group in (early, groups["1500"], late):
+    for group in (early, middle, late):
         for key in ("mean", "cvar"):
             assert not excludes_zero(group.change("nvamp", key))
         share = group.change("nvamp:gamma=0.04,tail=0.05", "cvar")
@@ -177,7 +186,14 @@ def test_the_answer_of_the_fronts_is_that_of_the_record() -> None:
 
 
 def test_the_answer_of_the_extremes_is_that_of_the_record() -> None:
-    late = program.groups("extremes")["6000"]
+    groups = program.groups("extremes")
+    late = groups["6000"]
+    for name in ("240", "1500", "6000"):
+        strong = groups[name].at_temperature("ce:label_smoothing=0.1", "max", fronts.AS_TRAINED)
+        mixed = groups[name].mixed("max", 0)
+        assert strong is not None
+        assert mixed is not None
+        assert (mixed.mean < strong.mean) == (name != "240")
     smooth, mixture = late.change("ce:label_smoothing=0.05", "max"), late.mixed("max", 0)
     assert smooth is not None
     assert mixture is not None
@@ -190,11 +206,11 @@ def test_the_answer_of_the_extremes_is_that_of_the_record() -> None:
 
 def test_the_answer_of_the_types_is_that_of_the_record() -> None:
     groups = program.groups("types")
-    for loss in ("nvamp", "nvamp:gamma=0.04,tail=0.05"):
-        for group in groups.values():
-            change = group.type_change(loss, "rare")
-            assert change is not None
-            assert not excludes_zero(change) or change.mean > 0
+    for kind, side in (("rare", -1), ("frequent", 1)):
+        change = groups["1500"].type_change("nvamp:gamma=0.04,tail=0.05", kind)
+        assert change is not None
+        assert excludes_zero(change)
+        assert side * change.mean > 0
     for name in ("rare", "mid", "frequent"):
         effort = groups["6000"].effort("nvamp", name)
         assert effort is not None

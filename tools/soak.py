@@ -234,11 +234,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--seed", type=int, default=random.randrange(10**9))
     arguments = parser.parse_args()
-    started, seed = time.monotonic(), arguments.seed
+    seed = arguments.seed
     for module in ("nvamp.study.compare", "nvamp.study.report", "nvamp.study.inspect.page", "peft"):
         import_module(module)  # so that the forks need not
     with tempfile.TemporaryDirectory() as scratch:
         soak = Soak(Path(scratch))
+        started = time.monotonic()
         while time.monotonic() - started < arguments.seconds:
             try:
                 soak.round(seed)

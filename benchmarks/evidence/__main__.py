@@ -6,6 +6,7 @@ training, from the results on record.
 """
 
 import argparse
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -76,7 +77,18 @@ def index() -> str:
     for name in NAMES:
         title, answer = page(name).split("\n\n")[1:3]
         rows.append((name, title.removeprefix("# "), " ".join(answer.split("\n"))))
-    return _render("README.md", rows=rows)
+    return _render("README.md", rows=rows, missing=missing())
+
+
+def missing() -> str:
+    """How many runs of the plan are not on record, by group, in words."""
+    jobs = plan.plan()
+    of_plan = Counter(job.group for job in jobs)
+    kept = {path.stem: Group.read(path).runs for path in RESULTS.glob("*.json")}
+    left = Counter(job.group for job in jobs if (job.loss, job.lr, job.seed) not in kept.get(job.group, ()))
+    return (
+        ", ".join(f"{count} of {of_plan[group]} runs of `{group}`" for group, count in left.items()) or "none"
+    )
 
 
 def recipe() -> str:

@@ -95,6 +95,10 @@ class Group:
         """The mean loss of the first text after fine-tuning, minus that of the model `start`, in nats."""
         return self._each(loss, lambda run, base: run["first"]["mean"] - start["metrics"]["mean"])
 
+    def forgotten_more(self, loss: str) -> Estimate | None:
+        """What a fine-tune forgets of the first text, minus what cross-entropy forgets, in nats."""
+        return self._each(loss, lambda run, base: run["first"]["mean"] - base["first"]["mean"])
+
     def calibration(self, loss: str, index: int) -> Estimate | None:
         """The expected calibration error in percent, on the half to measure on, at a temperature."""
         return self._each(loss, lambda run, base: run["halves"][MEASURED_ON]["ece"][index])

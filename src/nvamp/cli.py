@@ -179,13 +179,13 @@ def compare(
     epochs: Annotated[
         float | None, typer.Option(help="Instead of --steps: how often each run sees the training text.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Blocks of tokens in a step.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Blocks of tokens in a batch.")] = 8,
     accumulate: Annotated[
         int, typer.Option(help="Batches in a step, which has so many times as many blocks.")
     ] = 1,
     sequence: Annotated[
         int | None,
-        typer.Option(help="Tokens in a block.", show_default="64; with --model or chats 256"),
+        typer.Option(help="Tokens in a block.", show_default="64; with --model, chats or completions 256"),
     ] = None,
     lr: Annotated[
         float | None,
