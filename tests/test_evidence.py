@@ -204,6 +204,25 @@ def test_the_answer_of_the_extremes_is_that_of_the_record() -> None:
     assert all(value is None or value.mean > best.mean for value in others)
 
 
+def test_the_answer_of_noise_is_that_of_the_record() -> None:
+    bad = program.groups("noise")["noise30"]
+    assert excludes_zero(bad.change("nvamp:gamma=0.04,tail=0.05", "mean"))
+    assert not excludes_zero(bad.change("nvamp:gamma=0.04,tail=0.05", "cvar"))
+    assert excludes_zero(bad.change("truncated:share=0.05", "cvar"))
+    assert not excludes_zero(bad.change("truncated:share=0.05", "mean"))
+
+
+def test_no_loss_gains_by_a_rate_of_its_own() -> None:
+    group = program.groups("front")["1500"]
+    for loss in plan.RATED:
+        by_rate = {}
+        for lr in (*plan.RATES, plan.LR):
+            change = group.change_of_seed(loss, "mean", lr, 0)
+            assert change is not None
+            by_rate[lr] = change.mean
+        assert min(by_rate, key=by_rate.__getitem__) == min(by_rate)
+
+
 def test_the_answer_of_the_types_is_that_of_the_record() -> None:
     groups = program.groups("types")
     for kind, side in (("rare", -1), ("frequent", 1)):
