@@ -55,8 +55,8 @@ def question(name: str) -> ModuleType:
 
 def groups(name: str) -> dict[str, Group]:
     """The groups of a question that are on record."""
-    paths = {group: RESULTS / f"{group}.json" for group in question(name).GROUPS}
-    return {group: Group.read(path) for group, path in paths.items() if path.exists()}
+    found = on_record()
+    return {group: found[group] for group in question(name).GROUPS if group in found}
 
 
 def draw(name: str, directory: Path) -> None:
@@ -84,16 +84,20 @@ def missing() -> str:
     """How many runs of the plan are not on record, by group, in words."""
     jobs = plan.plan()
     of_plan = Counter(job.group for job in jobs)
-    kept = {path.stem: Group.read(path).runs for path in RESULTS.glob("*.json")}
-    left = Counter(job.group for job in jobs if (job.loss, job.lr, job.seed) not in kept.get(job.group, ()))
-    return (
-        ", ".join(f"{count} of {of_plan[group]} runs of `{group}`" for group, count in left.items()) or "none"
-    )
+    kept = {(name, *run) for name, group in on_record().items() for run in group.runs}
+    left = Counter(job.group for job in jobs if (job.group, job.loss, job.lr, job.seed) not in kept)
+    told = [f"{count} of {of_plan[group]} runs of `{group}`" for group, count in left.items()]
+    return ", ".join(told) or "none"
 
 
 def recipe() -> str:
     """The page that says which setting to use for what."""
-    return _render("recipe.md", groups={path.stem: Group.read(path) for path in RESULTS.glob("*.json")})
+    return _render("recipe.md", groups=on_record())
+
+
+def on_record() -> dict[str, Group]:
+    """All groups on record."""
+    return {path.stem: Group.read(path) for path in RESULTS.glob("*.json")}
 
 
 def _render(template: str, **values: Any) -> str:
