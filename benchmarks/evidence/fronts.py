@@ -45,6 +45,10 @@ class Group:
         """The learning rate of the runs, unless another one is asked for."""
         return next(lr for loss, lr, _ in self.runs if loss == CE)
 
+    def at(self, lr: float) -> "Group":
+        """The runs at this learning rate alone, so that changes are from cross-entropy's at the same one."""
+        return Group(self.about, {key: run for key, run in self.runs.items() if key[1] == lr})
+
     def losses(self, lr: float | None = None) -> list[str]:
         return list(dict.fromkeys(loss for loss, of, _ in self.runs if of == (lr or self.usual)))
 

@@ -22,7 +22,7 @@ from nvamp.study.files import hold, remove
 from nvamp.study.inspect.score import inspect_text
 from nvamp.study.losses import MODES, parse_losses
 from nvamp.study.models import build_model, load_model
-from nvamp.study.settings import Settings
+from nvamp.study.settings import Lora, Settings
 from nvamp.study.store import Store, _canonical, _checksum, conditions, finite, versions, write_json
 from nvamp.study.training import train
 from nvamp.study.watching import Progress
@@ -359,6 +359,18 @@ def test_other_versions_and_devices_are_another_study(
     here = versions()
     with pytest.raises(StudyError, match=rf"another study: {name} .* \(now another\); choose"):
         study(one, tmp_path)
+
+
+def test_another_peft_is_another_study_of_adapters(
+    one: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, recipe = prepare(one), recipe_of(one, 1)
+    adapted = replace(recipe, lora=Lora(8, 16))
+    before = [conditions(it, corpus) for it in (recipe, adapted)]
+    here = versions()
+    monkeypatch.setattr(nvamp.study.store, "versions", lambda: {**here, "peft": "another"})
+    assert conditions(recipe, corpus) == before[0]
+    assert conditions(adapted, corpus) == {**before[1], "peft": "another"}
 
 
 def test_other_text_is_another_study(one: Settings, tmp_path: Path, text_dir: Path) -> None:

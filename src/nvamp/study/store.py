@@ -7,6 +7,8 @@ import platform
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import version
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -262,6 +264,7 @@ def conditions(recipe: Recipe, corpus: Corpus) -> Json:
         "--model": recipe.model,
         "content of --model": recipe.model and model_fingerprint(recipe.model),
         "text": corpus.fingerprint(),
+        "peft": recipe.lora and installed["peft"],
         **{name: installed[name] for name in ("nvamp", "torch", "transformers", "device")},
     }
 
@@ -282,6 +285,7 @@ def versions() -> Json:
         "nvamp": nvamp.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "peft": version("peft") if find_spec("peft") else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
