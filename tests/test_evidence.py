@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.evidence import __main__ as program
-from benchmarks.evidence import formats, fronts, held_out, plan, source
+from benchmarks.evidence import formats, front, fronts, held_out, plan, source
 from benchmarks.evidence import training as train
 from benchmarks.evidence.fronts import Group
 from benchmarks.evidence.plan import Job
@@ -71,10 +71,11 @@ def tiny(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "240": [("ce", 0), (smoothed, 0), ("ce", 1), (smoothed, 1)],
         "1500": [("ce", 0), (smoothed, 0), ("ce>tail:strength=2", 0), ("entropy", 0)],
         "6000": [("ce", 0), (smoothed, 0)],
+        "noise10": [("ce", 0), (smoothed, 0)],
         "noise30": [("ce", 0), (smoothed, 0)],
     }
     jobs = [
-        Job(group, loss, seed, steps=2, batch_size=4, changes={"noise": 0.3} if group == "noise30" else {})
+        Job(group, loss, seed, steps=2, batch_size=4, changes={"noise": 0.3} if "noise" in group else {})
         for group, pairs in runs.items()
         for loss, seed in pairs
     ]
@@ -185,6 +186,18 @@ def test_the_answer_of_the_fronts_is_that_of_the_record() -> None:
     assert not any(run["diverged"] for group in groups.values() for run in group.runs.values())
 
 
+def test_what_is_said_of_the_theory_is_so() -> None:
+    groups = program.groups("front")
+    for name, about in (("240", 0.5), ("1500", 0.7), ("6000", 0.7)):
+        for loss, weight in front.WEIGHTS.items():
+            mean, tail = groups[name].shift(loss, "mean"), groups[name].shift(loss, "cvar")
+            predicted_mean, predicted_tail = fronts.predicted(weight, 0.05)
+            if mean is not None and tail is not None:
+                assert tail.mean / predicted_tail == pytest.approx(about, abs=0.06)
+                # A little weight moves the mean by less than the runs can see.
+                assert name != "240" or weight < 1 or mean.mean > 1.5 * predicted_mean
+
+
 def test_the_answer_of_the_extremes_is_that_of_the_record() -> None:
     groups = program.groups("extremes")
     late = groups["6000"]
@@ -205,11 +218,28 @@ def test_the_answer_of_the_extremes_is_that_of_the_record() -> None:
 
 
 def test_the_answer_of_noise_is_that_of_the_record() -> None:
-    bad = program.groups("noise")["noise30"]
-    assert excludes_zero(bad.change("nvamp:gamma=0.04,tail=0.05", "mean"))
-    assert not excludes_zero(bad.change("nvamp:gamma=0.04,tail=0.05", "cvar"))
-    assert excludes_zero(bad.change("truncated:share=0.05", "cvar"))
-    assert not excludes_zero(bad.change("truncated:share=0.05", "mean"))
+    groups = program.groups("noise")
+    share, cut = "nvamp:gamma=0.04,tail=0.05", "truncated:share=0.05"
+    clean_mean, clean_tail = (groups["1500"].change(share, key) for key in ("mean", "cvar"))
+    assert clean_mean is not None
+    assert clean_tail is not None
+    for name in ("noise10", "noise30"):
+        mean, tail = (groups[name].change(share, key) for key in ("mean", "cvar"))
+        assert mean is not None
+        assert tail is not None
+        assert excludes_zero(mean)
+        assert mean.mean > 3 * clean_mean.mean > 0
+        assert excludes_zero(tail) == (name == "noise10")
+        assert clean_tail.mean / 2 < tail.mean < 0
+        for key in ("mean", "cvar"):
+            change = groups[name].change(cut, key)
+            assert change is not None
+            assert change.mean > 0
+            assert excludes_zero(change) or key == "mean"
+        for loss in plan.NOISY[1:]:
+            mean = groups[name].change(loss, "mean")
+            assert mean is not None
+            assert mean.mean > 0
 
 
 def test_no_loss_gains_by_a_rate_of_its_own() -> None:
@@ -220,7 +250,7 @@ def test_no_loss_gains_by_a_rate_of_its_own() -> None:
             change = group.change_of_seed(loss, "mean", lr, 0)
             assert change is not None
             by_rate[lr] = change.mean
-        assert min(by_rate, key=by_rate.__getitem__) == min(by_rate)
+        assert min(by_rate, key=by_rate.__getitem__) == plan.LR / 2
 
 
 def test_the_answer_of_the_types_is_that_of_the_record() -> None:
@@ -339,6 +369,18 @@ def test_changes_are_paired_by_seed() -> None:
     assert group.change("other", "x") == Estimate(pytest.approx(10), None)
     group.runs["other", plan.LR, 0]["diverged"] = True
     assert group.change("other", "x") is None
+
+
+def test_a_rate_has_a_cross_entropy_of_its_own() -> None:
+    group = runs_of({"ce": [CE_FRONT] * 2, "other": [CE_FRONT]})
+    slow = {(loss, plan.LR / 2, seed): dict(run) for (loss, _, seed), run in group.runs.items()}
+    for of, mean in ((group.runs, 100.0), (slow, 200.0)):
+        for (loss, _, _), run in of.items():
+            run["metrics"] = {"x": mean * (1.1 if loss == "other" else 1)}
+    both = Group({}, {**group.runs, **slow})
+    assert both.change_of_seed("other", "x", plan.LR / 2, 0) == Estimate(pytest.approx(120), None)
+    assert both.at(plan.LR / 2).change("other", "x") == Estimate(pytest.approx(10), None)
+    assert both.at(plan.LR / 2).seeds("ce") == [0, 1]
 
 
 def test_what_runs_can_see() -> None:
