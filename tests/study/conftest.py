@@ -209,6 +209,7 @@ def three_losses() -> dict[str, Any]:
             "losses": names,
             "seeds": 3,
             "steps": 3,
+            "lr": 0.002,
             "text": ["<script>"],
             "model": None,
             "generate": 4,

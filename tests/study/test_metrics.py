@@ -24,6 +24,7 @@ from nvamp.study.metrics import (
     estimate,
     held_out_metrics,
     measured,
+    negligible,
     range_of,
     verdict,
     worst,
@@ -246,6 +247,13 @@ def test_a_change_is_in_percent_or_points() -> None:
         (MEAN, Estimate(-1.0, None), "one seed, no interval", "mean 1.0% lower"),
         (MEAN, Estimate(0.0, 0.0), "no clear difference", "mean the same"),
         (MEAN, Estimate(0.0, None), "one seed, no interval", "mean the same"),
+        (
+            MEAN,
+            Estimate(0.25, 0.0),
+            "no clear difference",
+            "mean 0.25% higher with every seed, which may be chance",
+        ),
+        (MEAN, Estimate(-2e-5, 1e-5), "no clear difference", "mean the same within 0.010%"),
         (MEAN, None, "no value", "mean without a value"),
     ],
 )
@@ -264,3 +272,17 @@ def test_seeds_that_agree_to_the_digit_prove_nothing() -> None:
     assert found is not None
     assert found.half_width == pytest.approx(0, abs=1e-12)
     assert verdict(Estimate(found.mean, 0.0), lower_is_better=False) == "no clear difference"
+
+
+@pytest.mark.parametrize(
+    ("change", "small"),
+    [
+        (Estimate(0.006, 0.003), True),
+        (Estimate(-0.006, 0.003), True),
+        (Estimate(0.006, 0.005), False),
+        (Estimate(0.006, None), False),
+        (None, False),
+    ],
+)
+def test_a_change_too_small_to_speak_of(change: Estimate | None, small: bool) -> None:
+    assert negligible(change) is small

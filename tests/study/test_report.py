@@ -146,7 +146,7 @@ def test_a_default_is_shown_as_what_it_was(results: dict[str, Any]) -> None:
 def test_little_held_out_text_is_said(results: dict[str, Any], tmp_path: Path) -> None:
     results["text"].update(held_out_tokens=252, worst_tokens=13)
     text = " ".join(Page(render(results, tmp_path)).text.split())
-    assert "Caution: the held-out text is small, 252 tokens. Its worst 5% are 13 tokens" in text
+    assert "Caution: The held-out text is small, 252 tokens, and its worst 5% are 13." in text
 
 
 HOSTILE = "<b onx='1'>\"&lt;"

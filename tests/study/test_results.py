@@ -13,7 +13,7 @@ from nvamp.study.corpus import Corpus
 from nvamp.study.held_out import TokenScores
 from nvamp.study.losses import parse_loss
 from nvamp.study.metrics import METRICS, TIMES, measured
-from nvamp.study.results import Grid, _distribution, _summary, describe, describe_corpus
+from nvamp.study.results import Grid, _distribution, _summary, cautions, describe, describe_corpus
 from nvamp.study.settings import Settings
 from nvamp.study.training import Run, train
 from tests.study.conftest import study
@@ -116,6 +116,43 @@ def test_more_is_worse_or_better() -> None:
     found = _summary("dft", records(3.0), records(2.0))
     assert found["verdicts"] == {"cross_entropy": "worse", "accuracy": "better"}
     assert [clause["verdict"] for clause in found["clauses"]] == ["worse", "better"]
+
+
+def test_a_change_too_small_to_speak_of_is_none() -> None:
+    def records(*values: float) -> list[dict[str, Any]]:
+        return [
+            {"loss": "dft", "seed": i, "diverged": False, "curve": [], "metrics": {"cross_entropy": x}}
+            for i, x in enumerate(values)
+        ]
+
+    found = _summary("dft", records(3.0002, 3.0001), records(3.0, 3.0))
+    assert found["verdicts"] == {"cross_entropy": "no clear difference"}
+    assert found["clauses"] == [{"text": "mean the same within 0.026%", "verdict": "no clear difference"}]
+    found = _summary("dft", records(3.000011, 3.00001), records(3.0, 3.0))
+    assert found["verdicts"] == {"cross_entropy": "no clear difference"}
+    assert found["clauses"][0]["text"] == "mean the same within 0.010%"
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["ce", "nvamp"], 0),
+        (["ce", "nvamp@0.004"], 1),
+        (["ce", "nvamp@0.004", "dft@0.008"], 2),
+        (["ce", "ce@0.004", "nvamp@0.004", "dft@0.004"], 0),
+        (["ce@0.004", "nvamp"], 1),
+        (["ce@0.004", "nvamp@0.004"], 0),
+        (["ce", "ce@0.004"], 0),
+        (["ce", "nvamp@0.002"], 0),  # the study's own
+    ],
+)
+def test_a_rate_of_its_own_is_said(results: dict[str, Any], names: list[str], told: int) -> None:
+    losses = [{**results["losses"][0], "name": name, "title": f"{name}, in words"} for name in names]
+    found = cautions({**results, "losses": losses, "baseline": names[0]})
+    assert len(found) == told
+    if names[1:] == ["nvamp@0.004"] and told:
+        assert found[0].startswith("Nvamp@0.004, in words is compared with a baseline at another rate.")
+        assert "--loss ce@0.004 would" in found[0]
 
 
 def test_what_a_loss_did_in_words(settings: Settings, tmp_path: Path) -> None:

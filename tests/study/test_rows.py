@@ -162,7 +162,8 @@ def test_a_column_of_several_is_named(tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("n,question,answer\n1,what,that\n2,where,there\n")
     assert refused([str(rows)]) == (
-        "several text columns: question, answer; append the one to read, as in #question"
+        "several text columns: question, answer; rename two to prompt and completion, "
+        "or append the one to read alone, as in #question"
     )
     assert read_rows([f"{rows}#answer"]).texts == ["that", "there"]
     columns = "the columns are n (int64), question (string), answer (string)"
@@ -175,6 +176,18 @@ def test_a_column_of_several_is_named(tmp_path: Path) -> None:
     assert read_rows([named]).texts == ["x", "x"]
     (tmp_path / "a#b.txt").write_text("eins\n")
     assert read_rows([str(tmp_path / "a#b.txt")]).texts == ["eins"]
+
+
+def test_files_that_do_not_fit_together_say_what_each_has(tmp_path: Path) -> None:
+    chats = written(tmp_path / "chats.jsonl", CHATS)
+    pairs = written(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
+    assert refused([*chats, *pairs]) == (
+        "the files do not fit together: "
+        "chats.jsonl: the columns are id (int64), messages (list of {role: string, content: string}); "
+        "pairs.jsonl: the columns are prompt (string), completion (string)"
+    )
+    (tmp_path / "bad.jsonl").write_text("{")
+    assert "do not fit" not in refused([*chats, str(tmp_path / "bad.jsonl")])
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_rows_are_a_dataset(tmp_path: Path, suffix: str) -> None:
     rows.write_text('{"text": "a"}')
     with pytest.raises(StudyError) as error:
         read_documents([str(rows)])
-    assert str(error.value) == f"--text {rows}: expected text, got rows: use --dataset {rows}"
+    assert str(error.value) == f"--text {rows}: expected text, got rows, which --dataset takes"
     assert read_documents([str(tmp_path)])[0] == ['{"text": "a"}']  # among other files it may be text
 
 

@@ -373,6 +373,12 @@ def test_another_peft_is_another_study_of_adapters(
     assert conditions(adapted, corpus) == {**before[1], "peft": "another"}
 
 
+def test_other_blocks_of_the_same_text_are_not_another_text(one: Settings, tmp_path: Path) -> None:
+    study(one, tmp_path)
+    with pytest.raises(StudyError, match=r"another study: --sequence 16 \(now 8\); choose"):
+        study(replace(one, sequence=8), tmp_path)
+
+
 def test_other_text_is_another_study(one: Settings, tmp_path: Path, text_dir: Path) -> None:
     study(one, tmp_path / "out")
     (tmp_path / "more").write_text("entirely different words here " * 20)

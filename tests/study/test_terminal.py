@@ -70,7 +70,7 @@ def test_the_terminal_names_all_that_diverged_and_little_text(results: dict[str,
     show_results(console, results)
     text = shown(console)
     assert text.count(", in plain words.") == 3
-    assert "Caution: the held-out text is small, 252 tokens; its worst 5% are 13 tokens." in text
+    assert "Caution: The held-out text is small, 252 tokens, and its worst 5% are 13." in text
 
 
 @pytest.mark.parametrize(("tokens", "said"), [(99, True), (100, False)])

@@ -184,6 +184,8 @@ HEADLINES = (
     Headline("also", "other text"),
 )
 SAME = 1.0  # percent or points: a change whose interval lies within this is called none
+NEGLIGIBLE = 0.01  # the same for one whose interval does not hold zero
+NO_DIFFERENCE = "no clear difference"
 
 CALIBRATION_BINS = 15
 
@@ -340,6 +342,15 @@ def change(metric: Metric, difference: Estimate | None, baseline: Estimate | Non
     return Estimate(scale * difference.mean, None if half is None else scale * half)
 
 
+def negligible(change: Estimate | None) -> bool:
+    """Whether a change, in percent or points, is too small to speak of wherever it lies in its interval."""
+    return (
+        change is not None
+        and change.half_width is not None
+        and abs(change.mean) + change.half_width <= NEGLIGIBLE
+    )
+
+
 def change_unit(metric: Metric) -> str:
     return " points" if metric.unit == "%" else "%"
 
@@ -350,17 +361,20 @@ def change_in_words(headline: Headline, change: Estimate | None, verdict: str, u
     if change is None:
         return f"{noun} without a value"
     half = change.half_width
+    moved = f"{short(abs(change.mean))}{unit} {headline.less if change.mean < 0 else headline.more}"
+    if half == 0 and change.mean and verdict not in ("better", "worse"):
+        return f"{noun} {moved} with every seed, which may be chance"
     if half is not None and verdict not in ("better", "worse"):
         low, high = change.mean - half, change.mean + half
         within = max(-low, high)
         if within == 0:
             return f"{noun} the same"
         if within <= SAME:
-            return f"{noun} the same within {short(within)}{unit}"
+            return f"{noun} the same within {short(max(within, NEGLIGIBLE))}{unit}"
         return f"{noun} unclear ({short(low, '+')} to {short(high, '+')}{unit})"
     if change.mean == 0:
         return f"{noun} the same"
-    return f"{noun} {short(abs(change.mean))}{unit} {headline.less if change.mean < 0 else headline.more}"
+    return f"{noun} {moved}"
 
 
 def verdict(difference: Estimate | None, lower_is_better: bool) -> str:
@@ -371,7 +385,7 @@ def verdict(difference: Estimate | None, lower_is_better: bool) -> str:
         return "one seed, no interval"
     # Of a coarse metric, such as one token more that is right, all seeds may have the same by chance.
     if difference.half_width == 0 or abs(difference.mean) <= difference.half_width:
-        return "no clear difference"
+        return NO_DIFFERENCE
     return "better" if (difference.mean < 0) == lower_is_better else "worse"
 
 

@@ -26,6 +26,8 @@ def check_model(name: str, tokenizer: bool = True) -> None:
         raise StudyError("--model: expected a directory or hub id, got an empty name")
     directory = Path(name)
     if not directory.is_dir():
+        if directory.is_file():
+            raise StudyError(f"--model {name}: a file, expected the directory of a model")
         if directory.is_absolute() or name.startswith(".") or name.count("/") > 1:  # hub ids are not
             raise StudyError(f"--model {name}: no such directory")
         return

@@ -16,6 +16,7 @@ from nvamp.integrations.transformers import logits_of
 from nvamp.study import StudyError
 from nvamp.study.corpus import Corpus
 from nvamp.study.extra import install_command
+from nvamp.study.hub import reach_hub
 from nvamp.study.model_files import CONFIGURATIONS, ENCODER_DECODER, adapted, check_model
 
 PROBED = 8  # tokens of the two inputs that differ in the last one
@@ -203,6 +204,8 @@ def positions(config: Any) -> int | None:
 def _load(kind: Any, name: str, **kwargs: Any) -> Any:
     quiet()
     check_model(name, tokenizer=False)
+    if not Path(name).is_dir():
+        reach_hub()
     try:
         # Never run code that comes with a model. The default would ask the user on the terminal.
         return kind.from_pretrained(name, trust_remote_code=False, **kwargs)

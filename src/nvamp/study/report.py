@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from nvamp.study.corpus import CLASSES
 from nvamp.study.files import replacing
-from nvamp.study.metrics import METRICS, SMALL_TAIL, TIMES, Metric, change_unit, measured, short
+from nvamp.study.metrics import METRICS, TIMES, Metric, change_unit, measured, short
+from nvamp.study.results import cautions
 from nvamp.study.store import Json
 
 # Okabe and Ito's palette, which the colour-blind can distinguish; dashes distinguish losses without colour.
@@ -87,7 +88,7 @@ def write_report(results: Json, path: Path) -> Path:
         title=title(results),
         metrics=measured(METRICS, results["losses"][0]["metrics"]),
         times=measured(TIMES, results["losses"][0]["times"]),
-        small_tail=SMALL_TAIL,
+        cautions=cautions(results),
         styles={loss["name"]: style for loss, style in styled(results)},
         panels=panels(results),
         settings=settings(results),

@@ -11,6 +11,8 @@ from nvamp.study.losses import Loss, in_words
 from nvamp.study.metrics import (
     HEADLINES,
     METRICS,
+    NO_DIFFERENCE,
+    SMALL_TAIL,
     TIMES,
     Estimate,
     Range,
@@ -21,6 +23,7 @@ from nvamp.study.metrics import (
     estimate,
     held_out_metrics,
     measured,
+    negligible,
     range_of,
     verdict,
     worst,
@@ -135,7 +138,8 @@ def _summary(name: str, records: Sequence[Json], baseline: Sequence[Json]) -> Js
         if records is not baseline:
             differences[metric.key] = paired
             changes[metric.key] = change(metric, paired, estimate(reference))
-            verdicts[metric.key] = verdict(paired, metric.lower_is_better)
+            small = negligible(changes[metric.key])
+            verdicts[metric.key] = NO_DIFFERENCE if small else verdict(paired, metric.lower_is_better)
     times = {
         time.key: range_of([record["metrics"][time.key] for record in records])
         for time in measured(TIMES, baseline[0]["metrics"])
@@ -154,6 +158,34 @@ def _summary(name: str, records: Sequence[Json], baseline: Sequence[Json]) -> Js
         "sentence": f"{in_words(name)}: {', '.join(clause['text'] for clause in clauses)}",
         "curve": _curve(records),
     }
+
+
+def cautions(results: Json) -> list[str]:
+    """What a reader of the results must know beside them, in sentences."""
+    text, losses = results["text"], results["losses"]
+    told = []
+    if text["worst_tokens"] < SMALL_TAIL:
+        told.append(
+            f"The held-out text is small, {text['held_out_tokens']:,} tokens, and its worst 5% are "
+            f"{text['worst_tokens']}. With more text the numbers may look different, and the intervals do "
+            "not cover that."
+        )
+    rates = {loss["name"]: _spec_and_rate(loss["name"], results["settings"]["lr"]) for loss in losses}
+    baseline, usual = rates[results["baseline"]]
+    for loss in losses:
+        rate = rates[loss["name"]][1]
+        if rate != usual and (baseline, rate) not in rates.values():
+            title = loss["title"][0].upper() + loss["title"][1:]
+            told.append(
+                f"{title} is compared with a baseline at another rate. Its difference is that of the loss "
+                f"and of the rate: --loss {baseline}@{rate:g} would tell them apart."
+            )
+    return told
+
+
+def _spec_and_rate(name: str, usual: float) -> tuple[str, float]:
+    spec, _, rate = name.partition("@")
+    return spec, float(rate or usual)
 
 
 def _as_json(found: Mapping[str, Estimate | Range | None]) -> Json:

@@ -165,7 +165,17 @@ def _load_files(paths: Sequence[Path]) -> Any:
     if empty := [path.name for path in paths if not path.stat().st_size]:
         raise StudyError(f"{', '.join(empty)}: empty")
     loader, options = FORMATS[formats.pop()]
-    return load_dataset(loader, data_files=[str(path) for path in paths], split="train", **options)
+
+    def load(some: Sequence[Path]) -> Any:
+        return load_dataset(loader, data_files=[str(path) for path in some], split="train", **options)
+
+    try:
+        return load(paths)
+    except Exception as error:
+        if len(paths) == 1:
+            raise
+        columns = [f"{path.name}: {_columns(load([path]).features)}" for path in paths]
+        raise StudyError(f"the files do not fit together: {'; '.join(columns)}") from error
 
 
 def _load_saved(directory: Path) -> Any:
@@ -240,7 +250,8 @@ def _text_column(features: Mapping[str, Any]) -> str:
         raise StudyError(f"no messages, no prompt and completion and no text, {_columns(features)}")
     if len(columns) > 1:
         raise StudyError(
-            f"several text columns: {', '.join(columns)}; append the one to read, as in #{columns[0]}"
+            f"several text columns: {', '.join(columns)}; rename two to prompt and completion, or append "
+            f"the one to read alone, as in #{columns[0]}"
         )
     return columns[0]
 

@@ -150,7 +150,7 @@ class _Files:
         if path.is_dir():
             return sorted(self._walk(path))
         if FORMATS.get(ending(path), FORMATS[".txt"]) != FORMATS[".txt"]:
-            raise StudyError(f"--text {name}: expected text, got rows: use --dataset {name}")
+            raise StudyError(f"--text {name}: expected text, got rows, which --dataset takes")
         return [path]
 
     def _walk(self, root: Path) -> Iterator[Path]:

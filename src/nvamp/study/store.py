@@ -32,6 +32,7 @@ from nvamp.study.training import Recipe, Run
 
 # Conditions that are kept as a hash, which would mean nothing to a reader.
 HASHED = ("text", "content of --model")
+_CUT_BY = {"--sequence", "--model", "content of --model"}  # what a text becomes tokens and blocks by
 SETTINGS = "settings.json"  # the file that marks a directory as a study's
 LOCK = ".nvamp.lock"
 _MARKS = {"nvamp", "--steps"}  # conditions of every study
@@ -271,10 +272,12 @@ def conditions(recipe: Recipe, corpus: Corpus) -> Json:
 
 def _changed(kept: Json, asked: Json, now: str, other: str) -> str:
     """The conditions that differ, in words; empty if none do."""
+    differ = [name for name in asked if kept.get(name) != asked[name]]
+    if not _CUT_BY.isdisjoint(differ):
+        differ = [name for name in differ if name != "text"]  # as tokens it differs, whatever was read
     return ", ".join(
         f"the {name} {other}" if name in HASHED else f"{name} {kept.get(name)} ({now} {asked[name]})"
-        for name in asked
-        if kept.get(name) != asked[name]
+        for name in differ
     )
 
 

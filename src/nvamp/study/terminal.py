@@ -13,7 +13,8 @@ from rich.table import Column, Table
 
 from nvamp.study import watching
 from nvamp.study.corpus import Corpus
-from nvamp.study.metrics import METRICS, SMALL_TAIL, TIMES, measured
+from nvamp.study.metrics import METRICS, TIMES, measured
+from nvamp.study.results import cautions
 from nvamp.study.store import Json
 
 _STYLES = {"better": "green", "worse": "red"}
@@ -129,18 +130,17 @@ def show_results(console: Console, results: Json) -> None:
         console.print(_table(results, losses[start : start + per_table], width))
     speeds = [f"{loss['name']} {SPEED.shown_range(loss['times'][SPEED.key])}" for loss in losses]
     over = ", median (lowest to highest)" if results["settings"]["seeds"] > 1 else ""
-    lines = [f"{SPEED.label}{over}: {', '.join(speeds)}"]
-    lines += [
-        loss["sentence"] for loss in losses if loss["name"] != results["baseline"] or loss["diverged_seeds"]
-    ]
-    text = results["text"]
-    if text["worst_tokens"] < SMALL_TAIL:
+    lines = [f"{SPEED.label}{over}: {', '.join(speeds)}."]
+    told = [loss for loss in losses if loss["name"] != results["baseline"] or loss["diverged_seeds"]]
+    if told:
         lines.append(
-            f"caution: the held-out text is small, {text['held_out_tokens']:,} tokens; "
-            f"its worst 5% are {text['worst_tokens']} tokens"
+            f"Against {results['baseline']}, seed by seed; the tail is the worst 5%, "
+            "the mean the cross-entropy:"
         )
+    lines += [f"{loss['sentence']}." for loss in told]
+    lines += [f"Caution: {caution}" for caution in cautions(results)]
     for line in lines:
-        console.print(f"{line[0].upper()}{line[1:]}.", highlight=False, markup=False)
+        console.print(f"{line[0].upper()}{line[1:]}", highlight=False, markup=False)
 
 
 def _table(results: Json, losses: Sequence[Json], width: int) -> Table:

@@ -3,13 +3,16 @@
 import base64
 import json
 import shutil
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from numpy.typing import NDArray
 
 from nvamp.study import StudyError
@@ -169,7 +172,7 @@ def test_models_that_are_none(tmp_path: Path, text: Path, model_dir: Path) -> No
     empty = tmp_path / "empty"
     empty.mkdir()
     assert error_of(empty, text, out).startswith(f"--model {empty}: ")
-    for none in (tmp_path / "no" / "such", text, Path("runs/no/such")):
+    for none in (tmp_path / "no" / "such", Path("runs/no/such")):
         assert error_of(none, text, out) == f"--model {none}: no such directory"
     small = tmp_path / "small"
     shutil.copytree(model_dir, small)
@@ -217,6 +220,31 @@ def test_a_name_that_could_be_a_hubs_or_a_directorys(
     message = error_of(Path("runs/model"), text, tmp_path / "page.html")
     assert message.startswith("--model runs/model: ")
     assert message.endswith(" (no such directory here either)")
+
+
+def test_a_hub_out_of_reach_is_asked_once(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def no_network(*args: Any, **kwargs: Any) -> Any:
+        asked.append(args)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    message = error_of(Path("runs/model"), text, tmp_path / "page.html")
+    assert message.endswith(" (no such directory here either)")
+    assert len(asked) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_is_no_model(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    file = model_dir / "config.json"
+    message = error_of(file, text, tmp_path / "page.html")
+    assert message == f"--model {file}: a file, expected the directory of a model"
 
 
 @pytest.mark.parametrize("kind", ["config.json", "tokenizer_config.json"])
