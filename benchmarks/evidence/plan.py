@@ -41,7 +41,8 @@ CORE = (
     "tilted:t=0.1",
 )
 LONG = CORE[:8]
-LONGER = ("ce", "nvamp:gamma=0.04,tail=0.05", *LONG[5:])  # what three seeds left undecided
+SLOWER = ("ce", "ce:label_smoothing=0.1", "nvamp:gamma=0.04,tail=0.05", *LONG[5:])  # at the better rate
+BEYOND = ("ce", "nvamp:gamma=0.04,tail=0.05", "ce>tail:strength=2")  # whose fronts are clearly apart there
 WIDE = LOSSES[:3]
 RATED = (*LOSSES[:6], "tail:strength=2", "tilted:t=0.1", "nvamp:gradient=token")
 NOISY = ("ce", "nvamp:gamma=0.04,tail=0.05", "ce:label_smoothing=0.1", "truncated:share=0.05", "gce:q=0.3")
@@ -116,7 +117,13 @@ def plan() -> list[Job]:
         *_each("noise30", NOISY, range(2, 3), 1500, changes={"noise": 0.3}),
         *_each("noise10", NOISY, range(3), 1500, changes={"noise": 0.1}),
         *_each("1500", CORE, range(3), 1500, lr=LR / 2),
-        *_each("6000", LONGER, range(3, 5), 6000),
+        *_each("1500", SLOWER, range(3, 5), 1500, lr=LR / 2),
+        *_each("6000", BEYOND, range(3), 6000, lr=LR / 2),
+        *(
+            job
+            for lr in (LR / 2, 2 * LR)
+            for job in _each("240", (*BEYOND, "ce:label_smoothing=0.1"), range(3), 240, lr=lr)
+        ),
         *_each("wide", WIDE, range(3), 3000, batch_size=32, changes={"scale": 2}),
     ]
     return list({job.name: job for job in jobs}.values())  # what is wanted early is part of a whole, too
