@@ -158,3 +158,16 @@ def test_threads(path: str, backend: str) -> None:
         for order, results in zip(orders, pool.map(at_once, orders), strict=True):
             for i, result in zip(order, results, strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(result, alone[i], strict=True))
+
+
+@pytest.mark.parametrize("option", ["alpha", "beta", "gamma"])
+def test_a_schedule_compiles_twice(option: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    criterion = NVAMPLoss()
+    compiled = torch.compile(criterion, backend=counter, fullgraph=True)
+    logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    for value in (0.1, 0.2, 0.3, 0.4):
+        setattr(criterion, option, value)
+        torch.testing.assert_close(compiled(logits, labels), criterion(logits, labels))
+    assert counter.frame_count == 2
