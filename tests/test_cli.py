@@ -179,6 +179,10 @@ def test_ctrl_c_while_a_text_is_read(
             "--loss bogus: unknown objective 'bogus', known are ce, nvamp, ",
         ),
         (["compare", "--loss", "ce", "--loss", "ce"], "--loss ce: named twice"),
+        (
+            ["compare", "--loss", "ce", "nvamp"],
+            "Got unexpected extra argument(s) (nvamp); for several values repeat the option: --loss ce ",
+        ),
         (["compare", "--text", "missing.txt"], "--text missing.txt: no such file or directory"),
         (["compare", "--noise", "2"], "--noise must be between 0 and 1, got 2"),
         (["compare", "--steps", "0"], "--steps must be at least 1, got 0"),

@@ -18,6 +18,7 @@ from nvamp.study.peers import Peers, join
 from nvamp.study.settings import Settings
 
 _INSTALL = "the command line needs {}, which is not installed: " + install_command("study")
+_REPEAT = "; for several values repeat the option: --loss ce --loss nvamp"
 
 try:
     import typer
@@ -57,7 +58,7 @@ def main() -> None:
     except typer.TyperException as error:
         # Without arguments the help is shown, and the error has no message.
         if message := error.format_message():
-            _say(message, peers)
+            _say(message + (_REPEAT if "unexpected extra argument" in message else ""), peers)
         code = 2
     except StudyError as error:
         _say(str(error), peers)
