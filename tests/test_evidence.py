@@ -170,10 +170,11 @@ def test_the_answer_of_the_fronts_is_that_of_the_record() -> None:
         assert beyond.mean < -1
     for price in fronts.PRICES:
         assert not excludes_zero(slower.beyond(smooth, price))
-    for loss in plan.LONG:
-        for price in fronts.PRICES:
-            gap = late.beyond(loss, price)
-            assert gap is None or not excludes_zero(gap) or gap.mean >= 0
+    for group in (late, late.at(plan.LR / 2)):
+        for loss in group.losses():
+            for price in fronts.PRICES:
+                gap = group.beyond(loss, price)
+                assert gap is None or not excludes_zero(gap) or gap.mean >= 0
     for group in (early, middle, late):
         for key in ("mean", "cvar"):
             assert not excludes_zero(group.change("nvamp", key))
@@ -246,6 +247,25 @@ def test_no_loss_gains_by_a_rate_of_its_own() -> None:
             assert change is not None
             by_rate[lr] = change.mean
         assert min(by_rate, key=by_rate.__getitem__) == plan.LR / 2
+
+
+def test_which_rate_is_the_best_at_other_lengths() -> None:
+    groups = program.groups("front")
+    for name, rates, best in (
+        ("240", (plan.LR / 2, plan.LR, 2 * plan.LR), plan.LR),
+        ("6000", (plan.LR / 2, plan.LR), plan.LR / 2),
+    ):
+        for loss in groups[name].losses(rates[0]):
+            means = {}
+            for lr in rates:
+                value = groups[name].at(lr).values(loss, "mean")
+                assert value is not None
+                means[lr] = value.mean
+            assert min(means, key=means.__getitem__) == best
+    smoothed = groups["240"].at(plan.LR / 2).beyond("ce:label_smoothing=0.1", 0.5)
+    assert smoothed is not None
+    assert smoothed.mean < 0
+    assert excludes_zero(smoothed)
 
 
 def test_the_answer_of_the_types_is_that_of_the_record() -> None:
