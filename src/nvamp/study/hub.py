@@ -11,8 +11,6 @@ def reach_hub() -> bool:
     import datasets
     from huggingface_hub import constants, get_session
 
-    if constants.HF_HUB_OFFLINE:
-        return False
     try:
         get_session().head(constants.ENDPOINT, timeout=CONNECT)
         return True

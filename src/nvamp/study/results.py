@@ -171,10 +171,10 @@ def cautions(results: Json) -> list[str]:
             "not cover that."
         )
     rates = {loss["name"]: _spec_and_rate(loss["name"], results["settings"]["lr"]) for loss in losses}
-    baseline, usual = rates[results["baseline"]]
+    baseline, _ = rates[results["baseline"]]
     for loss in losses:
         rate = rates[loss["name"]][1]
-        if rate != usual and (baseline, rate) not in rates.values():
+        if (baseline, rate) not in rates.values():
             title = loss["title"][0].upper() + loss["title"][1:]
             told.append(
                 f"{title} is compared with a baseline at another rate. Its difference is that of the loss "
