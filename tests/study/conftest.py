@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from nvamp.study.compare import compare
 from nvamp.study.corpus import Corpus, build_corpus, train_tokenizer
+from nvamp.study.hub import reach_hub
 from nvamp.study.metrics import HELD_OUT, METRICS, TIMES
 from nvamp.study.models import quiet
 from nvamp.study.settings import Settings
@@ -61,6 +62,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test finds out about the hub is not kept for the next one."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    reach_hub.cache_clear()
 
 
 @pytest.fixture

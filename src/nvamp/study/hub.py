@@ -1,8 +1,11 @@
 """The hub of Hugging Face, which a machine without a network does not wait for."""
 
+from functools import cache
+
 CONNECT = 5.0  # seconds until a hub that does not answer counts as out of reach
 
 
+@cache
 def reach_hub() -> bool:
     """Whether the hub answers. If it does not, the libraries use what they have downloaded, and nothing else.
 
